@@ -1,0 +1,138 @@
+"""What a user can choose, as frozen dataclasses: validated when made, saved whole with every run."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from quaclrs.errors import UsageError
+
+DEFAULT_CSV_FILE = Path("spectrograms_balanced_no_sirens.csv")
+DEFAULT_SPECTROGRAMS_DIR = Path("spectrograms")
+DEFAULT_IMAGE_SIZE = 224
+
+ENCODINGS = ("png", "rgb")
+SCHEDULERS = ("plateau", "cosine", "none")
+ON_ERROR = ("stop", "skip")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UsageError(message)
+
+
+def default_num_workers() -> int:
+    """The processors this process may use, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+_SIZE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """``256MiB``, ``1GB``, ``1000000`` → bytes. Raises :class:`UsageError` for anything else."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]?i?)b?\s*", text, flags=re.IGNORECASE)
+    unit = _SIZE_UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise UsageError(f"--shard_size {text!r}: not a size; write for example 256MiB or 1GB")
+    return int(float(match[1]) * unit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which CSV columns hold what."""
+
+    file: str = "spec_file_name"
+    label: str = "class"
+    fold: str = "fold"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((self.file, self.label, self.fold))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """One packing of a PNG tree into shards."""
+
+    csv_file: Path
+    spectrograms_dir: Path
+    output_dir: Path
+    encoding: str = "png"
+    image_size: int = DEFAULT_IMAGE_SIZE
+    """S of the ``rgb`` encoding, in pixels; the others keep the picture's own size."""
+    shard_size: int = 256 * 2**20
+    """Upper bound of one tar in bytes; a single sample may exceed it."""
+    seed: int = 0
+    num_workers: int = field(default_factory=default_num_workers)
+    on_error: str = "stop"
+    columns: Columns = field(default_factory=Columns)
+
+    def __post_init__(self) -> None:
+        _require(self.encoding in ENCODINGS, f"--encoding {self.encoding}: choose one of {', '.join(ENCODINGS)}")
+        _require(self.on_error in ON_ERROR, f"--on_error {self.on_error}: choose one of {', '.join(ON_ERROR)}")
+        _require(1 <= self.image_size <= 4096, f"--image_size {self.image_size}: choose 1 to 4096 pixels")
+        _require(self.shard_size >= 1, f"--shard_size {self.shard_size}: at least 1 byte")
+        _require(self.seed >= 0, f"--seed {self.seed}: not negative")
+        _require(self.num_workers >= 1, f"--num_workers {self.num_workers}: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run of ``quaclrs-train``: one model over one fold or all of them. Defaults are the original trainer's."""
+
+    csv_file: Path = DEFAULT_CSV_FILE
+    spectrograms_dir: Path = DEFAULT_SPECTROGRAMS_DIR
+    shards: Path | None = None
+    """A folder of tools/shard_dataset.py; None packs into a cache beside the CSV."""
+    columns: Columns = field(default_factory=Columns)
+
+    model_name: str = "resnet18"
+    pretrained: bool = False
+    freeze_features: bool = False
+    image_size: int | None = None
+    """Pixels; None takes the model's own (224, InceptionV3 299)."""
+
+    batch_size: int = 32
+    epochs: int = 30
+    patience: int = 7
+    """Epochs without a better validation accuracy before training stops."""
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-5
+    scheduler: str = "plateau"
+    use_amp: bool = False
+    seed: int = 42
+
+    fold: int | None = None
+    """The test fold; None runs them all."""
+    num_folds: int = 10
+    loader: str = "auto"
+    num_workers: int = 4
+    device: str = "auto"
+    output_dir: Path = Path("results")
+    keep_checkpoints: int = 1
+    gradcam_per_class: int = 5
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        _require(
+            self.batch_size >= 2,
+            f"--batch_size {self.batch_size}: at least 2, since BatchNorm cannot train on one sample",
+        )
+        _require(self.epochs >= 1, f"--epochs {self.epochs}: at least 1")
+        _require(self.patience >= 1, f"--patience {self.patience}: at least 1")
+        _require(self.learning_rate > 0, f"--learning_rate {self.learning_rate}: must be positive")
+        _require(self.weight_decay >= 0, f"--weight_decay {self.weight_decay}: not negative")
+        _require(self.scheduler in SCHEDULERS, f"--scheduler {self.scheduler}: choose one of {', '.join(SCHEDULERS)}")
+        _require(self.seed >= 0, f"--seed {self.seed}: not negative")
+        _require(self.num_folds >= 3, f"--num_folds {self.num_folds}: at least 3, to train, validate and test")
+        _require(self.num_workers >= 0, f"--num_workers {self.num_workers}: not negative")
+        _require(self.keep_checkpoints >= 1, f"--keep_checkpoints {self.keep_checkpoints}: at least 1, the last one")
+        _require(self.gradcam_per_class >= 0, f"--gradcam_per_class {self.gradcam_per_class}: not negative")
+        if self.fold is not None:
+            _require(
+                1 <= self.fold <= self.num_folds,
+                f"--fold {self.fold}: there are folds 1 to {self.num_folds}; choose one of them (or --num_folds)",
+            )

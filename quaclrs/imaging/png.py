@@ -1,0 +1,127 @@
+"""PNG bytes to RGB pixels, with every way a file can be bad told apart. Pillow does the work."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from quaclrs.errors import DataError
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_OTHER_SIGNATURES = {
+    b"\xff\xd8\xff": "JPEG",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"RIFF": "WebP or WAV",
+    b"<": "HTML or SVG text",
+}
+
+PLAIN_MODES = ("RGB", "RGBA")
+"""8-bit colour as the dataset has it; any other mode is converted by Pillow before anything else sees it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PngFacts:
+    """What decoding a PNG told about it."""
+
+    width: int
+    height: int
+    mode: str
+    """Pillow's mode: RGBA, RGB, P, L, LA, I;16, ..."""
+    transparent: bool
+    """Some pixel is not opaque; converting to RGB drops that."""
+
+    @property
+    def plain(self) -> bool:
+        """8-bit RGB or RGBA: every decoder agrees with Pillow on it."""
+        return self.mode in PLAIN_MODES
+
+
+def decode_png(data: bytes, name: str) -> tuple[Image.Image, PngFacts]:
+    """Check and decode one PNG: the RGB picture as Pillow's ``convert("RGB")`` makes it, and its facts.
+
+    ``name`` names the picture in messages. Raises :class:`DataError` when the bytes are not a PNG, a chunk's CRC is wrong, the file
+    is cut short or its pixels are not all there, or it is a decompression bomb.
+    """
+    image = _checked(data, name)
+    facts = PngFacts(width=image.width, height=image.height, mode=image.mode, transparent=_is_transparent(image))
+    return image.convert("RGB"), facts
+
+
+def check_png(data: bytes, name: str) -> PngFacts:
+    """:func:`decode_png` without the conversion to RGB: every pixel is decoded and thrown away."""
+    image = _checked(data, name)
+    return PngFacts(width=image.width, height=image.height, mode=image.mode, transparent=_is_transparent(image))
+
+
+def to_rgb(data: bytes, name: str) -> np.ndarray:
+    """(H, W, 3) uint8 of a PNG already proven good; errors as :func:`decode_png`, without the check of CRCs."""
+    return np.asarray(_guarded(lambda: _open(data).convert("RGB"), name))
+
+
+def resize_rgb(image: Image.Image, size: int) -> np.ndarray:
+    """(size, size, 3) uint8: the original's resize, antialiased bilinear, aspect ratio not kept."""
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _checked(data: bytes, name: str) -> Image.Image:
+    if not data.startswith(PNG_SIGNATURE):
+        raise DataError(f"{name}: not a PNG ({_guess_kind(data)}); convert it to PNG or take its row out of the CSV")
+
+    def verify_then_load() -> Image.Image:
+        _open(data).verify()  # CRCs of all chunks; afterwards that image object is spent
+        image = _open(data)
+        image.load()
+        return image
+
+    return _guarded(verify_then_load, name)
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=["PNG"])
+
+
+def _guarded(decode: Callable[[], Image.Image], name: str) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            return decode()
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            reason = f"a decompression bomb? {_first_line(error)}"
+        except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
+            reason = f"truncated or damaged: {_first_line(error)}"
+    raise DataError(f"{name}: {reason}; restore the file, or pack with --on_error skip to leave it out")
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _guess_kind(data: bytes) -> str:
+    if not data:
+        return "the file is empty"
+    return next(
+        (f"it looks like {kind}" for start, kind in _OTHER_SIGNATURES.items() if data.startswith(start)),
+        "wrong signature",
+    )
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    if "A" in image.getbands():
+        return _lowest(image.getchannel("A")) < 255
+    if "transparency" in image.info:  # a tRNS chunk: only its use by some pixel makes a difference
+        return _lowest(image.convert("RGBA").getchannel("A")) < 255
+    return False
+
+
+def _lowest(band: Image.Image) -> int:
+    lowest, _ = band.getextrema()
+    assert isinstance(lowest, int)  # one 8-bit band
+    return lowest

@@ -1,0 +1,208 @@
+"""The CSV: which pictures there are, their class and fold, and what is odd about them.
+
+Every row is one sample. Rows are not files: several slices of one recording may name the same picture, and each still counts.
+Labels come from the class column alone, never from a file name (the names carry an older numbering).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+import pandas as pd
+
+from quaclrs.config import Columns
+from quaclrs.errors import DataError
+
+ORIGINAL_AUGMENTATION = "original"
+"""Value of the ``augmentation`` column for a picture that no augmentation has touched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What a user must know about a dataset before trusting a score on it."""
+
+    counts: np.ndarray
+    """(classes, folds) int64: rows of each class in each fold, folds as in :attr:`Metadata.fold_numbers`."""
+    rows_sharing_a_file: int
+    """Rows whose picture another row names too."""
+    conflicting_files: tuple[str, ...]
+    """Pictures that rows of different classes name."""
+    recordings_across_folds: tuple[str, ...]
+    """fsIDs whose rows lie in more than one fold: leakage between training and test."""
+    class_id_conflicts: int
+    """Rows whose ``classID`` is not the position of their class among the sorted class names."""
+
+
+@dataclass(frozen=True, eq=False)
+class Metadata:
+    """One checked CSV. Row ``i`` is the i-th line below the header, counted from 0; messages count from 1."""
+
+    csv_file: Path
+    fingerprint: str
+    """SHA-256 of the CSV file's bytes, in hexadecimal."""
+    columns: Columns
+    table: pd.DataFrame
+    """Every column of the CSV, as text."""
+    raw: bytes
+    """The CSV file as it is, so that shards can carry it along."""
+    classes: tuple[str, ...]
+    """Class names, sorted; a label is a position in here."""
+    label: np.ndarray
+    """(rows,) int64"""
+    fold: np.ndarray
+    """(rows,) int64, from 1"""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @cached_property
+    def file(self) -> list[str]:
+        """Each row's picture, relative to its fold's folder."""
+        return self.table[self.columns.file].tolist()
+
+    @cached_property
+    def fold_numbers(self) -> tuple[int, ...]:
+        """The folds that have rows, ascending."""
+        return tuple(int(k) for k in np.unique(self.fold))
+
+    @cached_property
+    def is_original(self) -> np.ndarray | None:
+        """(rows,) bool: rows that are not augmented; None without an ``augmentation`` column."""
+        if "augmentation" not in self.table:
+            return None
+        return (self.table["augmentation"] == ORIGINAL_AUGMENTATION).to_numpy(dtype=bool)
+
+    def row_json(self, row: int) -> dict[str, str]:
+        """Row ``row`` as the CSV has it: column name to text."""
+        return {str(name): str(value) for name, value in zip(self.table.columns, self._values[row], strict=True)}
+
+    @cached_property
+    def _values(self) -> np.ndarray:
+        return self.table.to_numpy(dtype=object)
+
+    def relative_path(self, row: int) -> str:
+        """Where row ``row``'s picture lies in the original's tree: ``fold{k}/{file}``."""
+        return f"fold{self.fold[row]}/{self.file[row]}"
+
+    def path(self, row: int, spectrograms_dir: Path) -> Path:
+        """The picture of row ``row``: ``fold{k}/{file}`` below ``spectrograms_dir``, or ``{file}`` where only that exists."""
+        in_fold = spectrograms_dir / self.relative_path(row)
+        if in_fold.is_file():
+            return in_fold
+        flat = spectrograms_dir / self.file[row]
+        return flat if flat.is_file() else in_fold
+
+    def audit(self) -> Audit:
+        """Count what deserves a warning. Nothing here is an error: the original trainer accepts all of it."""
+        counts = np.zeros((len(self.classes), len(self.fold_numbers)), dtype=np.int64)
+        np.add.at(counts, (self.label, np.searchsorted(self.fold_numbers, self.fold)), 1)
+        by_file = pd.DataFrame({"fold": self.fold, "file": self.file, "label": self.label}).groupby(["fold", "file"])
+        labels_per_file = by_file["label"].nunique()
+        conflicting = labels_per_file.index[labels_per_file > 1]
+        return Audit(
+            counts=counts,
+            rows_sharing_a_file=int((by_file["label"].transform("size") > 1).sum()),
+            conflicting_files=tuple(f"fold{fold}/{file}" for fold, file in conflicting),
+            recordings_across_folds=self._recordings_across_folds(),
+            class_id_conflicts=self._class_id_conflicts(),
+        )
+
+    def _recordings_across_folds(self) -> tuple[str, ...]:
+        if "fsID" not in self.table:
+            return ()
+        folds_per_recording = pd.Series(self.fold).groupby(self.table["fsID"].to_numpy()).nunique()
+        return tuple(str(recording) for recording in folds_per_recording.index[folds_per_recording > 1])
+
+    def _class_id_conflicts(self) -> int:
+        if "classID" not in self.table or self.columns.label == "classID":
+            return 0
+        return int((self.table["classID"] != pd.Series(self.label.astype(str), index=self.table.index)).sum())
+
+
+def read_metadata(csv_file: Path, columns: Columns | None = None) -> Metadata:
+    """Read and check ``csv_file``; a byte-order mark, CRLF line ends and extra columns are fine.
+
+    Raises :class:`DataError` naming the file, the row and the value when the file cannot be read, is empty, lacks a column, or
+    holds a fold that is not a positive integer, a missing value, or a picture path that leaves the dataset's folder.
+    """
+    try:
+        raw = Path(csv_file).read_bytes()
+    except OSError as error:
+        raise DataError(f"{csv_file}: cannot read the CSV ({error.strerror}); check --csv_file") from None
+    return parse_metadata(raw, Path(csv_file), columns or Columns())
+
+
+def parse_metadata(raw: bytes, csv_file: Path, columns: Columns) -> Metadata:
+    """:func:`read_metadata` for bytes already read; ``csv_file`` only names them in messages."""
+    table = _parse_table(raw, csv_file)
+    for column in columns:
+        if column not in table.columns:
+            found = ", ".join(map(str, table.columns))
+            raise DataError(
+                f"{csv_file}: no column {column!r}; it has: {found}; name yours with --file_column, --label_column, --fold_column"
+            )
+        _refuse_missing_values(table[column], column, csv_file)
+    if table.empty:
+        raise DataError(f"{csv_file}: has a header but no rows; nothing to work on")
+    _refuse_unsafe_paths(table[columns.file], csv_file)
+    names = table[columns.label].to_numpy(dtype=object)
+    classes, label = np.unique(names.astype(str), return_inverse=True)
+    return Metadata(
+        csv_file=csv_file,
+        fingerprint=hashlib.sha256(raw).hexdigest(),
+        columns=columns,
+        table=table,
+        raw=raw,
+        classes=tuple(map(str, classes)),
+        label=label.astype(np.int64),
+        fold=_parse_folds(table[columns.fold], columns.fold, csv_file),
+    )
+
+
+def _parse_table(raw: bytes, csv_file: Path) -> pd.DataFrame:
+    try:
+        # text throughout: labels such as "NA" or "007" must not turn into numbers or gaps
+        return pd.read_csv(io.BytesIO(raw), dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except pd.errors.EmptyDataError:
+        raise DataError(f"{csv_file}: the CSV is empty; it needs a header and one row per picture") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{csv_file}: not UTF-8 text at byte {error.start}; save the CSV as UTF-8") from None
+    except pd.errors.ParserError as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{csv_file}: not a CSV with one header ({reason}); mend that line") from None
+
+
+def _refuse_missing_values(values: pd.Series, column: str, csv_file: Path) -> None:
+    text = values.fillna("").str.strip().str.lower()  # a row with too few fields is a gap even with keep_default_na=False
+    missing = np.flatnonzero(text.isin(["", "nan"]).to_numpy())
+    if missing.size:
+        raise DataError(
+            f"{csv_file}: row {missing[0] + 1}: column {column!r} is {values.iloc[missing[0]]!r}, a missing value "
+            f"({missing.size} such row(s)); fill in or delete the row"
+        )
+
+
+def _parse_folds(values: pd.Series, column: str, csv_file: Path) -> np.ndarray:
+    is_positive = values.str.strip().str.fullmatch(r"0*[1-9][0-9]{0,5}").to_numpy(dtype=bool)
+    if not is_positive.all():
+        row = int(np.flatnonzero(~is_positive)[0])
+        raise DataError(
+            f"{csv_file}: row {row + 1}: column {column!r} is {values.iloc[row]!r}, not a positive whole number; folds count from 1"
+        )
+    return values.astype(np.int64).to_numpy()
+
+
+def _refuse_unsafe_paths(files: pd.Series, csv_file: Path) -> None:
+    for file in files.unique():
+        posix, windows = PurePosixPath(file), PureWindowsPath(file)
+        if posix.is_absolute() or windows.drive or windows.root or ".." in posix.parts or ".." in windows.parts or "\0" in file:
+            row = int(np.flatnonzero((files == file).to_numpy())[0])
+            raise DataError(
+                f"{csv_file}: row {row + 1}: the picture {file!r} is absolute or climbs out with '..'; "
+                "paths must stay below --spectrograms_dir"
+            )

@@ -1,0 +1,89 @@
+"""Work spread over processes: progress while it runs, the first failure at once, and no process left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from quaclrs.errors import QuaclrsError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Tick = Callable[[], None]
+"""To be called by the work after each unit of it; raises :class:`Cancelled` when the work is no longer wanted."""
+
+_POLL_S = 0.1
+_shared: dict[str, Any] = {}
+
+
+class Cancelled(Exception):
+    """Another task failed, or the user interrupted: clean up and stop."""
+
+
+def run_tasks(
+    work: Callable[[Task, Tick], Result],
+    tasks: Sequence[Task],
+    *,
+    num_workers: int,
+    on_progress: Callable[[int], object] = lambda units: None,
+) -> list[Result]:
+    """``work(task, tick)`` for every task in spawned processes; results in the order of ``tasks``.
+
+    ``work`` must be importable (a module's function) and calls ``tick()`` once per unit; ``on_progress`` gets the units done since
+    its last call. The first exception cancels the rest and is raised here. A worker that dies is a :class:`QuaclrsError`.
+    """
+    if not tasks:
+        return []
+    context = multiprocessing.get_context("spawn")  # fork would copy the locks of whatever threads run here
+    counter, stop = context.Value("Q", 0), context.Value("b", 0)
+    workers = min(num_workers, len(tasks))
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_initialise, initargs=(counter, stop)) as pool:
+        futures = [pool.submit(_call, work, task) for task in tasks]
+        seen, pending = 0, set(futures)
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
+                units, seen = counter.value - seen, counter.value
+                on_progress(units)
+                for future in done:
+                    future.result()
+        except BaseException as error:
+            stop.value = 1
+            pool.shutdown(wait=True, cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise QuaclrsError(
+                    "a worker process died (killed, or out of memory?); run the same command again, with fewer --num_workers"
+                ) from None
+            raise
+    return [future.result() for future in futures]
+
+
+def _initialise(counter: Any, stop: Any) -> None:
+    _shared.update(counter=counter, stop=stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; it tells us through `stop`
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """A killed parent cannot say goodbye; without this its idle workers would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _call(work: Callable[[Task, Tick], Result], task: Task) -> Result:
+    return work(task, _tick)
+
+
+def _tick() -> None:
+    with _shared["counter"].get_lock():
+        _shared["counter"].value += 1
+    if _shared["stop"].value:
+        raise Cancelled

@@ -1,0 +1,215 @@
+"""The shard format, declared once: writer, reader, checker and README all come from here.
+
+A shard folder holds::
+
+    manifest.json               what this is: version, encoding, classes, folds, every shard's size and SHA-256. Written last
+    metadata.csv                the CSV it was packed from, byte for byte
+    samples.npy                 one SAMPLE_DTYPE record per sample: where its payload lies, its CSV row, fold and label
+    fold01/fold01-000000.tar    plain USTAR; per sample KEY.png or KEY.npy, KEY.cls, KEY.json, in this order
+    fold01/fold01-000000.idx    the same offsets for DALI's own WebDataset reader (wds2idx, version v1.2)
+
+KEY is ``fold01-000123``: the fold and the position inside it; unique, without a dot. A *sample number* is a position in
+samples.npy: fold by fold, shuffled inside each fold. The tars hold the samples in that order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from quaclrs.config import ENCODINGS
+from quaclrs.errors import ShardError
+
+FORMAT_NAME = "quaclrs-shards"
+FORMAT_VERSION = 1
+
+MANIFEST_FILE = "manifest.json"
+METADATA_FILE = "metadata.csv"
+SAMPLES_FILE = "samples.npy"
+
+PAYLOAD_EXTENSION = {"png": "png", "rgb": "npy"}
+"""Encoding to the payload's file extension: ``png`` original bytes, ``rgb`` an (S, S, 3) uint8 .npy, resized as Pillow does."""
+
+FLAG_NOT_PLAIN = 1
+"""The picture is not 8-bit RGB or RGBA (palette, grey, 16 bit): decode it with Pillow, other decoders convert otherwise."""
+FLAG_TRANSPARENT = 2
+"""Some pixel is not opaque; its alpha is dropped."""
+
+SAMPLE_DTYPE = np.dtype(
+    [
+        ("row", "<u4"),  # row of metadata.csv, counted from 0 below the header
+        ("fold", "<u2"),
+        ("label", "<u2"),  # position in the manifest's classes
+        ("shard", "<u4"),  # position in the manifest's shards
+        ("flags", "<u4"),
+        ("offset", "<u8"),  # of the payload's first byte in its tar
+        ("size", "<u8"),  # of the payload in bytes
+        ("width", "<u4"),  # of the original picture, in pixels
+        ("height", "<u4"),
+    ]
+)
+
+TAR_BLOCK = tarfile.BLOCKSIZE
+INDEX_VERSION = "v1.2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One tar of the manifest."""
+
+    file: str
+    """Relative to the shard folder, with forward slashes."""
+    fold: int
+    samples: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedRow:
+    """A row that ``--on_error skip`` left out."""
+
+    row: int
+    """Counted from 0, as in samples.npy."""
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything manifest.json says. Nothing in it depends on when, where or with how many workers it was written."""
+
+    encoding: str
+    image_size: int | None
+    """S of ``rgb`` payloads; None where payloads keep their own size."""
+    seed: int
+    shard_size: int
+    csv_fingerprint: str
+    csv_name: str
+    columns: dict[str, str]
+    """file, label and fold: the names of the CSV columns."""
+    source_fingerprint: str
+    """SHA-256 over each packed row's path and file size: tells a changed PNG tree from an unchanged one."""
+    classes: tuple[str, ...]
+    folds: tuple[int, ...]
+    num_samples: int
+    samples_sha256: str
+    shards: tuple[ShardEntry, ...]
+    skipped: tuple[SkippedRow, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Counts found while packing: picture sizes, modes, transparent pictures."""
+
+    def to_json(self) -> bytes:
+        """The bytes of manifest.json."""
+        document = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, raw: bytes, name: str) -> Manifest:
+        """Parse and check manifest.json; ``name`` is its path for messages.
+
+        Raises :class:`ShardError` for another kind of file, a newer version or an unknown encoding.
+        """
+        try:
+            document = json.loads(raw)
+        except ValueError as error:
+            raise ShardError(f"{name}: not JSON ({error}); pack the shards anew") from None
+        if not isinstance(document, dict) or document.pop("format", None) != FORMAT_NAME:
+            raise ShardError(f"{name}: not a manifest of {FORMAT_NAME}; point --shards at a folder of tools/shard_dataset.py")
+        version = document.pop("version", None)
+        if version != FORMAT_VERSION:
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            step = "update quaclrs" if newer else "pack the shards anew"
+            raise ShardError(f"{name}: format version {version!r}, this quaclrs reads version {FORMAT_VERSION}; {step}")
+        if document.get("encoding") not in ENCODINGS:
+            known = ", ".join(ENCODINGS)
+            raise ShardError(f"{name}: unknown encoding {document.get('encoding')!r} (known: {known}); update quaclrs or pack anew")
+        try:
+            document["shards"] = tuple(ShardEntry(**entry) for entry in document["shards"])
+            document["skipped"] = tuple(SkippedRow(**entry) for entry in document["skipped"])
+            document["classes"], document["folds"] = tuple(document["classes"]), tuple(document["folds"])
+            return cls(**document)
+        except (KeyError, TypeError) as error:
+            raise ShardError(f"{name}: damaged manifest ({error}); pack the shards anew") from None
+
+    @property
+    def data_fingerprint(self) -> str:
+        """SHA-256 over all shards' SHA-256: equal fingerprints mean equal training data, byte for byte."""
+        return hashlib.sha256("".join(entry.sha256 for entry in self.shards).encode()).hexdigest()
+
+
+def shard_file(fold: int, number: int) -> str:
+    """``fold01/fold01-000000.tar``: shard ``number`` of ``fold``."""
+    return f"fold{fold:02d}/fold{fold:02d}-{number:06d}.tar"
+
+
+def index_file(shard: str) -> str:
+    """The DALI index beside ``shard``."""
+    return shard.removesuffix(".tar") + ".idx"
+
+
+def sample_key(fold: int, position: int) -> str:
+    """KEY of the sample at ``position`` (from 0) inside its fold."""
+    return f"fold{fold:02d}-{position:06d}"
+
+
+def members(key: str, encoding: str, payload: bytes, label: int, row: dict[str, str]) -> list[tuple[str, bytes]]:
+    """The (name, content) pairs of one sample, in the order of the tar."""
+    document = json.dumps(row, ensure_ascii=False, sort_keys=True).encode()
+    return [(f"{key}.{PAYLOAD_EXTENSION[encoding]}", payload), (f"{key}.cls", b"%d" % label), (f"{key}.json", document)]
+
+
+def stored_bytes(content_bytes: int) -> int:
+    """What one member of ``content_bytes`` takes in a tar: its header, and its content in whole blocks."""
+    return TAR_BLOCK + -(-content_bytes // TAR_BLOCK) * TAR_BLOCK
+
+
+class ShardWriter:
+    """Writes members to an open binary file as a USTAR tar, without times or owners, and knows what it wrote.
+
+    A tar is complete only after :meth:`finish`; an exception on the way must leave it unfinished and unnamed (see pack.py).
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self._index: list[str] = []
+        self.bytes = 0
+
+    def add_sample(self, named_contents: Iterable[tuple[str, bytes]]) -> int:
+        """Append one sample; returns the offset of its first member's content (the payload)."""
+        components, first_offset = [], -1
+        for name, content in named_contents:
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            header.mode = 0o644
+            self._write(header.tobuf(format=tarfile.USTAR_FORMAT))
+            first_offset = self.bytes if first_offset < 0 else first_offset
+            components.append(f"{name.partition('.')[2]} {self.bytes} {len(content)} {name}")
+            self._write(content)
+            self._write(b"\0" * (-len(content) % TAR_BLOCK))
+        self._index.append(" ".join(components))
+        return first_offset
+
+    def finish(self) -> str:
+        """Write the end of the archive; returns the tar's SHA-256 in hexadecimal."""
+        self._write(b"\0" * (2 * TAR_BLOCK))
+        self._write(b"\0" * (-self.bytes % tarfile.RECORDSIZE))
+        return self._hash.hexdigest()
+
+    def index(self) -> bytes:
+        """The .idx file of what was written, as NVIDIA's wds2idx would make it."""
+        return "\n".join([f"{INDEX_VERSION} {len(self._index)}", *self._index, ""]).encode()
+
+    def _write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._hash.update(content)
+        self.bytes += len(content)

@@ -1,0 +1,304 @@
+"""CSV + PNG tree → shards: plan every shard, write them side by side, and the manifest last.
+
+The plan depends on the input alone, so the bytes do not depend on the number of workers. Killed anywhere, the same command goes on:
+finished shards have a receipt in ``.packing/`` and are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from quaclrs.config import PackConfig
+from quaclrs.errors import DataError, ShardError, StorageError
+from quaclrs.files import make_folder, storage_error, write_bytes
+from quaclrs.metadata import Audit, Metadata, read_metadata
+from quaclrs.order import storage_order
+from quaclrs.parallel import Tick, run_tasks
+from quaclrs.shards import format as fmt
+from quaclrs.shards.write import Receipt, SampleSource, ShardPlan, finished_receipt, npy_bytes, write_shard
+
+PACKING_FOLDER = ".packing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSummary:
+    """What a packing did."""
+
+    manifest: fmt.Manifest
+    audit: Audit
+    seconds: float
+    images_packed: int
+    """Pictures checked and written by this call; fewer than the samples when an earlier call had finished some shards."""
+    already_complete: bool
+
+
+def pack(config: PackConfig, *, progress: bool = False) -> PackSummary:
+    """Pack ``config``'s PNG tree; returns at once when the output folder already holds exactly that.
+
+    Raises :class:`DataError` for the CSV or a picture (finished shards stay), :class:`ShardError` when the output folder holds shards
+    of other data or settings, :class:`StorageError` for the disk.
+    """
+    started = time.monotonic()
+    metadata = read_metadata(config.csv_file, config.columns)
+    plans, source_fingerprint = plan_shards(metadata, config)
+    manifest = _empty_manifest(metadata, config, source_fingerprint)
+    with _only_one_packs(config.output_dir):
+        existing = _existing_manifest(config.output_dir)
+        if existing is not None:
+            _refuse_other_shards(existing, manifest, config)
+            manifest, images_packed = existing, 0
+        else:
+            _check_free_space(plans, config)
+            receipts, images_packed = _write_shards(plans, config, progress)
+            manifest = _finish(manifest, metadata, receipts, config)
+    return PackSummary(
+        manifest=manifest,
+        audit=metadata.audit(),
+        seconds=time.monotonic() - started,
+        images_packed=images_packed,
+        already_complete=existing is not None,
+    )
+
+
+def plan_shards(metadata: Metadata, config: PackConfig) -> tuple[list[ShardPlan], str]:
+    """Every shard to be written, and the source fingerprint; only names and sizes of the pictures are read.
+
+    Raises :class:`DataError` naming the first row whose picture is missing, unless those are to be skipped.
+    """
+    plans: list[ShardPlan] = []
+    source_hash = hashlib.sha256()
+    sources: list[SampleSource] = []
+    shard_bytes = position = number = 0
+
+    def close_shard(fold: int) -> None:
+        nonlocal shard_bytes, number
+        plans.append(
+            ShardPlan(
+                file=fmt.shard_file(fold, number),
+                fold=fold,
+                encoding=config.encoding,
+                image_size=config.image_size,
+                skip_bad=config.on_error == "skip",
+                sources=tuple(sources),
+            )
+        )
+        sources.clear()
+        shard_bytes, number = 0, number + 1
+
+    fold = 0
+    for row in storage_order(metadata.fold, config.seed).tolist():
+        if fold != metadata.fold[row]:
+            if sources:
+                close_shard(fold)
+            fold, position, number = int(metadata.fold[row]), 0, 0
+        source = _source(metadata, row, fmt.sample_key(fold, position), config)
+        source_hash.update(f"{metadata.relative_path(row)}\t{source.size}\n".encode())
+        sample_bytes = _sample_bytes(source, config)
+        if sources and shard_bytes + sample_bytes > config.shard_size:
+            close_shard(fold)
+        sources.append(source)
+        shard_bytes += sample_bytes
+        position += 1
+    close_shard(fold)
+    return plans, source_hash.hexdigest()
+
+
+def _source(metadata: Metadata, row: int, key: str, config: PackConfig) -> SampleSource:
+    path = metadata.path(row, config.spectrograms_dir)
+    try:
+        stat = path.stat()
+        size, mtime_ns = stat.st_size, stat.st_mtime_ns
+    except OSError as error:
+        if config.on_error == "stop":
+            raise DataError(
+                f"{metadata.csv_file}: row {row + 1}: no picture at {path} ({error.strerror}); check --spectrograms_dir, restore the "
+                "file, or pack with --on_error skip to leave it out"
+            ) from None
+        size, mtime_ns = -1, 0
+    return SampleSource(
+        row=row,
+        key=key,
+        label=int(metadata.label[row]),
+        path=str(path),
+        file=metadata.relative_path(row),
+        size=size,
+        mtime_ns=mtime_ns,
+        csv_row=metadata.row_json(row),
+    )
+
+
+def _sample_bytes(source: SampleSource, config: PackConfig) -> int:
+    payload_bytes = max(source.size, 0)
+    if config.encoding == "rgb":
+        payload_bytes = 128 + 3 * config.image_size**2  # a .npy header is 128 bytes
+    contents = fmt.members(source.key, config.encoding, b"", source.label, source.csv_row)
+    return fmt.stored_bytes(payload_bytes) + sum(fmt.stored_bytes(len(content)) for _, content in contents[1:])
+
+
+def _empty_manifest(metadata: Metadata, config: PackConfig, source_fingerprint: str) -> fmt.Manifest:
+    return fmt.Manifest(
+        encoding=config.encoding,
+        image_size=config.image_size if config.encoding == "rgb" else None,
+        seed=config.seed,
+        shard_size=config.shard_size,
+        csv_fingerprint=metadata.fingerprint,
+        csv_name=metadata.csv_file.name,
+        columns=asdict(config.columns),
+        source_fingerprint=source_fingerprint,
+        classes=metadata.classes,
+        folds=metadata.fold_numbers,
+        num_samples=0,
+        samples_sha256="",
+        shards=(),
+    )
+
+
+_WHAT_MUST_AGREE = {
+    "csv_fingerprint": "another CSV",
+    "source_fingerprint": "pictures that have changed since (other files or sizes)",
+    "encoding": "another --encoding",
+    "image_size": "another --image_size",
+    "columns": "other columns",
+    "seed": "another --seed",
+    "shard_size": "another --shard_size",
+}
+
+
+def _existing_manifest(output_dir: Path) -> fmt.Manifest | None:
+    path = output_dir / fmt.MANIFEST_FILE
+    return fmt.Manifest.from_json(path.read_bytes(), str(path)) if path.is_file() else None
+
+
+def _refuse_other_shards(existing: fmt.Manifest, wanted: fmt.Manifest, config: PackConfig) -> None:
+    for name, what in _WHAT_MUST_AGREE.items():
+        if getattr(existing, name) != getattr(wanted, name):
+            raise ShardError(
+                f"{config.output_dir}: holds shards made from {what} ({name}: {getattr(existing, name)}, now {getattr(wanted, name)}); "
+                "choose another folder, or delete this one to pack anew"
+            )
+    if existing.skipped and config.on_error == "stop":
+        first = existing.skipped[0]
+        raise ShardError(
+            f"{config.output_dir}: was packed with --on_error skip and lacks {len(existing.skipped)} row(s), the first {first.file}; "
+            "mend the pictures and pack into another folder, or go on with --on_error skip"
+        )
+
+
+@contextlib.contextmanager
+def _only_one_packs(output_dir: Path) -> Iterator[None]:
+    """Hold the folder's lock: jobs started together must not pack the same cache twice. A dead process's lock frees itself."""
+    lock_file = make_folder(output_dir / PACKING_FOLDER) / "lock"
+    try:
+        file = lock_file.open("wb")
+    except OSError as error:
+        raise storage_error(lock_file, error) from None
+    with file:
+        try:
+            import fcntl
+        except ImportError:  # not a POSIX system: packing twice at once is then up to the user
+            yield
+        else:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{output_dir}: another process is packing here; waiting for it", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+        if (output_dir / fmt.MANIFEST_FILE).is_file():
+            shutil.rmtree(output_dir / PACKING_FOLDER, ignore_errors=True)
+
+
+def _check_free_space(plans: list[ShardPlan], config: PackConfig) -> None:
+    needed = sum(
+        _sample_bytes(source, config) for plan in plans if not (config.output_dir / plan.file).is_file() for source in plan.sources
+    )
+    free = shutil.disk_usage(config.output_dir).free
+    if needed > free:
+        raise StorageError(
+            f"{config.output_dir}: the shards need {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
+            "free some space or choose another --output_dir"
+        )
+
+
+def _write_shards(plans: list[ShardPlan], config: PackConfig, progress: bool) -> tuple[list[Receipt], int]:
+    receipts = {plan.file: finished_receipt(plan, config.output_dir, _receipt_file(plan, config.output_dir)) for plan in plans}
+    missing = [plan for plan in plans if receipts[plan.file] is None]
+    total, to_do = (sum(len(plan.sources) for plan in chosen) for chosen in (plans, missing))
+    # `disable=None` shows the bar only where stderr is a terminal
+    with tqdm(total=total, initial=total - to_do, unit="image", desc="packing", disable=None if progress else True) as bar:
+        work = functools.partial(_write_one, output_dir=config.output_dir)
+        for receipt in run_tasks(work, missing, num_workers=config.num_workers, on_progress=bar.update):
+            receipts[receipt.entry.file] = receipt
+    return [receipt for receipt in receipts.values() if receipt is not None], to_do
+
+
+def _write_one(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> Receipt:
+    return write_shard(plan, output_dir, _receipt_file(plan, output_dir), tick)
+
+
+def _receipt_file(plan: ShardPlan, output_dir: Path) -> Path:
+    return output_dir / PACKING_FOLDER / (Path(plan.file).stem + ".json")
+
+
+def _finish(manifest: fmt.Manifest, metadata: Metadata, receipts: list[Receipt], config: PackConfig) -> fmt.Manifest:
+    """Write everything but the tars; the manifest last, since it is what makes the folder a shard folder."""
+    filled = [receipt for receipt in receipts if receipt.entry.samples]
+    if not filled:
+        raise DataError(f"{metadata.csv_file}: not one row has a good picture; nothing was packed")
+    samples = _samples_table(filled)
+    samples_bytes = npy_bytes(samples)
+    write_bytes(config.output_dir / fmt.METADATA_FILE, metadata.raw)
+    write_bytes(config.output_dir / fmt.SAMPLES_FILE, samples_bytes)
+    for receipt in receipts:
+        if not receipt.entry.samples:  # every picture of it was skipped; readers stumble over empty tars
+            tar = config.output_dir / receipt.entry.file
+            tar.unlink(missing_ok=True)
+            tar.with_suffix(".idx").unlink(missing_ok=True)
+    finished = replace(
+        manifest,
+        num_samples=len(samples),
+        samples_sha256=hashlib.sha256(samples_bytes).hexdigest(),
+        shards=tuple(receipt.entry for receipt in filled),
+        skipped=tuple(sorted((row for receipt in receipts for row in receipt.skipped), key=lambda skipped: skipped.row)),
+        facts=_facts(samples, filled),
+    )
+    write_bytes(config.output_dir / fmt.MANIFEST_FILE, finished.to_json())
+    return finished
+
+
+def _samples_table(receipts: list[Receipt]) -> np.ndarray:
+    table = np.zeros(sum(receipt.entry.samples for receipt in receipts), dtype=fmt.SAMPLE_DTYPE)
+    start = 0
+    for shard, receipt in enumerate(receipts):
+        part = table[start : start + receipt.entry.samples]
+        part["shard"], part["fold"] = shard, receipt.entry.fold
+        columns = np.array(receipt.samples, dtype=np.uint64).T
+        for name, column in zip(("row", "label", "flags", "offset", "size", "width", "height"), columns, strict=True):
+            part[name] = column
+        start += len(part)
+    return table
+
+
+def _facts(samples: np.ndarray, receipts: list[Receipt]) -> dict[str, Any]:
+    modes: Counter[str] = Counter()
+    for receipt in receipts:
+        modes.update(receipt.modes)
+    sizes, counts = np.unique(np.stack([samples["width"], samples["height"]], axis=1), axis=0, return_counts=True)
+    return {
+        "modes": dict(sorted(modes.items())),
+        "picture_sizes": {f"{width}x{height}": int(count) for (width, height), count in zip(sizes, counts, strict=True)},
+        "transparent_pictures": int(np.count_nonzero(samples["flags"] & fmt.FLAG_TRANSPARENT)),
+    }

@@ -1,0 +1,124 @@
+"""Open a shard folder and read any sample of it by number, through memory maps."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import mmap
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from quaclrs.config import Columns
+from quaclrs.errors import ShardError
+from quaclrs.metadata import Metadata, parse_metadata
+from quaclrs.shards import format as fmt
+
+
+class ShardSet:
+    """One shard folder. Tars are mapped when first read; pickling (for worker processes) carries the path, not the maps.
+
+    Raises :class:`ShardError` naming the file when the folder is not one, is incomplete, damaged or of another version.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        self.manifest = read_manifest(self.root)
+        self.samples = self._read_samples()
+        """(N,) of :data:`format.SAMPLE_DTYPE`"""
+        self._maps: dict[int, mmap.mmap] = {}
+        for entry in self.manifest.shards:
+            self._check_size(entry)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def encoding(self) -> str:
+        """``png`` or ``rgb``."""
+        return self.manifest.encoding
+
+    def payload(self, number: int) -> np.ndarray:
+        """(bytes,) uint8, read-only: the payload of sample ``number`` where it lies in its map, nothing copied."""
+        record = self.samples[number]
+        return np.frombuffer(self._map(int(record["shard"])), np.uint8, int(record["size"]), int(record["offset"]))
+
+    def array(self, number: int) -> np.ndarray:
+        """The .npy payload of sample ``number`` as an array, nothing copied (``rgb``: (S, S, 3) uint8)."""
+        payload = self.payload(number)
+        header = io.BytesIO(payload[:128].tobytes())
+        np.lib.format.read_magic(header)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+        return payload[header.tell() :].view(dtype).reshape(shape)
+
+    def metadata(self) -> Metadata:
+        """The CSV that the shards carry. Raises :class:`ShardError` when it is not the one they were packed from."""
+        path = self.root / fmt.METADATA_FILE
+        raw = _read(path)
+        if hashlib.sha256(raw).hexdigest() != self.manifest.csv_fingerprint:
+            raise ShardError(f"{path}: is not the CSV these shards were packed from; pack them anew")
+        return parse_metadata(raw, path, Columns(**self.manifest.columns))
+
+    def close(self) -> None:
+        """Unmap the tars that nobody looks at any more; arrays handed out earlier keep theirs alive."""
+        for mapped in self._maps.values():
+            with contextlib.suppress(BufferError):  # an array still points into it; the map goes with the array
+                mapped.close()
+        self._maps.clear()
+
+    def __enter__(self) -> ShardSet:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_maps": {}}
+
+    def _map(self, shard: int) -> mmap.mmap:
+        if shard not in self._maps:
+            path = self.root / self.manifest.shards[shard].file
+            try:
+                with path.open("rb") as file:
+                    self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                raise ShardError(f"{path}: cannot be read ({error.strerror}); restore it or pack anew") from None
+        return self._maps[shard]
+
+    def _read_samples(self) -> np.ndarray:
+        path = self.root / fmt.SAMPLES_FILE
+        raw = _read(path)
+        if hashlib.sha256(raw).hexdigest() != self.manifest.samples_sha256:
+            raise ShardError(f"{path}: does not match the manifest (SHA-256 differs); pack the shards anew")
+        samples = np.load(io.BytesIO(raw), allow_pickle=False)
+        if samples.dtype != fmt.SAMPLE_DTYPE or samples.shape != (self.manifest.num_samples,):
+            raise ShardError(f"{path}: has {samples.shape} records of {samples.dtype}, not what version {fmt.FORMAT_VERSION} has")
+        samples.flags.writeable = False
+        return samples
+
+    def _check_size(self, entry: fmt.ShardEntry) -> None:
+        path = self.root / entry.file
+        try:
+            size = path.stat().st_size
+        except OSError:
+            raise ShardError(f"{path}: missing; restore it or pack the shards anew") from None
+        if size != entry.bytes:
+            raise ShardError(f"{path}: has {size} bytes, the manifest says {entry.bytes}; restore it or pack the shards anew")
+
+
+def read_manifest(root: Path) -> fmt.Manifest:
+    """The manifest of the shard folder ``root``; errors as :class:`ShardSet`."""
+    path = root / fmt.MANIFEST_FILE
+    if not path.is_file():
+        unfinished = " (a packing was begun here: run tools/shard_dataset.py again to finish it)" if root.is_dir() else ""
+        raise ShardError(f"{path}: no such file{unfinished}; make shards with tools/shard_dataset.py")
+    return fmt.Manifest.from_json(_read(path), str(path))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read ({error.strerror}); restore it or pack the shards anew") from None

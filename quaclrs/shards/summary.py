@@ -1,0 +1,95 @@
+"""What the packing and inspecting tools print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from quaclrs.metadata import Audit
+from quaclrs.shards import format as fmt
+from quaclrs.shards.pack import PackSummary
+from quaclrs.shards.read import ShardSet
+
+_NAMED = 5
+
+
+def describe_packing(summary: PackSummary, output_dir: Path) -> str:
+    """The closing report of tools/shard_dataset.py."""
+    manifest = summary.manifest
+    total_bytes = sum(entry.bytes for entry in manifest.shards)
+    if summary.already_complete:
+        done = f"{output_dir}: already packed from this CSV and these settings; nothing to do"
+    else:
+        rate = summary.images_packed / max(summary.seconds, 1e-9)
+        done = (
+            f"{output_dir}: {manifest.num_samples} samples in {len(manifest.shards)} shards, {_megabytes(total_bytes)}, encoding "
+            f"{manifest.encoding}; packed {summary.images_packed} pictures in {summary.seconds:.1f} s ({rate:.0f} images/s)"
+        )
+    return "\n".join([counts_table(manifest, summary.audit), *_facts(manifest), *_warnings(summary.audit, manifest), done])
+
+
+def describe_shards(shards: ShardSet) -> str:
+    """The report of ``tools/inspect_shards.py info``."""
+    manifest, audit = shards.manifest, shards.metadata().audit()
+    size = f", {manifest.image_size}x{manifest.image_size}" if manifest.image_size else ""
+    payload_bytes = int(shards.samples["size"].sum())
+    lines = [
+        f"{shards.root}: {fmt.FORMAT_NAME} version {fmt.FORMAT_VERSION}, encoding {manifest.encoding}{size}, seed {manifest.seed}",
+        f"samples {manifest.num_samples}, shards {len(manifest.shards)}, {_megabytes(sum(e.bytes for e in manifest.shards))} on disk, "
+        f"{payload_bytes / max(manifest.num_samples, 1) / 1e3:.1f} kB per picture",
+        f"packed from {manifest.csv_name} (SHA-256 {manifest.csv_fingerprint[:16]}…), data fingerprint {manifest.data_fingerprint[:16]}…",
+        counts_table(manifest, audit),
+    ]
+    return "\n".join([*lines, *_facts(manifest), *_warnings(audit, manifest)])
+
+
+def counts_table(manifest: fmt.Manifest, audit: Audit) -> str:
+    """Classes × folds, with totals: rows of the CSV."""
+    width = max(len(name) for name in (*manifest.classes, "total"))
+    header = " ".join([f"{'':{width}}", *(f"{f'fold{k}':>7}" for k in manifest.folds), f"{'total':>8}"])
+    rows = [_row(name, width, counts) for name, counts in zip((*manifest.classes, "total"), _with_total(audit.counts), strict=True)]
+    return "\n".join([header, *rows])
+
+
+def _with_total(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([counts, counts.sum(axis=0, keepdims=True)])
+
+
+def _row(name: str, width: int, counts: np.ndarray) -> str:
+    return " ".join([f"{name:{width}}", *(f"{count:>7}" for count in counts), f"{counts.sum():>8}"])
+
+
+def _facts(manifest: fmt.Manifest) -> Iterator[str]:
+    sizes = ", ".join(f"{size} ({count})" for size, count in manifest.facts.get("picture_sizes", {}).items())
+    modes = ", ".join(f"{mode} ({count})" for mode, count in manifest.facts.get("modes", {}).items())
+    yield f"pictures: size {sizes}; mode {modes}"
+    transparent = manifest.facts.get("transparent_pictures", 0)
+    if transparent:
+        yield f"note: {transparent} picture(s) have real transparency; training drops it, as Pillow's convert('RGB') does"
+
+
+def _warnings(audit: Audit, manifest: fmt.Manifest) -> Iterator[str]:
+    if audit.rows_sharing_a_file:
+        yield f"note: {audit.rows_sharing_a_file} rows share their picture with another row; each row is one sample"
+    if audit.conflicting_files:
+        yield f"warning: {len(audit.conflicting_files)} picture(s) carry rows of different classes: {_named(audit.conflicting_files)}"
+    if audit.recordings_across_folds:
+        yield (
+            f"warning: {len(audit.recordings_across_folds)} recording(s) (fsID) lie in more than one fold, which leaks training data "
+            f"into the test: {_named(audit.recordings_across_folds)}"
+        )
+    if audit.class_id_conflicts:
+        yield f"warning: classID disagrees with the sorted class names in {audit.class_id_conflicts} row(s); labels follow the names"
+    if manifest.skipped:
+        yield f"warning: {len(manifest.skipped)} row(s) were skipped: {_named([skipped.reason for skipped in manifest.skipped])}"
+
+
+def _named(names: tuple[str, ...] | list[str]) -> str:
+    more = f", … and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

@@ -1,0 +1,165 @@
+"""Every promise of the format, checked again from the bytes; and the way back from shards to files."""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from quaclrs.errors import DataError, ShardError
+from quaclrs.files import atomic_writer, write_bytes
+from quaclrs.imaging.png import check_png
+from quaclrs.metadata import Metadata
+from quaclrs.shards import format as fmt
+from quaclrs.shards.pack import PACKING_FOLDER
+from quaclrs.shards.read import ShardSet
+
+_CHUNK_BYTES = 1 << 20
+
+
+def verify(root: Path, *, progress: bool = False) -> int:
+    """Check hashes, sizes, members, labels, rows, payloads and the DALI index of the shard folder ``root``.
+
+    Returns the number of samples. Raises :class:`ShardError` naming the file and the promise that is broken, at the first one.
+    """
+    with ShardSet(root) as shards:
+        metadata = shards.metadata()
+        _verify_tables(shards, metadata)
+        with tqdm(total=len(shards), unit="sample", desc="verifying", disable=None if progress else True) as bar:
+            for number, entry in enumerate(shards.manifest.shards):
+                _verify_hashes(shards, entry)
+                for _ in _verify_members(shards, metadata, number, entry):
+                    bar.update()
+        return len(shards)
+
+
+def export(root: Path, output_dir: Path, *, progress: bool = False) -> int:
+    """Restore the CSV and the pictures below ``output_dir``; returns the number of files written.
+
+    ``png``: the original files, byte for byte. ``rgb``: the resized pictures as PNG. Rows that share a file restore one file. Files that
+    exist are left alone when they are equal, and refused (:class:`DataError`) when not.
+    """
+    written = 0
+    with ShardSet(root) as shards:
+        metadata = shards.metadata()
+        pictures = {metadata.relative_path(int(row)): number for number, row in enumerate(shards.samples["row"])}
+        for name, number in tqdm(pictures.items(), unit="file", desc="exporting", disable=None if progress else True):
+            written += _restore(output_dir / "spectrograms" / name, shards, number)
+        written += _restore_bytes(output_dir / shards.manifest.csv_name, metadata.raw)
+    return written
+
+
+def _restore(path: Path, shards: ShardSet, number: int) -> bool:
+    if shards.encoding == "png":
+        return _restore_bytes(path, shards.payload(number).tobytes())
+    with atomic_writer(path) as file:
+        Image.fromarray(shards.array(number)).save(file, "PNG")
+    return True
+
+
+def _restore_bytes(path: Path, content: bytes) -> bool:
+    if path.exists():
+        if path.read_bytes() == content:
+            return False
+        raise DataError(f"{path}: exists with other content; export into an empty folder")
+    write_bytes(path, content)
+    return True
+
+
+def _verify_tables(shards: ShardSet, metadata: Metadata) -> None:
+    samples, manifest, path = shards.samples, shards.manifest, shards.root / fmt.SAMPLES_FILE
+    rows = samples["row"].astype(np.int64)
+    expected = np.setdiff1d(np.arange(len(metadata)), [skipped.row for skipped in manifest.skipped])
+    if not np.array_equal(np.sort(rows), expected):
+        raise ShardError(f"{path}: does not hold every row of {fmt.METADATA_FILE} exactly once; pack the shards anew")
+    if metadata.classes != manifest.classes or not np.array_equal(samples["label"], metadata.label[rows]):
+        raise ShardError(f"{path}: labels differ from the CSV's; pack the shards anew")
+    if not np.array_equal(samples["fold"], metadata.fold[rows]):
+        raise ShardError(f"{path}: folds differ from the CSV's; pack the shards anew")
+    counted = np.bincount(samples["shard"], minlength=len(manifest.shards))
+    if counted.tolist() != [entry.samples for entry in manifest.shards]:
+        raise ShardError(f"{path}: sample counts per shard differ from the manifest's; pack the shards anew")
+    listed = {file for entry in manifest.shards for file in (entry.file, fmt.index_file(entry.file))}
+    found = {path.relative_to(shards.root).as_posix() for path in shards.root.glob("fold*/*")}
+    if found - listed:
+        raise ShardError(
+            f"{shards.root / min(found - listed)}: not in the manifest; delete it (left by hand or by another packing)"
+        )
+    if (shards.root / PACKING_FOLDER).is_dir():
+        raise ShardError(f"{shards.root / PACKING_FOLDER}: a packing is running or was stopped here; run it again to finish it")
+
+
+def _verify_hashes(shards: ShardSet, entry: fmt.ShardEntry) -> None:
+    for name, sha256 in ((entry.file, entry.sha256), (fmt.index_file(entry.file), entry.index_sha256)):
+        path = shards.root / name
+        if not path.is_file():
+            raise ShardError(f"{path}: missing; pack the shards anew")
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+        if digest.hexdigest() != sha256:
+            raise ShardError(f"{path}: SHA-256 differs from the manifest's, the file has changed; restore it or pack anew")
+
+
+def _verify_members(shards: ShardSet, metadata: Metadata, number: int, entry: fmt.ShardEntry) -> Iterator[None]:
+    """Read the tar by the standard library, as a stranger would, and compare with samples.npy, the CSV and the index."""
+    path = shards.root / entry.file
+    numbers = np.flatnonzero(shards.samples["shard"] == number)
+    index = (shards.root / fmt.index_file(entry.file)).read_text().splitlines()
+    if index[:1] != [f"{fmt.INDEX_VERSION} {len(numbers)}"] or len(index) != len(numbers) + 1:
+        raise ShardError(f"{shards.root / fmt.index_file(entry.file)}: not an index of {len(numbers)} samples; pack anew")
+    keys = set()
+    with tarfile.open(path, "r:") as archive:
+        for sample, line in zip(numbers, index[1:], strict=True):
+            members = [archive.next() for _ in range(3)]
+            if None in members:
+                raise ShardError(f"{path}: ends before sample {sample}; pack anew")
+            infos = [member for member in members if member is not None]
+            keys.add(_verify_sample(shards, metadata, archive, infos, int(sample), line, path))
+            yield
+        if archive.next() is not None or len(keys) != len(numbers):
+            raise ShardError(f"{path}: holds other samples than the manifest says; pack anew")
+
+
+def _verify_sample(
+    shards: ShardSet,
+    metadata: Metadata,
+    archive: tarfile.TarFile,
+    infos: list[tarfile.TarInfo],
+    sample: int,
+    index_line: str,
+    path: Path,
+) -> str:
+    record = shards.samples[sample]
+    row = int(record["row"])
+    key = infos[0].name.partition(".")[0]
+    where = f"{path}: {key} (sample {sample}, row {row + 1})"
+    contents = [archive.extractfile(info).read() for info in infos]  # type: ignore[union-attr]  # regular files have content
+    expected = fmt.members(key, shards.encoding, contents[0], int(record["label"]), metadata.row_json(row))
+    if [(info.name, content) for info, content in zip(infos, contents, strict=True)] != expected:
+        raise ShardError(f"{where}: key, label or row differ from the CSV's; pack anew")
+    if (infos[0].offset_data, infos[0].size) != (int(record["offset"]), int(record["size"])):
+        raise ShardError(f"{where}: lies elsewhere than {fmt.SAMPLES_FILE} says; pack anew")
+    components = [f"{info.name.partition('.')[2]} {info.offset_data} {info.size} {info.name}" for info in infos]
+    if index_line != " ".join(components):
+        raise ShardError(f"{where}: the DALI index says otherwise; pack anew")
+    _verify_payload(shards, sample, contents[0], where)
+    return key
+
+
+def _verify_payload(shards: ShardSet, sample: int, payload: bytes, where: str) -> None:
+    record = shards.samples[sample]
+    if shards.encoding == "png":
+        facts = check_png(payload, where)
+        if (facts.width, facts.height) != (int(record["width"]), int(record["height"])):
+            raise ShardError(f"{where}: is {facts.width}x{facts.height}, not {record['width']}x{record['height']}; pack anew")
+    else:
+        array, size = shards.array(sample), shards.manifest.image_size
+        if array.shape != (size, size, 3) or array.dtype != np.uint8:
+            raise ShardError(f"{where}: holds {array.shape} {array.dtype}, not ({size}, {size}, 3) uint8; pack anew")

@@ -1,0 +1,50 @@
+#!/usr/bin/env python3
+"""Pack a CSV and its PNG tree into per-fold WebDataset shards, once. The format is described in quaclrs/shards/format.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from quaclrs.arguments import Parser, add_dataset_arguments, columns_of
+from quaclrs.config import DEFAULT_IMAGE_SIZE, ENCODINGS, ON_ERROR, PackConfig, default_num_workers, parse_bytes
+from quaclrs.errors import run_command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(prog="shard_dataset.py", description=__doc__)
+    add_dataset_arguments(parser, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="SHARDS", help="folder for the shards")
+    parser.add_argument(
+        "--encoding", default="png", metavar="|".join(ENCODINGS), help="png keeps the files' bytes; rgb resizes once"
+    )
+    parser.add_argument("--image_size", type=int, default=DEFAULT_IMAGE_SIZE, help="pixels, for --encoding rgb")
+    parser.add_argument("--shard_size", default="256MiB", help="upper bound of one tar")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffling inside each fold")
+    parser.add_argument("--num_workers", type=int, default=default_num_workers(), help="processes")
+    parser.add_argument("--on_error", default="stop", metavar="|".join(ON_ERROR), help="what to do about a bad picture")
+    options = parser.parse_args(arguments)
+
+    def command() -> None:
+        from quaclrs.shards.pack import pack
+        from quaclrs.shards.summary import describe_packing
+
+        config = PackConfig(
+            csv_file=options.csv_file,
+            spectrograms_dir=options.spectrograms_dir,
+            output_dir=options.output_dir,
+            encoding=options.encoding,
+            image_size=options.image_size,
+            shard_size=parse_bytes(options.shard_size),
+            seed=options.seed,
+            num_workers=options.num_workers,
+            on_error=options.on_error,
+            columns=columns_of(options),
+        )
+        print(describe_packing(pack(config, progress=True), config.output_dir))
+
+    return run_command(command, parser.prog)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
