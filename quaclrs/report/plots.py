@@ -1,0 +1,217 @@
+"""The pictures of a fold's report, drawn by matplotlib through its object-oriented interface.
+
+``Figure`` without ``pyplot`` keeps no global state, needs no display and may be used in any thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from quaclrs.files import atomic_writer
+
+DPI = 120
+TRAIN_COLOUR = "#1f77b4"
+VALIDATION_COLOUR = "#d9541e"
+QUIET_COLOUR = "#8a8a8a"
+MAX_ANNOTATED_CLASSES = 40
+"""With more classes the numbers in the confusion matrix would run into each other."""
+MAX_NAME_LENGTH = 28
+"""Characters of a class name that are drawn; longer ones would leave no room for the picture."""
+
+History = Sequence[Mapping[str, Any]]
+
+
+def write_plots(directory: Path, history: History, metrics: Mapping[str, Any]) -> list[Path]:
+    """Write the four pictures of a fold into ``directory`` and return their paths.
+
+    ``history`` has a dict per epoch with ``epoch, train_loss, train_accuracy, val_loss, val_accuracy, learning_rate``
+    (accuracies as fractions; a value may be None or NaN and is then left out); ``metrics`` is what
+    :func:`quaclrs.report.metrics.compute_metrics` returned.
+    Raises :class:`StorageError` naming the file that cannot be written.
+    """
+    figures = {
+        "loss_curves.png": draw_losses(history),
+        "accuracy_curves.png": draw_accuracies(history),
+        "confusion_matrix.png": draw_confusion_matrix(metrics),
+        "roc_curves.png": draw_roc_curves(metrics),
+    }
+    for file_name, figure in figures.items():
+        _save(figure, directory / file_name)
+    return [directory / file_name for file_name in figures]
+
+
+def draw_losses(history: History) -> Figure:
+    """Training and validation loss over the epochs, with the learning rate behind them."""
+    figure, axes = _new_axes(8.0, 4.8)
+    _draw_pair(axes, history, "loss")
+    axes.set_ylabel("loss")
+    axes.set_title("Loss", loc="left", fontweight="bold")
+    _draw_learning_rate(axes, history)
+    axes.legend(loc="upper right", framealpha=0.9)
+    return figure
+
+
+def draw_accuracies(history: History) -> Figure:
+    """Training and validation accuracy over the epochs."""
+    figure, axes = _new_axes(8.0, 4.8)
+    _draw_pair(axes, history, "accuracy")
+    axes.set_ylabel("accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_title("Accuracy", loc="left", fontweight="bold")
+    axes.legend(loc="lower right", framealpha=0.9)
+    return figure
+
+
+def draw_confusion_matrix(metrics: Mapping[str, Any]) -> Figure:
+    """Counts of (label, prediction), coloured by the share of the label's row."""
+    counts = np.asarray(metrics["confusion_matrix"], dtype=np.int64)  # (C, C)
+    names = [_label(name) for name in metrics["class_names"]]
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = min(4.0 + 0.5 * len(names), 24.0)
+    figure, axes = _new_axes(side + 0.8, side)
+    image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    ticks = range(len(names))
+    axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(ticks, names)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xticks(np.arange(len(names) - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(len(names) - 1) + 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.2)
+    axes.tick_params(which="minor", length=0)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.set_title(f"Confusion matrix, accuracy {metrics['accuracy']:.1%}", loc="left", fontweight="bold")
+    colour_bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02, label="share of the true class's rows")
+    colour_bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    colour_bar.outline.set_visible(False)
+    if len(names) <= MAX_ANNOTATED_CLASSES:
+        _annotate_counts(axes, counts, shares)
+    return figure
+
+
+def draw_roc_curves(metrics: Mapping[str, Any]) -> Figure:
+    """One-vs-rest ROC curves of all classes and their two averages, with the areas in the legend."""
+    roc = metrics["roc"]
+    figure, axes = _new_axes(10.0, 6.2)
+    axes.plot([0, 1], [0, 1], color=QUIET_COLOUR, linewidth=1, linestyle=":")
+    colours = matplotlib.colormaps["tab20"].resampled(20)
+    for index, (name, curve) in enumerate(roc["classes"].items()):
+        _draw_curve(axes, curve, name, color=colours(index % 20), linewidth=1.2)
+    _draw_curve(axes, roc["macro"], "macro average", color="black", linewidth=2.2, linestyle="--")
+    _draw_curve(axes, roc["micro"], "micro average", color="black", linewidth=2.2)
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    axes.set_xlabel("false positive rate")
+    axes.set_ylabel("true positive rate")
+    axes.set_title("ROC curves, one class against the rest", loc="left", fontweight="bold")
+    columns = max(1, math.ceil(len(roc["classes"]) / 20))
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), title="AUC", frameon=False, ncols=columns)
+    return figure
+
+
+@functools.cache
+def heat_colours() -> npt.NDArray[np.uint8]:
+    """(256, 3) uint8: matplotlib's ``turbo``, from cold blue to hot red. The one array is shared: do not write to it."""
+    table = matplotlib.colormaps["turbo"](np.arange(256), bytes=True)
+    return np.ascontiguousarray(table[:, :3])
+
+
+def font_path() -> Path:
+    """matplotlib's own DejaVu Sans, which is there on every machine and knows more scripts than Pillow's default font."""
+    return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+
+
+def _new_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of ``width`` × ``height`` inches with one quiet pair of axes."""
+    margins = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)  # inches
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=margins)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_writer(path) as file, warnings.catch_warnings():
+        # a class name in a script that the font lacks is drawn as boxes; a warning for each letter helps nobody
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font", category=UserWarning)
+        figure.savefig(file, format="png")
+
+
+def _label(name: str) -> str:
+    """A class name fit to be drawn: not too long, on one line, and with no ``$`` that matplotlib takes for a formula."""
+    line = " ".join(name.split())
+    if len(line) > MAX_NAME_LENGTH:
+        half = MAX_NAME_LENGTH // 2
+        line = f"{line[:half]}…{line[-half:]}"
+    return line.replace("$", r"\$")
+
+
+def _column(history: History, key: str) -> npt.NDArray[np.float64]:
+    """(epochs,) float64; NaN, which matplotlib leaves out, where there is no value."""
+    values = [entry.get(key) for entry in history]
+    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _draw_pair(axes: Axes, history: History, quantity: str) -> None:
+    """Curves of a quantity in training and validation, and the epoch whose weights were kept."""
+    epochs = _column(history, "epoch")
+    validation = _column(history, f"val_{quantity}")
+    marker = "o" if len(epochs) <= 40 else None
+    axes.plot(epochs, _column(history, f"train_{quantity}"), color=TRAIN_COLOUR, marker=marker, ms=3.5, label="training")
+    axes.plot(epochs, validation, color=VALIDATION_COLOUR, marker=marker, ms=3.5, label="validation")
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    best = _best_epoch(history)
+    if best is not None:
+        value = f"{validation[best]:.1%}" if quantity == "accuracy" else f"{validation[best]:.3f}"
+        axes.axvline(epochs[best], color=VALIDATION_COLOUR, linewidth=1, linestyle="--", alpha=0.6)
+        label = f"best epoch {epochs[best]:.0f}: {value}"
+        axes.plot(epochs[best], validation[best], "*", color=VALIDATION_COLOUR, ms=14, mec="white", label=label)
+
+
+def _best_epoch(history: History) -> int | None:
+    """Position of the first epoch with the highest validation accuracy, which is the one that training keeps."""
+    accuracies = _column(history, "val_accuracy")
+    return None if np.isnan(accuracies).all() else int(np.nanargmax(accuracies))
+
+
+def _draw_learning_rate(axes: Axes, history: History) -> None:
+    rates = _column(history, "learning_rate")
+    if np.isnan(rates).all() or np.nanmin(rates) <= 0:
+        return
+    behind = axes.twinx()
+    behind.step(_column(history, "epoch"), rates, where="mid", color=QUIET_COLOUR, linewidth=1, alpha=0.7)
+    behind.set_yscale("log")
+    behind.set_ylim(np.nanmin(rates) / 2, np.nanmax(rates) * 2)
+    behind.set_ylabel("learning rate", color=QUIET_COLOUR)
+    behind.tick_params(axis="y", which="both", colors=QUIET_COLOUR)
+    behind.spines[["top", "left", "right"]].set_visible(False)
+    axes.set_zorder(behind.get_zorder() + 1)
+    axes.patch.set_visible(False)  # or it would hide what is now behind it
+
+
+def _annotate_counts(axes: Axes, counts: npt.NDArray[np.int64], shares: npt.NDArray[np.float64]) -> None:
+    size = 9 if len(counts) <= 20 else 6
+    for row, column in np.argwhere(counts > 0):
+        colour = "white" if shares[row, column] > 0.55 else "#2b2b2b"
+        axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=size, color=colour)
+
+
+def _draw_curve(axes: Axes, curve: Mapping[str, Any], name: str, **style: Any) -> None:
+    # the area comes first in the label: matplotlib hides labels that start with an underscore, as a class name may
+    area = "  –  " if curve["auc"] is None else f"{curve['auc']:.3f}"
+    axes.plot(curve["fpr"], curve["tpr"], label=f"{area}  {_label(name)}", **style)

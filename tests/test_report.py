@@ -1,0 +1,293 @@
+"""Contract of report/: true numbers, pictures that open, and Grad-CAM for every network, trained in whatever way."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+from torch import nn
+from torch.nn import functional
+
+from quaclrs import models
+from quaclrs.errors import StorageError, TrainingError
+from quaclrs.imaging.normalise import normalise
+from quaclrs.report import gradcam, plots
+from quaclrs.report.metrics import MAX_CURVE_POINTS, compute_metrics, roc_curves
+
+CLASS_NAMES = [
+    *("air_conditioner", "ambulance", "car_horn", "children_playing", "dog_bark", "drilling", "engine_idling"),
+    *("firetruck", "gun_shot", "jackhammer", "police", "street_music", "traffic"),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small batches gain nothing from a second thread, and lose much when another process has its core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def example(samples: int = 400, classes: int = 13, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, probabilities of a fair classifier, and which rows are originals."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, classes, samples)
+    scores = random.normal(size=(samples, classes))
+    scores[np.arange(samples), labels] += 1.5
+    probabilities = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    return labels, probabilities.astype(np.float32), random.random(samples) < 0.2
+
+
+def test_numbers_agree_with_counting() -> None:
+    labels, probabilities, is_original = example()
+    metrics = compute_metrics(labels, probabilities, CLASS_NAMES, is_original)
+    predictions = probabilities.argmax(axis=1)
+    right = predictions == labels
+    assert metrics["accuracy"] == pytest.approx(right.mean(), abs=1e-12)
+    assert metrics["accuracy_originals"] == pytest.approx(right[is_original].mean(), abs=1e-12)
+    assert (metrics["num_samples"], metrics["num_originals"]) == (400, is_original.sum())
+    scores = []
+    for label, name in enumerate(CLASS_NAMES):
+        hits = np.sum(right & (labels == label))
+        precision, recall = hits / np.sum(predictions == label), hits / np.sum(labels == label)
+        scores.append(2 * precision * recall / (precision + recall))
+        assert metrics["classification_report"][name]["recall"] == pytest.approx(recall)
+        for guess in range(13):
+            assert metrics["confusion_matrix"][label][guess] == np.sum((labels == label) & (predictions == guess))
+    assert metrics["macro_f1"] == pytest.approx(np.mean(scores))
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+
+
+def test_areas_agree_with_counting_pairs() -> None:
+    """AUC is the share of (positive, negative) pairs in the right order, ties counting half (Hanley and McNeil 1982)."""
+    labels, probabilities, _ = example()
+    probabilities = probabilities.round(2)  # makes ties
+    roc = roc_curves(labels, probabilities, CLASS_NAMES)
+    areas = []
+    for label, name in enumerate(CLASS_NAMES):
+        positive, negative = probabilities[labels == label, label], probabilities[labels != label, label]
+        difference = positive[:, np.newaxis] - negative
+        areas.append(np.mean(difference > 0) + np.mean(difference == 0) / 2)
+        assert roc["classes"][name]["auc"] == pytest.approx(areas[-1], abs=1e-9)
+    assert roc["macro"]["auc"] == pytest.approx(np.mean(areas), abs=1e-9)
+    assert roc["micro"]["auc"] == pytest.approx(roc_auc_score(np.eye(13)[labels].ravel(), probabilities.ravel()))
+
+
+def test_kept_points_lie_on_the_curve() -> None:
+    labels, probabilities, _ = example(samples=5000, classes=2)
+    roc = roc_curves(labels, probabilities, ["a", "b"])
+    for curve in (roc["classes"]["a"], roc["micro"], roc["macro"]):
+        fpr, tpr = np.array(curve["fpr"]), np.array(curve["tpr"])
+        assert 100 < len(fpr) <= MAX_CURVE_POINTS
+        assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
+        assert (np.diff(fpr) >= 0).all()
+        assert (np.diff(tpr) >= 0).all()
+        area = np.sum(np.diff(fpr) * (tpr[1:] + tpr[:-1]) / 2)
+        assert area == pytest.approx(curve["auc"], abs=2e-3)
+
+
+def test_a_class_that_is_absent() -> None:
+    labels, probabilities, _ = example()
+    present = labels != 4
+    metrics = compute_metrics(labels[present], probabilities[present], CLASS_NAMES)
+    assert metrics["classification_report"]["dog_bark"]["support"] == 0
+    assert metrics["classification_report"]["dog_bark"]["f1-score"] == 0
+    assert np.array(metrics["confusion_matrix"]).shape == (13, 13)
+    assert metrics["roc"]["classes"]["dog_bark"] == {"auc": None, "fpr": [], "tpr": []}
+    others = [curve["auc"] for name, curve in metrics["roc"]["classes"].items() if name != "dog_bark"]
+    assert metrics["roc"]["macro"]["auc"] == pytest.approx(np.mean(others))
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_one_sample_of_one_class() -> None:
+    metrics = compute_metrics([1], [[0.2, 0.8]], ["a", "b"], [False])
+    assert metrics["accuracy"] == metrics["macro_f1"] == 1
+    assert (metrics["num_originals"], metrics["accuracy_originals"]) == (0, None)
+    assert metrics["roc"]["macro"]["auc"] is None
+    assert metrics["roc"]["micro"]["auc"] == 1
+    assert compute_metrics([1], [[0.2, 0.8]], ["a", "b"])["num_originals"] is None
+
+
+def test_refused_predictions() -> None:
+    with pytest.raises(TrainingError, match="1 of 2 predictions are not finite"):
+        compute_metrics([0, 1], [[0.5, 0.5], [math.nan, 0.5]], ["a", "b"])
+    with pytest.raises(ValueError, match="labels run from 0 to 2, but there are 2 classes"):
+        compute_metrics([0, 2], [[0.5, 0.5], [0.5, 0.5]], ["a", "b"])
+    with pytest.raises(ValueError, match="do not fit 2 classes"):
+        compute_metrics([], np.zeros((0, 2)), ["a", "b"])
+
+
+def history(epochs: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "epoch": epoch,
+            "train_loss": 2 / epoch,
+            "train_accuracy": 1 - 0.8 / epoch,
+            "val_loss": 2.2 / epoch,
+            "val_accuracy": 0.8 - 0.6 / epoch,
+            "learning_rate": 1e-3,
+        }
+        for epoch in range(1, epochs + 1)
+    ]
+
+
+def check_png(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        picture.load()
+        assert picture.format == "PNG"
+        return picture.convert("RGB")
+
+
+def test_the_four_plots(tmp_path: Path) -> None:
+    labels, probabilities, _ = example()
+    present = labels != 4
+    metrics = compute_metrics(labels[present], probabilities[present], CLASS_NAMES)
+    paths = plots.write_plots(tmp_path / "plots", history(9), metrics)
+    assert [path.name for path in paths] == [
+        "loss_curves.png",
+        "accuracy_curves.png",
+        "confusion_matrix.png",
+        "roc_curves.png",
+    ]
+    assert sorted((tmp_path / "plots").iterdir()) == sorted(paths)  # no temporary file is left
+    for path in paths:
+        assert min(check_png(path).size) > 400
+
+
+def test_plots_of_odd_runs(tmp_path: Path) -> None:
+    """One epoch, values that are not there, and class names that matplotlib would read as something else."""
+    names = ["_hidden", "$not math$", "犬", "b" * 60]
+    metrics = compute_metrics([0, 1, 1, 3], np.eye(4)[[0, 1, 2, 3]], names)
+    odd: dict[str, Any] = {"epoch": 1, "train_loss": math.nan, "val_loss": None, "val_accuracy": None, "learning_rate": 0.0}
+    for number, epochs in enumerate(([odd], history(1), [])):
+        for path in plots.write_plots(tmp_path / str(number), epochs, metrics):
+            check_png(path)
+    legend = plots.draw_roc_curves(metrics).axes[0].get_legend()
+    assert legend is not None
+    assert legend.get_texts()[0].get_text() == "1.000  _hidden"
+
+
+def test_plots_name_the_file_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    metrics = compute_metrics([0, 1], np.eye(2), ["a", "b"])
+    with pytest.raises(StorageError, match=r"cannot write .*file.plots.loss_curves\.png"):
+        plots.write_plots(tmp_path / "file" / "plots", history(2), metrics)
+
+
+def test_pick_samples() -> None:
+    labels = np.array([1, 0, 1, 1, 0, 1, 1])
+    assert gradcam.pick_samples(labels, per_class=2).tolist() == [1, 4, 0, 2]
+    originals = np.array([0, 0, 0, 1, 1, 0, 1], bool)
+    assert gradcam.pick_samples(labels, is_original=originals, per_class=3).tolist() == [4, 1, 3, 6, 0]
+    predictions = np.array([1, 0, 1, 1, 1, 0, 0])  # of class 1: right 0, 2, 3, wrong 5, 6
+    assert gradcam.pick_samples(labels, predictions, per_class=4).tolist() == [1, 4, 0, 5, 2, 6]
+    assert gradcam.pick_samples(labels, predictions, originals, per_class=4).tolist() == [4, 1, 3, 6, 0, 5]
+    assert gradcam.pick_samples([], per_class=4).tolist() == []
+
+
+def test_file_stems_are_safe_and_differ() -> None:
+    stems = gradcam.safe_file_stems(["dog_bark", "../a/b", "Dog_Bark", "a b", "a?b", "..", "é" * 300])
+    assert stems[:6] == ["dog_bark", "_a_b", "Dog_Bark-2", "a_b", "a_b-4", "class"]
+    assert len(stems[6].encode()) <= 200
+
+
+def picture_batch(size: int, count: int = 2) -> tuple[torch.Tensor, np.ndarray]:
+    """Smooth blobs, since noise gives flat heat maps: (count, 3, size, size) float32 and the 8-bit pictures."""
+    random = torch.Generator().manual_seed(1)
+    coarse = torch.rand((count, 3, 4, 4), generator=random)
+    smooth = functional.interpolate(coarse, (size, size), mode="bilinear")
+    pictures = (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return normalise(pictures), pictures.numpy()
+
+
+def test_pictures_come_back_exactly() -> None:
+    images, pictures = picture_batch(40)
+    assert np.array_equal(gradcam.to_pictures(images), pictures)
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """All that Grad-CAM must leave alone."""
+    return {
+        "training": [module.training for module in model.modules()],
+        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
+        "grad": [None if parameter.grad is None else parameter.grad.sum() for parameter in model.parameters()],
+        "hooks": [
+            len(hooks)
+            for module in model.modules()
+            for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        ],
+        "values": {key: value.double().sum() for key, value in model.state_dict().items()},
+    }
+
+
+@pytest.fixture(params=list(models.ARCHITECTURES))
+def network(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
+    torch.manual_seed(0)
+    return request.param, models.build_model(request.param, 3)
+
+
+def test_gradcam_of_every_network(network: tuple[str, nn.Module], tmp_path: Path) -> None:
+    """Frozen and unfrozen give the same maps, and leave the model as it was."""
+    name, model = network
+    images, pictures = picture_batch(160 if name == "inception" else 96)
+    model.get_submodule(models.ARCHITECTURES[name].heads[0]).weight.grad = None
+    model.get_submodule(models.ARCHITECTURES[name].heads[0]).eval()  # a mixture of modes must survive as well
+    every_target = torch.arange(3).repeat_interleave(2)
+    maps = []
+    for freeze in (False, True):
+        if freeze:
+            models._freeze_all_but(model, models.ARCHITECTURES[name].trainable)
+        before = state_of(model)
+        maps.append(gradcam.heat_maps(model, name, images.repeat(3, 1, 1, 1), every_target))
+        assert state_of(model) == before
+    assert np.array_equal(*maps)
+    assert maps[0].shape == (6, *images.shape[2:])
+    assert maps[0].dtype == np.float32
+    assert maps[0].min() >= 0
+    assert maps[0].max() == pytest.approx(1)
+    assert maps[0].std(axis=(1, 2)).max() > 0.01  # of three classes at least one has something in its favour
+    paths = gradcam.write_gradcams(model, name, images, [2, 2], [2, 0], ["a", "b", "c/d"], tmp_path, pictures)
+    assert [path.name for path in paths] == ["gradcam_c_d_0.png", "gradcam_c_d_1.png"]
+    for path, picture in zip(paths, pictures, strict=True):
+        drawn = np.asarray(check_png(path))
+        factor = -(-gradcam.MIN_PANEL // len(picture))
+        assert (drawn == picture[len(picture) // 2, 0]).all(axis=2).any()
+        assert drawn.shape[1] > 2 * factor * len(picture)
+
+
+def test_gradcam_agrees_with_the_papers_formula() -> None:
+    """Channel weights are the mean gradients; the map is the rectified weighted sum (Selvaraju et al. 2017, eq. 1 and 2)."""
+    torch.manual_seed(0)
+    model = models.build_model("resnet18", 3).eval()
+    images, _ = picture_batch(96)
+    targets = torch.tensor([2, 0])
+    features = nn.Sequential(*list(model.children())[:-2])(images).detach().requires_grad_()
+    scores = model.fc(features.mean(dim=(2, 3)))
+    (gradients,) = torch.autograd.grad(scores.gather(1, targets[:, None]).sum(), features)
+    weights = gradients.mean(dim=(2, 3), keepdim=True)
+    expected = functional.relu((weights * features).sum(dim=1, keepdim=True)).detach()
+    expected = functional.interpolate(expected, (96, 96), mode="bilinear")[:, 0]
+    expected = expected / expected.amax(dim=(1, 2), keepdim=True).clamp_min(1e-30)
+    assert expected.max() == 1
+    found = gradcam.heat_maps(model, "resnet18", images, targets)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+
+
+def test_gradcam_inside_inference_mode_and_of_no_image(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = models.build_model("resnet18", 3)
+    images, _ = picture_batch(64)
+    expected = gradcam.heat_maps(model, "resnet18", images, torch.tensor([0, 1]))
+    with torch.inference_mode():
+        inside = images * 1  # an inference tensor, as a loader driven by evaluation makes them
+        assert np.array_equal(gradcam.heat_maps(model, "resnet18", inside, torch.tensor([0, 1])), expected)
+    assert gradcam.write_gradcams(model, "resnet18", images[:0], [], [], ["a", "b", "c"], tmp_path) == []
