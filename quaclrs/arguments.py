@@ -9,11 +9,18 @@ from typing import Any
 from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, Columns
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not those of flags that are off or not given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser in which ``--batch_size`` may be written ``--batch-size``, and no flag be abbreviated."""
 
     def __init__(self, **options: Any) -> None:
-        options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        options.setdefault("formatter_class", _HelpFormatter)
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -31,16 +38,21 @@ class Parser(argparse.ArgumentParser):
         return "--" + flag[2:].replace("-", "_") + equals + value
 
 
-def add_dataset_arguments(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """``--csv_file --spectrograms_dir`` and the names of the CSV's columns."""
-    csv: dict[str, Any] = {"required": True} if required else {"default": DEFAULT_CSV_FILE}
-    folder: dict[str, Any] = {"required": True} if required else {"default": DEFAULT_SPECTROGRAMS_DIR}
-    parser.add_argument("--csv_file", type=Path, metavar="CSV", help="one row per sample", **csv)
-    parser.add_argument("--spectrograms_dir", type=Path, metavar="DIR", help="holds fold1/, fold2/, ...", **folder)
+def add_dataset_arguments(group: Any, *, required: bool = False) -> None:
+    """``--csv_file --spectrograms_dir`` and the names of the CSV's columns.
+
+    Where they are not required they default to None: the caller fills in DEFAULT_CSV_FILE and DEFAULT_SPECTROGRAMS_DIR, knowing
+    whether the user named them.
+    """
+    csv_default, folder_default = ("", "") if required else (f" [{DEFAULT_CSV_FILE}]", f" [{DEFAULT_SPECTROGRAMS_DIR}]")
+    group.add_argument("--csv_file", type=Path, metavar="CSV", required=required, help=f"one row per sample{csv_default}")
+    group.add_argument(
+        "--spectrograms_dir", type=Path, metavar="DIR", required=required, help=f"holds fold1/, fold2/, ...{folder_default}"
+    )
     names = Columns()
-    parser.add_argument("--file_column", default=names.file, metavar="NAME", help="CSV column with the picture's file name")
-    parser.add_argument("--label_column", default=names.label, metavar="NAME", help="CSV column with the class name")
-    parser.add_argument("--fold_column", default=names.fold, metavar="NAME", help="CSV column with the fold, 1, 2, ...")
+    group.add_argument("--file_column", default=names.file, metavar="NAME", help="CSV column with the picture's file name")
+    group.add_argument("--label_column", default=names.label, metavar="NAME", help="CSV column with the class name")
+    group.add_argument("--fold_column", default=names.fold, metavar="NAME", help="CSV column with the fold, 1, 2, ...")
 
 
 def columns_of(arguments: argparse.Namespace) -> Columns:

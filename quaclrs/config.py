@@ -83,8 +83,10 @@ class PackConfig:
 class TrainConfig:
     """One run of ``quaclrs-train``: one model over one fold or all of them. Defaults are the original trainer's."""
 
-    csv_file: Path = DEFAULT_CSV_FILE
-    spectrograms_dir: Path = DEFAULT_SPECTROGRAMS_DIR
+    csv_file: Path | None = None
+    """None takes DEFAULT_CSV_FILE; with ``shards``, a CSV that is named must be the one they were packed from."""
+    spectrograms_dir: Path | None = None
+    """None takes DEFAULT_SPECTROGRAMS_DIR."""
     shards: Path | None = None
     """A folder of tools/shard_dataset.py; None packs into a cache beside the CSV."""
     columns: Columns = field(default_factory=Columns)

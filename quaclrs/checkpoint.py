@@ -1,0 +1,79 @@
+"""Checkpoints: whole or absent, versioned, loaded without running code, and refused when they belong to another run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quaclrs.errors import TrainingError
+from quaclrs.files import atomic_writer
+
+CHECKPOINT_VERSION = 1
+BEST_MODEL_FILE = "best_model.pth"
+_NAME = re.compile(r"checkpoint_epoch_(\d+)\.pth")
+
+
+def checkpoint_file(folder: Path, epoch: int) -> Path:
+    """``checkpoint_epoch_{epoch}.pth``, as the original names it."""
+    return folder / f"checkpoint_epoch_{epoch}.pth"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The regular checkpoints in ``folder``, oldest epoch first."""
+    numbered = [(int(match[1]), path) for path in folder.glob("checkpoint_epoch_*.pth") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered)]
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write tensors and plain values to ``path``, whole or not at all. Raises :class:`StorageError` for the disk."""
+    with atomic_writer(path) as file:
+        torch.save(content, file)
+
+
+def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any], run: dict[str, Any], keep: int) -> None:
+    """Write epoch ``epoch``'s checkpoint, then delete all but the last ``keep``; ``run`` says what it belongs to."""
+    save(checkpoint_file(folder, epoch), {"version": CHECKPOINT_VERSION, "epoch": epoch, "run": run, "state": state})
+    for old in checkpoints(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+
+
+def load_checkpoint(folder: Path, run: dict[str, Any]) -> dict[str, Any] | None:
+    """The state of the last checkpoint in ``folder``; None when there is none.
+
+    Raises :class:`TrainingError` when it cannot be read, or belongs to a run that differs from ``run``, naming the differences.
+    """
+    found = checkpoints(folder)
+    if not found:
+        return None
+    content = load(found[-1])
+    if content.get("version") != CHECKPOINT_VERSION:
+        raise TrainingError(
+            f"{found[-1]}: checkpoint version {content.get('version')!r}, this quaclrs reads {CHECKPOINT_VERSION}; train without --resume"
+        )
+    refuse_other_run(found[-1], content["run"], run)
+    return content["state"]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read what :func:`save` wrote, to the CPU. Raises :class:`TrainingError` naming the file when it cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the unpickler makes of a damaged file
+        reason = " ".join(str(error).split())[:120]
+        raise TrainingError(f"{path}: cannot be loaded ({reason}); delete it and run again") from None
+
+
+def refuse_other_run(where: Path, saved: dict[str, Any], run: dict[str, Any]) -> None:
+    """Raise :class:`TrainingError` naming each setting in which the run saved at ``where`` differs from ``run``."""
+    differences = [
+        f"{name} was {saved.get(name)!r}, now {run.get(name)!r}"
+        for name in sorted({*saved, *run})
+        if saved.get(name) != run.get(name)
+    ]
+    if differences:
+        raise TrainingError(
+            f"{where}: belongs to another run ({'; '.join(differences)}); use the same settings, or another --output_dir"
+        )

@@ -1,0 +1,133 @@
+"""``quaclrs-train``: the command line of the original trainer, and ours. Imports torch only once the flags are read."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quaclrs import __version__
+from quaclrs.arguments import Parser, add_dataset_arguments, columns_of
+from quaclrs.config import SCHEDULERS, TrainConfig
+from quaclrs.errors import run_command
+
+PROGRAM = "quaclrs-train"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parse(given)
+    return run_command(lambda: _train(options), PROGRAM)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the flags; ``--demo`` changes some defaults, and what is given beside it still counts."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.demo:
+        from quaclrs.demo import DEMO_DEFAULTS
+
+        parser.set_defaults(**DEMO_DEFAULTS)
+        options = parser.parse_args(arguments)
+    return options
+
+
+def to_config(options: argparse.Namespace) -> TrainConfig:
+    """The run's configuration. Raises :class:`UsageError` naming a flag whose value cannot work."""
+    names = {field.name for field in dataclasses.fields(TrainConfig)} & set(vars(options))
+    return TrainConfig(columns=columns_of(options), **{name: getattr(options, name) for name in names})
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = to_config(options)
+
+    from quaclrs.distributed import refuse_distributed
+
+    refuse_distributed(options.distributed)
+    if options.demo:
+        from quaclrs.demo import prepare_demo
+
+        config = prepare_demo(config)
+
+    from quaclrs.crossval import SUMMARY_FILE, run_cross_validation
+    from quaclrs.progress import console_hooks
+
+    summary = run_cross_validation(config, log=print, hooks=console_hooks(config.epochs))
+    folder = config.output_dir / config.model_name
+    spread = "" if summary["std_test_accuracy"] is None else f" ± {summary['std_test_accuracy']:.2%}"
+    print(
+        f"{config.model_name}: test accuracy {summary['mean_test_accuracy']:.2%}{spread} over {summary['num_folds']} fold(s)"
+        f"{_originals(summary)}; results in {folder} (start with {SUMMARY_FILE} and fold_*/plots)"
+    )
+
+
+def _originals(summary: dict[str, Any]) -> str:
+    accuracy = summary["mean_test_accuracy_originals"]
+    return "" if accuracy is None else f", {accuracy:.2%} on originals only"
+
+
+def _parser() -> Parser:
+    parser = Parser(prog=PROGRAM, description="Train and test a spectrogram classifier by k-fold cross-validation.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--demo", action="store_true", help="make a small synthetic dataset, pack it, and train on it")
+    add_dataset_arguments(parser.add_argument_group("data"))
+    _add_data_arguments(parser.add_argument_group("reading"))
+    _add_model_arguments(parser.add_argument_group("model"))
+    _add_training_arguments(parser.add_argument_group("training"))
+    _add_run_arguments(parser.add_argument_group("run"))
+    return parser
+
+
+def _add(group: Any, name: str, help_text: str, **options: Any) -> None:
+    """A flag whose default is the one of :class:`TrainConfig`."""
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    group.add_argument(f"--{name}", default=fields[name].default, help=help_text, **options)
+
+
+def _add_data_arguments(group: Any) -> None:
+    _add(
+        group,
+        "shards",
+        "folder of tools/shard_dataset.py; without it, the CSV's pictures are packed once",
+        type=Path,
+        metavar="DIR",
+    )
+    _add(group, "loader", "auto, files (Pillow) or dali")
+    _add(group, "num_workers", "processes or threads that read and decode", type=int, metavar="N")
+    _add(group, "image_size", "pixels; the model's own size if not given", type=int, metavar="S")
+
+
+def _add_model_arguments(group: Any) -> None:
+    _add(group, "model_name", "alexnet, vgg16, resnet18, mobilenet, inception, efficientnet or convnext")
+    _add(group, "pretrained", "start from ImageNet weights", action="store_true")
+    _add(group, "freeze_features", "train the head only", action="store_true")
+
+
+def _add_training_arguments(group: Any) -> None:
+    _add(group, "batch_size", "samples per step", type=int, metavar="B")
+    _add(group, "epochs", "at most", type=int, metavar="N")
+    _add(group, "patience", "epochs without a better validation accuracy before stopping", type=int, metavar="N")
+    _add(group, "learning_rate", "Adam's", type=float, metavar="LR")
+    _add(group, "weight_decay", "Adam's", type=float, metavar="WD")
+    _add(group, "scheduler", "plateau halves the learning rate when validation stalls; cosine anneals it", choices=SCHEDULERS)
+    _add(group, "use_amp", "automatic mixed precision", action="store_true")
+    _add(group, "seed", "of weights and order", type=int)
+
+
+def _add_run_arguments(group: Any) -> None:
+    _add(group, "fold", "test this fold only; all folds if not given", type=int, metavar="K")
+    _add(group, "num_folds", "folds of the protocol", type=int, metavar="K")
+    _add(group, "device", "auto, cpu, cuda or cuda:N")
+    _add(group, "output_dir", "results go to {output_dir}/{model_name}/fold_{k}", type=Path, metavar="DIR")
+    _add(group, "resume", "go on where an interrupted run stopped; finished folds are kept", action="store_true")
+    _add(group, "keep_checkpoints", "regular checkpoints to keep per fold", type=int, metavar="N")
+    _add(group, "gradcam_per_class", "Grad-CAM pictures per class; 0 for none", type=int, metavar="N")
+    group.add_argument("--distributed", action="store_true", help="several devices (not in this version: refused)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""NVIDIA DALI: encoded PNG records → decode, drop alpha, antialiased resize, normalise. The only file that imports ``nvidia.dali``.
+
+DALI gets its samples through ``external_source`` in our order. One pipeline is built per run and serves every fold, epoch and phase.
+On a GPU everything after the entropy decoding runs there; without one (``device_id=None``) the same graph runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from quaclrs.errors import MissingDependencyError, ShardError, UsageError
+from quaclrs.imaging.normalise import IMAGENET_MEAN, IMAGENET_STD
+from quaclrs.imaging.png import to_rgb
+from quaclrs.loaders.base import Batch, LoaderConfig
+from quaclrs.shards.format import FLAG_NOT_PLAIN
+from quaclrs.shards.read import ShardSet
+
+_QUEUE_DEPTH = 2
+"""Batches that DALI works on ahead of the one in use."""
+_READ_AHEAD = 2
+"""Batches read from disk ahead of DALI's queue."""
+
+
+def dali_missing() -> str | None:
+    """Why DALI cannot be used here, in a few words; None when it can."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        return f"nvidia-dali-cuda120 cannot be imported ({error})"
+    return None
+
+
+class DaliLoader:
+    """Batches made by DALI from ``png`` shards.
+
+    Its resize is not Pillow's: at float32 single values may differ by up to 10/255 (before normalisation), 0.5/255 in the mean.
+    Raises :class:`MissingDependencyError` without DALI, :class:`UsageError` for shards of another encoding.
+    """
+
+    name = "dali"
+
+    def __init__(self, shards: ShardSet, labels: np.ndarray, config: LoaderConfig) -> None:
+        reason = dali_missing()
+        if reason is not None:
+            raise MissingDependencyError(f"--loader dali: {reason}; pip install nvidia-dali-cuda120 (Linux), or use --loader files")
+        if shards.encoding != "png":
+            raise UsageError(
+                f"--loader dali: {shards.root} is encoded {shards.encoding}, which needs no decoder; use --loader files"
+            )
+        self._shards = shards
+        self._config = config
+        self._labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64))
+        self._reader = _ReadAhead(shards, max(config.num_workers, 1))
+        self._pipeline: Any = _build_pipeline(config, self._reader.next_batch)
+
+    def load(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
+        """As :class:`~quaclrs.loaders.base.Loader`."""
+        if self._pipeline is None:
+            raise ValueError("the loader is closed")
+        self._reader.start(batches)
+        try:
+            for numbers in batches:
+                yield self._batch(self._run(), numbers)
+        finally:
+            self._drain()
+
+    def close(self) -> None:
+        """As :class:`~quaclrs.loaders.base.Loader`."""
+        self._pipeline = None
+        self._reader.close()
+
+    def _run(self) -> torch.Tensor:
+        """(B, S, S, 3) normalised, of the next batch; it shares DALI's buffer, which lives as long as the tensor."""
+        stream = torch.cuda.current_stream(self._config.device) if self._config.device.type == "cuda" else None
+        try:
+            (output,) = self._pipeline.run(stream)
+        except RuntimeError as error:  # DALI calls its pipeline invalid after such an error
+            self._pipeline = None
+            raise ShardError(
+                f"{self._shards.root}: DALI cannot decode: {_gist(error)}; check with tools/inspect_shards.py verify"
+            ) from None
+        return torch.from_dlpack(output.as_tensor())
+
+    def _batch(self, images: torch.Tensor, numbers: np.ndarray) -> Batch:
+        index = torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int64))
+        labels = self._labels[index]
+        if self._config.device.type == "cuda":
+            labels = labels.pin_memory().to(self._config.device, non_blocking=True)
+        return Batch(images.to(self._config.dtype).permute(0, 3, 1, 2), labels, index)
+
+    def _drain(self) -> None:
+        """Let DALI finish what it has begun, so that the next epoch starts with an empty queue."""
+        self._reader.stop()
+        with contextlib.suppress(StopIteration):
+            while self._pipeline is not None:
+                self._pipeline.run()
+        if self._pipeline is not None:
+            self._pipeline.reset()
+
+
+class _ReadAhead:
+    """Reads the encoded records of the next batches in threads, so that a slow disk does not hold up the training thread."""
+
+    def __init__(self, shards: ShardSet, num_threads: int) -> None:
+        self._shards = shards
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="quaclrs-read")
+        self._waiting: Iterator[np.ndarray] = iter(())
+        self._reading: deque[Future[list[np.ndarray]]] = deque()
+
+    def start(self, batches: Sequence[np.ndarray]) -> None:
+        self._waiting = iter(batches)
+        self._reading.clear()
+        for _ in range(_QUEUE_DEPTH + _READ_AHEAD):
+            self._submit()
+
+    def next_batch(self) -> list[np.ndarray]:
+        """The records of the next batch, each (bytes,) uint8; StopIteration after the last (DALI's own protocol)."""
+        if not self._reading:
+            raise StopIteration
+        self._submit()
+        return self._reading.popleft().result()
+
+    def stop(self) -> None:
+        self._waiting = iter(())
+        while self._reading:
+            self._reading.popleft().cancel()
+
+    def close(self) -> None:
+        self.stop()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self) -> None:
+        numbers = next(self._waiting, None)
+        if numbers is not None:
+            self._reading.append(self._threads.submit(self._read, numbers))
+
+    def _read(self, numbers: np.ndarray) -> list[np.ndarray]:
+        return [self._record(int(number)) for number in numbers]
+
+    def _record(self, number: int) -> np.ndarray:
+        payload = self._shards.payload(number)
+        if self._shards.samples["flags"][number] & FLAG_NOT_PLAIN:
+            return _as_plain_png(payload.tobytes(), f"{self._shards.root}: sample {number}")
+        return payload.copy()  # here, in this thread, the pages are read from disk
+
+
+def _as_plain_png(data: bytes, name: str) -> np.ndarray:
+    """A palette, grey or 16-bit PNG as 8-bit RGB: DALI scales those by rules of its own, the contract is Pillow's."""
+    buffer = io.BytesIO()
+    Image.fromarray(to_rgb(data, name)).save(buffer, "PNG", compress_level=1)
+    return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+def _build_pipeline(config: LoaderConfig, source: Any) -> Any:
+    from nvidia.dali import fn, pipeline_def, types
+
+    on_gpu = config.device.type == "cuda"
+
+    @pipeline_def(
+        batch_size=config.max_batch,
+        num_threads=max(config.num_workers, 1),
+        device_id=(config.device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=_QUEUE_DEPTH,
+    )
+    def pictures() -> Any:
+        encoded = fn.external_source(source=source, dtype=types.UINT8, ndim=1, batch=True)
+        # output_type RGB drops alpha as Pillow's convert("RGB") does: no blending
+        decoded = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False)
+        size = (config.image_size, config.image_size)
+        resized = fn.resize(decoded, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+        return fn.crop_mirror_normalize(
+            resized,
+            dtype=types.FLOAT16 if config.dtype == torch.float16 else types.FLOAT,  # DALI has no bfloat16 here
+            output_layout="HWC",
+            mean=[255 * value for value in IMAGENET_MEAN],
+            std=[255 * value for value in IMAGENET_STD],
+        )
+
+    pipeline = pictures()
+    pipeline.build()
+    return pipeline
+
+
+def _gist(error: Exception) -> str:
+    """DALI's own words for what went wrong, without its operator stack."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "rror" in line and "Critical" not in line), lines[0] if lines else "unknown error")

@@ -1,0 +1,137 @@
+"""Pillow and DataLoader: the original's way, on any machine, and the oracle for every other loader.
+
+Pictures come from the PNG tree or from shards; both give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from quaclrs.errors import DataError, QuaclrsError, UsageError
+from quaclrs.imaging.normalise import normalise
+from quaclrs.imaging.png import decode_png, resize_rgb, to_rgb
+from quaclrs.loaders.base import Batch, LoaderConfig
+from quaclrs.shards.read import ShardSet
+
+
+class Pictures(Protocol):
+    """Where pictures come from; picklable, for worker processes."""
+
+    def picture(self, number: int) -> np.ndarray:
+        """(S, S, 3) uint8 of sample ``number``, resized as Pillow does."""
+        ...
+
+
+class TreePictures:
+    """The PNG tree. ``paths[number]`` is sample ``number``'s file; nothing has checked it before, so it is checked in full here."""
+
+    def __init__(self, paths: Sequence[Path], image_size: int) -> None:
+        self._paths = paths
+        self._size = image_size
+
+    def picture(self, number: int) -> np.ndarray:
+        """As :class:`Pictures`; raises :class:`DataError` naming the file when it cannot be read or is not a good PNG."""
+        path = self._paths[number]
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot read the file ({error.strerror}); restore it or take its row out of the CSV") from None
+        image, _ = decode_png(data, str(path))
+        return resize_rgb(image, self._size)
+
+
+class ShardPictures:
+    """``png`` or ``rgb`` shards."""
+
+    def __init__(self, shards: ShardSet, image_size: int) -> None:
+        stored = shards.manifest.image_size
+        if stored is not None and stored != image_size:
+            raise UsageError(
+                f"--image_size {image_size}: {shards.root} holds pictures already resized to {stored}; "
+                f"use --image_size {stored}, or pack anew with --image_size {image_size} (or --encoding png, which serves all sizes)"
+            )
+        self._shards = shards
+        self._size = image_size
+
+    def picture(self, number: int) -> np.ndarray:
+        """As :class:`Pictures`."""
+        if self._shards.encoding == "rgb":
+            return self._shards.array(number)
+        name = f"{self._shards.root}: sample {number}"
+        return resize_rgb(Image.fromarray(to_rgb(self._shards.payload(number).tobytes(), name)), self._size)
+
+
+class FilesLoader:
+    """Batches made by Pillow in DataLoader's worker processes, which live from the first epoch to :meth:`close`."""
+
+    name = "files"
+
+    def __init__(self, pictures: Pictures, labels: np.ndarray, config: LoaderConfig) -> None:
+        self._config = config
+        self._labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64))
+        self._plan = _Plan()
+        self._loader: DataLoader[torch.Tensor | QuaclrsError] | None = DataLoader(
+            _PictureBatches(pictures),
+            sampler=self._plan,
+            batch_size=None,  # each element of the plan is a whole batch already
+            num_workers=config.num_workers,
+            persistent_workers=config.num_workers > 0,
+            pin_memory=config.device.type == "cuda",
+        )
+
+    def load(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
+        """As :class:`~quaclrs.loaders.base.Loader`."""
+        if self._loader is None:
+            raise ValueError("the loader is closed")
+        self._plan.batches = batches
+        for numbers, pictures in zip(batches, self._loader, strict=True):
+            if isinstance(pictures, QuaclrsError):
+                raise pictures
+            yield self._batch(pictures, numbers)
+
+    def close(self) -> None:
+        """As :class:`~quaclrs.loaders.base.Loader`."""
+        self._loader = None  # its worker processes end with its iterator
+
+    def _batch(self, pictures: torch.Tensor, numbers: np.ndarray) -> Batch:
+        device = self._config.device
+        index = torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int64))
+        labels = self._labels[index]
+        if device.type == "cuda":  # pinned by the DataLoader (pictures) or small (labels): no host synchronisation
+            pictures = pictures.to(device, non_blocking=True)
+            labels = labels.pin_memory().to(device, non_blocking=True)
+        return Batch(normalise(pictures, self._config.dtype), labels.to(device), index)
+
+
+class _Plan(Sampler[np.ndarray]):
+    """The batches of the epoch to come; DataLoader asks again each time it is iterated."""
+
+    def __init__(self) -> None:
+        self.batches: Sequence[np.ndarray] = ()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _PictureBatches(Dataset["torch.Tensor | QuaclrsError"]):
+    """Maps an array of sample numbers to their pictures."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self._pictures = pictures
+
+    def __getitem__(self, numbers: np.ndarray) -> torch.Tensor | QuaclrsError:
+        """(B, S, S, 3) uint8; an error of the data is returned, since DataLoader would wrap a raised one in a traceback's text."""
+        try:
+            return torch.from_numpy(np.stack([self._pictures.picture(int(number)) for number in numbers]))
+        except QuaclrsError as error:
+            return error
