@@ -16,9 +16,10 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 @contextlib.contextmanager
-def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+def atomic_writer(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a file that takes ``path``'s name only when the block ends without an exception; its folder is made if needed.
 
+    ``durable`` also waits until it would survive a power cut; without, many small files are written much faster.
     Raises :class:`StorageError` naming the path when the disk is full, read-only or otherwise refuses.
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
@@ -26,10 +27,12 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        if durable:
+            _sync_folder(path.parent)
     except OSError as error:
         _remove(temporary)
         raise storage_error(path, error) from None
@@ -38,9 +41,9 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path``, whole or not at all; errors as :func:`atomic_writer`."""
-    with atomic_writer(path) as file:
+def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write ``content`` to ``path``, whole or not at all; ``durable`` and errors as :func:`atomic_writer`."""
+    with atomic_writer(path, durable=durable) as file:
         file.write(content)
 
 

@@ -15,7 +15,7 @@ from quaclrs.errors import QuaclrsError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Tick = Callable[[], None]
+Tick = Callable[[], object]
 """To be called by the work after each unit of it; raises :class:`Cancelled` when the work is no longer wanted."""
 
 _POLL_S = 0.1
@@ -33,13 +33,14 @@ def run_tasks(
     num_workers: int,
     on_progress: Callable[[int], object] = lambda units: None,
 ) -> list[Result]:
-    """``work(task, tick)`` for every task in spawned processes; results in the order of ``tasks``.
+    """``work(task, tick)`` for every task, each in one of ``num_workers`` spawned processes; results in the order of ``tasks``.
 
-    ``work`` must be importable (a module's function) and calls ``tick()`` once per unit; ``on_progress`` gets the units done since
-    its last call. The first exception cancels the rest and is raised here. A worker that dies is a :class:`QuaclrsError`.
+    One worker is the calling process itself. ``work`` must be importable (a module's function) and calls ``tick()`` once per unit;
+    ``on_progress`` gets the units done since its last call. The first exception cancels the rest and is raised here. A worker that
+    dies is a :class:`QuaclrsError`.
     """
-    if not tasks:
-        return []
+    if num_workers == 1 or not tasks:
+        return [work(task, lambda: on_progress(1)) for task in tasks]
     context = multiprocessing.get_context("spawn")  # fork would copy the locks of whatever threads run here
     counter, stop = context.Value("Q", 0), context.Value("b", 0)
     workers = min(num_workers, len(tasks))

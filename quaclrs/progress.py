@@ -41,6 +41,7 @@ class StepMeter:
     def __init__(self, phase: str, epoch: int, epochs: int, samples: int) -> None:
         self._bar = tqdm(total=samples, desc=f"{phase} {epoch}/{epochs}", unit="image", leave=False)
         self._started = self._shown = time.perf_counter()
+        self._samples = samples
         self._sums: torch.Tensor | None = None
         self._sums_samples = 0
         self._copied: torch.cuda.Event | None = None
@@ -53,7 +54,7 @@ class StepMeter:
             self._show(waited_s / max(now - self._started, 1e-9))
             self._sums, self._sums_samples, self._copied = totals.snapshot(), totals.samples, _event(batch)
             self._shown = now
-        if self._bar.n >= self._bar.total:
+        if self._bar.n >= self._samples:
             self._bar.close()
 
     def _show(self, wait: float) -> None:

@@ -91,7 +91,7 @@ def finished_receipt(plan: ShardPlan, output_dir: Path, receipt_file: Path) -> R
     return receipt if whole else None
 
 
-def write_shard(plan: ShardPlan, output_dir: Path, receipt_file: Path, on_image: Callable[[], None]) -> Receipt:
+def write_shard(plan: ShardPlan, output_dir: Path, receipt_file: Path, on_image: Callable[[], object]) -> Receipt:
     """Write ``plan``'s tar and index below ``output_dir`` and then ``receipt_file``; ``on_image`` is called after each picture.
 
     Raises :class:`DataError` naming row and file for a bad picture (unless the plan skips those), :class:`StorageError` for the disk.

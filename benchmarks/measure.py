@@ -1,0 +1,97 @@
+"""Measuring on machines that are shared and noisy: interleaved repeats, medians with spread, ratios taken pair by pair."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quaclrs.environment import describe_environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(kw_only=True)
+class Contender:
+    """One way of doing the work. ``run`` does all of it once and returns the images handled."""
+
+    name: str
+    run: Callable[[], int]
+    facts: dict[str, Any] = field(default_factory=dict)
+    rates: list[float] = field(default_factory=list)
+    """images/s of each counted repeat."""
+
+    @property
+    def median(self) -> float:
+        """The middle of the repeats, in images/s."""
+        return statistics.median(self.rates)
+
+
+def race(contenders: Sequence[Contender], repeats: int) -> None:
+    """Warm every contender up once, then run all of them in turn, ``repeats`` times: A B C A B C ..., so that a drift of the
+    machine meets all alike."""
+    for contender in contenders:
+        contender.run()
+    for _ in range(repeats):
+        for contender in contenders:
+            started = time.perf_counter()
+            images = contender.run()
+            contender.rates.append(images / (time.perf_counter() - started))
+
+
+def ratio(contender: Contender, baseline: Contender) -> float:
+    """Median of the ratios of runs that followed each other."""
+    return statistics.median(a / b for a, b in zip(contender.rates, baseline.rates, strict=True))
+
+
+def table(contenders: Sequence[Contender], baseline: Contender) -> str:
+    """One line per contender: median, spread and ratio to ``baseline``."""
+    width = max(len(contender.name) for contender in contenders)
+    lines = [f"{'':{width}}  {'images/s':>10}  {'min':>10}  {'max':>10}  {'ratio':>7}"]
+    lines += [
+        f"{contender.name:{width}}  {contender.median:>10,.0f}  {min(contender.rates):>10,.0f}  {max(contender.rates):>10,.0f}  "
+        f"{ratio(contender, baseline):>7.2f}"
+        for contender in contenders
+    ]
+    return "\n".join([*lines, f"ratio: to {baseline.name}, median of the pairs"])
+
+
+def save(what: str, contenders: Sequence[Contender], baseline: Contender, setting: dict[str, Any], device: torch.device) -> Path:
+    """Write ``<what>_<hardware>_torch<version>_<date>.json`` below benchmarks/results and return its path."""
+    environment = describe_environment(device) | {"commit": _commit()}
+    hardware = environment["gpu"]["name"] if "gpu" in environment else f"{environment['cpus_usable']}cores"
+    name = "_".join([what, hardware, f"torch{torch.__version__.partition('+')[0]}", date.today().isoformat()])
+    rows = [
+        {key: value for key, value in asdict(contender).items() if key != "run"}
+        | {"median_images_per_s": contender.median, "ratio_to_baseline": ratio(contender, baseline)}
+        for contender in contenders
+    ]
+    document = {
+        "what": what,
+        "date": date.today().isoformat(),
+        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "setting": setting,
+        "baseline": baseline.name,
+        "rows": rows,
+        "environment": environment,
+    }
+    path = RESULTS / (name.replace(" ", "-") + ".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
+
+
+def _commit() -> str | None:
+    """The commit measured, marked when the tree had uncommitted changes."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    return finished.stdout.strip() or None
