@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from quaclrs.environment import describe_environment
+if TYPE_CHECKING:  # spawned workers import the scripts anew, and shall not wait for torch
+    import torch
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -67,6 +66,10 @@ def table(contenders: Sequence[Contender], baseline: Contender) -> str:
 
 def save(what: str, contenders: Sequence[Contender], baseline: Contender, setting: dict[str, Any], device: torch.device) -> Path:
     """Write ``<what>_<hardware>_torch<version>_<date>.json`` below benchmarks/results and return its path."""
+    import torch
+
+    from quaclrs.environment import describe_environment
+
     environment = describe_environment(device) | {"commit": _commit()}
     hardware = environment["gpu"]["name"] if "gpu" in environment else f"{environment['cpus_usable']}cores"
     name = "_".join([what, hardware, f"torch{torch.__version__.partition('+')[0]}", date.today().isoformat()])

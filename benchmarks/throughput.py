@@ -15,23 +15,21 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from measure import Contender, race, save, table
 
 from quaclrs.arguments import Parser, add_dataset_arguments, columns_of
 from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, PackConfig, TrainConfig, default_num_workers
-from quaclrs.crossval import pick_device
-from quaclrs.dataset import Dataset, open_dataset
 from quaclrs.errors import run_command
-from quaclrs.imaging.normalise import IMAGENET_MEAN, IMAGENET_STD
-from quaclrs.loaders import Choice, build_loader
-from quaclrs.loaders.base import LoaderConfig
-from quaclrs.order import epoch_order, evaluation_batches
 from quaclrs.parallel import Tick, run_tasks
-from quaclrs.shards.pack import pack
+
+if TYPE_CHECKING:  # spawned workers import this file anew, and shall not wait for torch
+    import torch
+
+    from quaclrs.dataset import Dataset
+    from quaclrs.loaders.base import LoaderConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +93,10 @@ def _pack_config(options: Any, output_dir: Path, encoding: str) -> PackConfig:
 
 
 def _measure_packing(options: Any, work_dir: Path) -> None:
+    import torch
+
     from quaclrs.metadata import read_metadata
+    from quaclrs.shards.pack import pack
 
     metadata = read_metadata(options.csv_file, columns_of(options))
     files = [str(metadata.path(row, options.spectrograms_dir)) for row in range(len(metadata))]
@@ -109,7 +110,7 @@ def _measure_packing(options: Any, work_dir: Path) -> None:
         shutil.rmtree(output_dir, ignore_errors=True)
         return pack(_pack_config(options, output_dir, encoding)).images_packed
 
-    bare = Contender(name="bare decoding (Pillow)", run=decode_all)
+    bare = Contender(name="bare decoding (Pillow open + load)", run=decode_all)
     contenders = [bare, *(Contender(name=f"pack {name}", run=functools.partial(pack_all, name)) for name in ("png", "rgb"))]
     _finish("pack", contenders, bare, options, torch.device("cpu"), images=len(files))
 
@@ -125,6 +126,12 @@ def _decode(files: list[str], tick: Tick) -> int:
 
 
 def _measure_loading(options: Any, work_dir: Path) -> None:
+    import torch
+
+    from quaclrs.crossval import pick_device
+    from quaclrs.dataset import open_dataset
+    from quaclrs.loaders.base import LoaderConfig
+
     device = pick_device(options.device)
     datasets = {name: _packed(options, work_dir, name) for name in ("png", "rgb")}
     tree = open_dataset(
@@ -149,6 +156,9 @@ def _measure_loading(options: Any, work_dir: Path) -> None:
 
 
 def _packed(options: Any, work_dir: Path, encoding: str) -> Dataset:
+    from quaclrs.dataset import open_dataset
+    from quaclrs.shards.pack import pack
+
     output_dir = work_dir / f"shards-{encoding}"
     pack(_pack_config(options, output_dir, encoding), progress=True)
     return open_dataset(TrainConfig(shards=output_dir), want_shards=True, log=print)
@@ -156,6 +166,9 @@ def _packed(options: Any, work_dir: Path, encoding: str) -> Dataset:
 
 def _loading(name: str, dataset: Dataset, config: LoaderConfig, source: str) -> Contender:
     """One shuffled epoch over everything, with every batch touched."""
+    from quaclrs.loaders import Choice, build_loader
+    from quaclrs.order import epoch_order, evaluation_batches
+
     loader = build_loader(Choice(name=name, reason="benchmark"), dataset, config)
     batches = evaluation_batches(epoch_order(np.arange(len(dataset)), seed=0, epoch=1), config.max_batch)
 
@@ -172,7 +185,10 @@ def _loading(name: str, dataset: Dataset, config: LoaderConfig, source: str) -> 
 
 def _bare_dali(dataset: Dataset, config: LoaderConfig) -> Any:
     """DALI as its manual has it: its own WebDataset reader with our index files, same decoding, resize and normalisation."""
+    import torch
     from nvidia.dali import fn, pipeline_def, types
+
+    from quaclrs.imaging.normalise import IMAGENET_MEAN, IMAGENET_STD
 
     assert dataset.shards is not None
     tars = [str(dataset.shards.root / entry.file) for entry in dataset.shards.manifest.shards]
@@ -182,7 +198,8 @@ def _bare_dali(dataset: Dataset, config: LoaderConfig) -> Any:
         batch_size=config.max_batch, num_threads=config.num_workers, device_id=(config.device.index or 0) if on_gpu else None
     )
     def pictures() -> Any:
-        encoded, label = fn.readers.webdataset(
+        readers: Any = fn.readers  # its type stub says that a reader returns nothing
+        encoded, label = readers.webdataset(
             paths=tars,
             index_paths=[tar.removesuffix(".tar") + ".idx" for tar in tars],
             ext=["png", "cls"],
@@ -200,7 +217,7 @@ def _bare_dali(dataset: Dataset, config: LoaderConfig) -> Any:
     def run() -> int:
         images = 0
         for _ in range(len(dataset) // config.max_batch):
-            output, _ = pipeline.run(None)
+            output, _ = pipeline.run()
             images += config.max_batch
             _touch(torch.from_dlpack(output.as_tensor()))
         _synchronise(config.device)
@@ -216,6 +233,8 @@ def _touch(images: torch.Tensor) -> None:
 
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
+        import torch
+
         torch.cuda.synchronize(device)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -91,11 +92,9 @@ class Metadata:
 
     def path(self, row: int, spectrograms_dir: Path) -> Path:
         """The picture of row ``row``: ``fold{k}/{file}`` below ``spectrograms_dir``, or ``{file}`` where only that exists."""
-        in_fold = spectrograms_dir / self.relative_path(row)
-        if in_fold.is_file():
-            return in_fold
-        flat = spectrograms_dir / self.file[row]
-        return flat if flat.is_file() else in_fold
+        in_fold, flat = spectrograms_dir / self.relative_path(row), spectrograms_dir / self.file[row]
+        # os.path.isfile, for Path.is_file raises OSError for a name that is too long
+        return flat if not os.path.isfile(in_fold) and os.path.isfile(flat) else in_fold  # noqa: PTH113
 
     def audit(self) -> Audit:
         """Count what deserves a warning. Nothing here is an error: the original trainer accepts all of it."""
@@ -167,7 +166,7 @@ def parse_metadata(raw: bytes, csv_file: Path, columns: Columns) -> Metadata:
 def _parse_table(raw: bytes, csv_file: Path) -> pd.DataFrame:
     try:
         # text throughout: labels such as "NA" or "007" must not turn into numbers or gaps
-        return pd.read_csv(io.BytesIO(raw), dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        table = pd.read_csv(io.StringIO(raw.decode("utf-8-sig"), newline=""), dtype=str, keep_default_na=False)
     except pd.errors.EmptyDataError:
         raise DataError(f"{csv_file}: the CSV is empty; it needs a header and one row per picture") from None
     except UnicodeDecodeError as error:
@@ -175,6 +174,11 @@ def _parse_table(raw: bytes, csv_file: Path) -> pd.DataFrame:
     except pd.errors.ParserError as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{csv_file}: not a CSV with one header ({reason}); mend that line") from None
+    if not isinstance(table.index, pd.RangeIndex):  # pandas took the surplus for row names: every value is in the wrong column
+        raise DataError(
+            f"{csv_file}: row 1 has more values than the header has columns (a comma at its end?); mend the rows or the header"
+        )
+    return table
 
 
 def _refuse_missing_values(values: pd.Series, column: str, csv_file: Path) -> None:
@@ -188,11 +192,11 @@ def _refuse_missing_values(values: pd.Series, column: str, csv_file: Path) -> No
 
 
 def _parse_folds(values: pd.Series, column: str, csv_file: Path) -> np.ndarray:
-    is_positive = values.str.strip().str.fullmatch(r"0*[1-9][0-9]{0,5}").to_numpy(dtype=bool)
+    is_positive = values.str.strip().str.fullmatch(r"0*[1-9][0-9]{0,3}").to_numpy(dtype=bool)
     if not is_positive.all():
         row = int(np.flatnonzero(~is_positive)[0])
         raise DataError(
-            f"{csv_file}: row {row + 1}: column {column!r} is {values.iloc[row]!r}, not a positive whole number; folds count from 1"
+            f"{csv_file}: row {row + 1}: column {column!r} is {values.iloc[row]!r}, not a whole number from 1 to 9999; folds count from 1"
         )
     return values.astype(np.int64).to_numpy()
 

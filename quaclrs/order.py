@@ -6,8 +6,8 @@ No loader decides anything about order; each is handed the sample numbers of its
 A training epoch of 10 samples in global batches of 4 keeps its smaller last batch::
 
     world 1   | 7 2 9 0 | 4 1 8 3 | 6 5 |
-    world 2   | 7 2 . . | 4 1 . . | 6 . |   rank 0      a rank takes its contiguous slice of each batch
-              | . . 9 0 | . . 8 3 | . 5 |   rank 1
+    world 2   | 7 2 . . | 4 1 . . | 6 5 . . |   rank 0      a rank takes its contiguous slice of each batch
+              | . . 9 0 | . . 8 3 | . . 7 2 |   rank 1      and the last batch wraps round to 7 2
 
 The last batch wraps round to the epoch's start only as far as its division needs (two samples a rank at least, because
 BatchNorm cannot train on one), and a last batch of a single sample joins its neighbour. Evaluation never wraps and never

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -42,20 +43,26 @@ def run_tasks(
     if num_workers == 1 or not tasks:
         return [work(task, lambda: on_progress(1)) for task in tasks]
     context = multiprocessing.get_context("spawn")  # fork would copy the locks of whatever threads run here
-    counter, stop = context.Value("Q", 0), context.Value("b", 0)
+    # only the workers take the counter's lock: one that is killed while it holds it must not block this process
+    counter, stop = context.Value("Q", 0), context.RawValue("b", 0)
     workers = min(num_workers, len(tasks))
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_initialise, initargs=(counter, stop)) as pool:
-        futures = [pool.submit(_call, work, task) for task in tasks]
-        seen, pending = 0, set(futures)
         try:
+            with _interrupts_held():
+                futures = [pool.submit(_call, work, task) for task in tasks]
+            seen, pending = 0, set(futures)
             while pending:
                 done, pending = wait(pending, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
-                units, seen = counter.value - seen, counter.value
-                on_progress(units)
+                units = counter.get_obj().value
+                on_progress(units - seen)
+                seen = units
                 for future in done:
                     future.result()
         except BaseException as error:
             stop.value = 1
+            if isinstance(error, BrokenProcessPool):  # workers that start just then are never told; nobody waits for them
+                for process in list(pool._processes.values()):
+                    process.kill()
             pool.shutdown(wait=True, cancel_futures=True)
             if isinstance(error, BrokenProcessPool):
                 raise QuaclrsError(
@@ -65,9 +72,18 @@ def run_tasks(
     return [future.result() for future in futures]
 
 
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block, and never reaches the workers started in it: this process tells them, by ``stop``."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _initialise(counter: Any, stop: Any) -> None:
     _shared.update(counter=counter, stop=stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; it tells us through `stop`
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

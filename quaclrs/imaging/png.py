@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from quaclrs.errors import DataError
 
@@ -22,6 +22,9 @@ _OTHER_SIGNATURES = {
     b"RIFF": "WebP or WAV",
     b"<": "HTML or SVG text",
 }
+
+_END_CHUNK = b"\0\0\0\0IEND\xae\x42\x60\x82"
+_BIT_DEPTH_OFFSET = 24
 
 PLAIN_MODES = ("RGB", "RGBA")
 """8-bit colour as the dataset has it; any other mode is converted by Pillow before anything else sees it."""
@@ -35,13 +38,15 @@ class PngFacts:
     height: int
     mode: str
     """Pillow's mode: RGBA, RGB, P, L, LA, I;16, ..."""
+    bits: int
+    """Per channel, in the file; Pillow keeps 8 of 16 in colour pictures."""
     transparent: bool
     """Some pixel is not opaque; converting to RGB drops that."""
 
     @property
     def plain(self) -> bool:
         """8-bit RGB or RGBA: every decoder agrees with Pillow on it."""
-        return self.mode in PLAIN_MODES
+        return self.mode in PLAIN_MODES and self.bits == 8
 
 
 def decode_png(data: bytes, name: str) -> tuple[Image.Image, PngFacts]:
@@ -51,14 +56,12 @@ def decode_png(data: bytes, name: str) -> tuple[Image.Image, PngFacts]:
     is cut short or its pixels are not all there, or it is a decompression bomb.
     """
     image = _checked(data, name)
-    facts = PngFacts(width=image.width, height=image.height, mode=image.mode, transparent=_is_transparent(image))
-    return image.convert("RGB"), facts
+    return _guarded(lambda: image.convert("RGB"), name), _facts(image, data)
 
 
 def check_png(data: bytes, name: str) -> PngFacts:
     """:func:`decode_png` without the conversion to RGB: every pixel is decoded and thrown away."""
-    image = _checked(data, name)
-    return PngFacts(width=image.width, height=image.height, mode=image.mode, transparent=_is_transparent(image))
+    return _facts(_checked(data, name), data)
 
 
 def to_rgb(data: bytes, name: str) -> np.ndarray:
@@ -71,11 +74,23 @@ def resize_rgb(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
+def _facts(image: Image.Image, data: bytes) -> PngFacts:
+    return PngFacts(
+        width=image.width,
+        height=image.height,
+        mode=image.mode,
+        bits=data[_BIT_DEPTH_OFFSET],
+        transparent=_is_transparent(image),
+    )
+
+
 def _checked(data: bytes, name: str) -> Image.Image:
     if not data.startswith(PNG_SIGNATURE):
         raise DataError(f"{name}: not a PNG ({_guess_kind(data)}); convert it to PNG or take its row out of the CSV")
 
     def verify_then_load() -> Image.Image:
+        if data.rfind(_END_CHUNK) < 0:  # Pillow does without the last bytes, other decoders do not
+            raise EOFError("the end of the file is missing")
         _open(data).verify()  # CRCs of all chunks; afterwards that image object is spent
         image = _open(data)
         image.load()
@@ -91,10 +106,13 @@ def _open(data: bytes) -> Image.Image:
 def _guarded(decode: Callable[[], Image.Image], name: str) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)  # dropping it is what is asked for
         try:
             return decode()
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             reason = f"a decompression bomb? {_first_line(error)}"
+        except UnidentifiedImageError:  # its text holds a memory address
+            reason = "truncated or damaged: the header cannot be read"
         except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
             reason = f"truncated or damaged: {_first_line(error)}"
     raise DataError(f"{name}: {reason}; restore the file, or pack with --on_error skip to leave it out")
@@ -114,14 +132,9 @@ def _guess_kind(data: bytes) -> str:
 
 
 def _is_transparent(image: Image.Image) -> bool:
-    if "A" in image.getbands():
-        return _lowest(image.getchannel("A")) < 255
-    if "transparency" in image.info:  # a tRNS chunk: only its use by some pixel makes a difference
-        return _lowest(image.convert("RGBA").getchannel("A")) < 255
-    return False
-
-
-def _lowest(band: Image.Image) -> int:
-    lowest, _ = band.getextrema()
-    assert isinstance(lowest, int)  # one 8-bit band
-    return lowest
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return False
+    if image.mode != "RGBA":  # a tRNS chunk counts only when some pixel uses it; grey with alpha cannot be taken apart below
+        image = image.convert("RGBA")
+    alpha = np.frombuffer(image.tobytes("raw", "A"), np.uint8)  # getextrema would take twice as long
+    return bool(alpha.min() < 255)

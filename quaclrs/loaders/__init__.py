@@ -25,13 +25,15 @@ class Choice:
 def choose_loader(wanted: str, encoding: str | None) -> Choice:
     """Pick a loader for shards of ``encoding``, or for a PNG tree (None); ``wanted`` is ``auto`` or a name of :data:`LOADERS`.
 
-    Raises :class:`UsageError` for an unknown name.
+    Raises :class:`UsageError` for an unknown name, :class:`MissingDependencyError` for ``dali`` where it is not installed.
     """
-    from quaclrs.loaders.dali import dali_missing
+    from quaclrs.loaders.dali import dali_missing, require_dali
 
     if wanted != "auto":
         if wanted not in LOADERS:
             raise UsageError(f"--loader {wanted}: choose one of auto, {', '.join(LOADERS)}")
+        if wanted == "dali":
+            require_dali()
         return Choice(name=wanted, reason="as asked for")
     if encoding == "rgb":
         return Choice(name="files", reason="rgb shards hold ready pixels, there is nothing for DALI to decode")

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from quaclrs.errors import MissingDependencyError, ShardError, UsageError
+from quaclrs.errors import DataError, MissingDependencyError, QuaclrsError, ShardError, UsageError
 from quaclrs.imaging.normalise import IMAGENET_MEAN, IMAGENET_STD
-from quaclrs.imaging.png import to_rgb
+from quaclrs.imaging.png import check_png, to_rgb
 from quaclrs.loaders.base import Batch, LoaderConfig
 from quaclrs.shards.format import FLAG_NOT_PLAIN
 from quaclrs.shards.read import ShardSet
@@ -39,6 +39,13 @@ def dali_missing() -> str | None:
     return None
 
 
+def require_dali() -> None:
+    """Raise :class:`MissingDependencyError` saying what to install where DALI cannot be used."""
+    reason = dali_missing()
+    if reason is not None:
+        raise MissingDependencyError(f"--loader dali: {reason}; pip install nvidia-dali-cuda120 (Linux), or use --loader files")
+
+
 class DaliLoader:
     """Batches made by DALI from ``png`` shards.
 
@@ -49,9 +56,7 @@ class DaliLoader:
     name = "dali"
 
     def __init__(self, shards: ShardSet, labels: np.ndarray, config: LoaderConfig) -> None:
-        reason = dali_missing()
-        if reason is not None:
-            raise MissingDependencyError(f"--loader dali: {reason}; pip install nvidia-dali-cuda120 (Linux), or use --loader files")
+        require_dali()
         if shards.encoding != "png":
             raise UsageError(
                 f"--loader dali: {shards.root} is encoded {shards.encoding}, which needs no decoder; use --loader files"
@@ -69,7 +74,7 @@ class DaliLoader:
         self._reader.start(batches)
         try:
             for numbers in batches:
-                yield self._batch(self._run(), numbers)
+                yield self._batch(self._run(numbers), numbers)
         finally:
             self._drain()
 
@@ -78,17 +83,31 @@ class DaliLoader:
         self._pipeline = None
         self._reader.close()
 
-    def _run(self) -> torch.Tensor:
+    def _run(self, numbers: np.ndarray) -> torch.Tensor:
         """(B, S, S, 3) normalised, of the next batch; it shares DALI's buffer, which lives as long as the tensor."""
         stream = torch.cuda.current_stream(self._config.device) if self._config.device.type == "cuda" else None
         try:
             (output,) = self._pipeline.run(stream)
+            return torch.from_dlpack(output.as_tensor())
+        except StopIteration:
+            assert self._reader.failure is not None  # else there would be a batch
+            failure = self._reader.failure
         except RuntimeError as error:  # DALI calls its pipeline invalid after such an error
             self._pipeline = None
-            raise ShardError(
-                f"{self._shards.root}: DALI cannot decode: {_gist(error)}; check with tools/inspect_shards.py verify"
-            ) from None
-        return torch.from_dlpack(output.as_tensor())
+            failure = ShardError(
+                f"{self._guilty(numbers)}: DALI cannot decode it ({_gist(error)}); check with tools/inspect_shards.py verify"
+            )
+        raise failure  # out here: DALI's own error in its context would keep the pipeline and its threads alive
+
+    def _guilty(self, numbers: np.ndarray) -> str:
+        """The sample that DALI gave up on, which its own message does not name."""
+        for number in numbers:
+            name = self._shards.name(int(number))
+            try:
+                check_png(self._shards.payload(int(number)).tobytes(), name)
+            except DataError:
+                return name
+        return str(self._shards.root)
 
     def _batch(self, images: torch.Tensor, numbers: np.ndarray) -> Batch:
         index = torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int64))
@@ -100,11 +119,15 @@ class DaliLoader:
     def _drain(self) -> None:
         """Let DALI finish what it has begun, so that the next epoch starts with an empty queue."""
         self._reader.stop()
-        with contextlib.suppress(StopIteration):
-            while self._pipeline is not None:
-                self._pipeline.run()
-        if self._pipeline is not None:
+        if self._pipeline is None:
+            return
+        try:
+            with contextlib.suppress(StopIteration):
+                while True:
+                    self._pipeline.run()
             self._pipeline.reset()
+        except RuntimeError:  # a damaged picture among those that nobody asks for any more
+            self._pipeline = _build_pipeline(self._config, self._reader.next_batch)
 
 
 class _ReadAhead:
@@ -115,10 +138,13 @@ class _ReadAhead:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="quaclrs-read")
         self._waiting: Iterator[np.ndarray] = iter(())
         self._reading: deque[Future[list[np.ndarray]]] = deque()
+        self.failure: QuaclrsError | None = None
+        """Why the batches ended early; DALI still delivers those before."""
 
     def start(self, batches: Sequence[np.ndarray]) -> None:
         self._waiting = iter(batches)
         self._reading.clear()
+        self.failure = None
         for _ in range(_QUEUE_DEPTH + _READ_AHEAD):
             self._submit()
 
@@ -127,7 +153,12 @@ class _ReadAhead:
         if not self._reading:
             raise StopIteration
         self._submit()
-        return self._reading.popleft().result()
+        try:
+            return self._reading.popleft().result()
+        except QuaclrsError as error:
+            self.failure = error.with_traceback(None)  # its frames lead to DALI's, and those to the pipeline
+            self.stop()
+            raise StopIteration from None
 
     def stop(self) -> None:
         self._waiting = iter(())
@@ -149,7 +180,7 @@ class _ReadAhead:
     def _record(self, number: int) -> np.ndarray:
         payload = self._shards.payload(number)
         if self._shards.samples["flags"][number] & FLAG_NOT_PLAIN:
-            return _as_plain_png(payload.tobytes(), f"{self._shards.root}: sample {number}")
+            return _as_plain_png(payload.tobytes(), self._shards.name(number))
         return payload.copy()  # here, in this thread, the pages are read from disk
 
 
@@ -192,5 +223,7 @@ def _build_pipeline(config: LoaderConfig, source: Any) -> Any:
 
 def _gist(error: Exception) -> str:
     """DALI's own words for what went wrong, without its operator stack."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "rror" in line and "Critical" not in line), lines[0] if lines else "unknown error")
+    lines = [line.strip(" :") for line in str(error).splitlines() if line.strip()]
+    if "encountered" in lines[:-1]:
+        return lines[lines.index("encountered") + 1]
+    return lines[0] if lines else "unknown error"

@@ -64,8 +64,8 @@ class ShardPictures:
         """As :class:`Pictures`."""
         if self._shards.encoding == "rgb":
             return self._shards.array(number)
-        name = f"{self._shards.root}: sample {number}"
-        return resize_rgb(Image.fromarray(to_rgb(self._shards.payload(number).tobytes(), name)), self._size)
+        picture = to_rgb(self._shards.payload(number).tobytes(), self._shards.name(number))
+        return resize_rgb(Image.fromarray(picture), self._size)
 
 
 class FilesLoader:
@@ -77,6 +77,7 @@ class FilesLoader:
         self._config = config
         self._labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64))
         self._plan = _Plan()
+        self._epoch: Iterator[torch.Tensor | QuaclrsError] | None = None
         self._loader: DataLoader[torch.Tensor | QuaclrsError] | None = DataLoader(
             _PictureBatches(pictures),
             sampler=self._plan,
@@ -91,14 +92,30 @@ class FilesLoader:
         if self._loader is None:
             raise ValueError("the loader is closed")
         self._plan.batches = batches
-        for numbers, pictures in zip(batches, self._loader, strict=True):
-            if isinstance(pictures, QuaclrsError):
-                raise pictures
-            yield self._batch(pictures, numbers)
+        self._epoch = iter(self._loader)
+        for numbers in batches:
+            yield self._batch(self._next_pictures(), numbers)
 
     def close(self) -> None:
         """As :class:`~quaclrs.loaders.base.Loader`."""
-        self._loader = None  # its worker processes end with its iterator
+        self._loader = self._epoch = None  # the worker processes end with the iterator, of which nobody else knows
+
+    def _next_pictures(self) -> torch.Tensor:
+        if self._epoch is None:
+            raise ValueError("the loader is closed")
+        try:
+            pictures = next(self._epoch)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split()).rstrip(" .")
+            if not reason.startswith("DataLoader worker (pid"):
+                raise
+            self.close()
+            raise QuaclrsError(
+                f"a process that reads pictures died (out of memory?): {reason}; run the same command again, with fewer --num_workers"
+            ) from None
+        if isinstance(pictures, QuaclrsError):
+            raise pictures
+        return pictures
 
     def _batch(self, pictures: torch.Tensor, numbers: np.ndarray) -> Batch:
         device = self._config.device

@@ -172,6 +172,21 @@ def stored_bytes(content_bytes: int) -> int:
     return TAR_BLOCK + -(-content_bytes // TAR_BLOCK) * TAR_BLOCK
 
 
+_HEADER_TEMPLATE = tarfile.TarInfo().tobuf(format=tarfile.USTAR_FORMAT)
+"""A regular file of mode 0644 without name, size, time or owner, as the standard library has it."""
+_SIZE_FIELD, _CHECKSUM_FIELD = slice(124, 135), slice(148, 156)
+
+
+def _tar_header(name: bytes, size: int) -> bytes:
+    """The USTAR header of a member; filling in a template takes a tenth of the time of ``TarInfo.tobuf``."""
+    header = bytearray(_HEADER_TEMPLATE)
+    header[: len(name)] = name
+    header[_SIZE_FIELD] = b"%011o" % size
+    header[_CHECKSUM_FIELD] = b" " * 8  # counted as blanks
+    header[_CHECKSUM_FIELD] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
 class ShardWriter:
     """Writes members to an open binary file as a USTAR tar, without times or owners, and knows what it wrote.
 
@@ -188,10 +203,7 @@ class ShardWriter:
         """Append one sample; returns the offset of its first member's content (the payload)."""
         components, first_offset = [], -1
         for name, content in named_contents:
-            header = tarfile.TarInfo(name)
-            header.size = len(content)
-            header.mode = 0o644
-            self._write(header.tobuf(format=tarfile.USTAR_FORMAT))
+            self._write(_tar_header(name.encode(), len(content)))
             first_offset = self.bytes if first_offset < 0 else first_offset
             components.append(f"{name.partition('.')[2]} {self.bytes} {len(content)} {name}")
             self._write(content)

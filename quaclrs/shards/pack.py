@@ -16,21 +16,19 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
 from quaclrs.config import PackConfig
 from quaclrs.errors import DataError, ShardError, StorageError
-from quaclrs.files import make_folder, storage_error, write_bytes
+from quaclrs.files import TEMPORARY_SUFFIX, make_folder, storage_error, write_bytes
 from quaclrs.metadata import Audit, Metadata, read_metadata
 from quaclrs.order import storage_order
-from quaclrs.parallel import Tick, run_tasks
+from quaclrs.parallel import run_tasks
 from quaclrs.shards import format as fmt
-from quaclrs.shards.write import Receipt, SampleSource, ShardPlan, finished_receipt, npy_bytes, write_shard
-
-PACKING_FOLDER = ".packing"
+from quaclrs.shards.write import PACKING_FOLDER, Receipt, SampleSource, ShardPlan, finished_receipt, npy_bytes, write_shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,12 +166,12 @@ def _empty_manifest(metadata: Metadata, config: PackConfig, source_fingerprint: 
 
 _WHAT_MUST_AGREE = {
     "csv_fingerprint": "another CSV",
-    "source_fingerprint": "pictures that have changed since (other files or sizes)",
     "encoding": "another --encoding",
     "image_size": "another --image_size",
     "columns": "other columns",
     "seed": "another --seed",
     "shard_size": "another --shard_size",
+    "source_fingerprint": "pictures that have changed since (other files or sizes)",  # last, for it depends on seed and columns
 }
 
 
@@ -200,25 +198,33 @@ def _refuse_other_shards(existing: fmt.Manifest, wanted: fmt.Manifest, config: P
 @contextlib.contextmanager
 def _only_one_packs(output_dir: Path) -> Iterator[None]:
     """Hold the folder's lock: jobs started together must not pack the same cache twice. A dead process's lock frees itself."""
-    lock_file = make_folder(output_dir / PACKING_FOLDER) / "lock"
-    try:
-        file = lock_file.open("wb")
-    except OSError as error:
-        raise storage_error(lock_file, error) from None
-    with file:
-        try:
+    with _open_lock(output_dir / PACKING_FOLDER / "lock") as file:
+        with contextlib.suppress(ImportError):  # not a POSIX system: packing twice at once is then up to the user
             import fcntl
-        except ImportError:  # not a POSIX system: packing twice at once is then up to the user
-            yield
-        else:
+
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 print(f"{output_dir}: another process is packing here; waiting for it", file=sys.stderr)
                 fcntl.flock(file, fcntl.LOCK_EX)
+        try:
             yield
-        if (output_dir / fmt.MANIFEST_FILE).is_file():
-            shutil.rmtree(output_dir / PACKING_FOLDER, ignore_errors=True)
+        finally:
+            if (output_dir / fmt.MANIFEST_FILE).is_file():
+                shutil.rmtree(output_dir / PACKING_FOLDER, ignore_errors=True)
+
+
+def _open_lock(lock_file: Path) -> BinaryIO:
+    for last_try in (False, True):
+        make_folder(lock_file.parent)
+        try:
+            return lock_file.open("wb")
+        except FileNotFoundError as error:  # another process has just finished here and tidied up
+            if last_try:
+                raise storage_error(lock_file, error) from None
+        except OSError as error:
+            raise storage_error(lock_file, error) from None
+    raise AssertionError("unreachable")
 
 
 def _check_free_space(plans: list[ShardPlan], config: PackConfig) -> None:
@@ -234,27 +240,20 @@ def _check_free_space(plans: list[ShardPlan], config: PackConfig) -> None:
 
 
 def _write_shards(plans: list[ShardPlan], config: PackConfig, progress: bool) -> tuple[list[Receipt], int]:
-    receipts = {plan.file: finished_receipt(plan, config.output_dir, _receipt_file(plan, config.output_dir)) for plan in plans}
+    receipts = {plan.file: finished_receipt(plan, config.output_dir) for plan in plans}
     missing = [plan for plan in plans if receipts[plan.file] is None]
     total, to_do = (sum(len(plan.sources) for plan in chosen) for chosen in (plans, missing))
     # `disable=None` shows the bar only where stderr is a terminal
     with tqdm(total=total, initial=total - to_do, unit="image", desc="packing", disable=None if progress else True) as bar:
-        work = functools.partial(_write_one, output_dir=config.output_dir)
+        work = functools.partial(write_shard, output_dir=config.output_dir)
         for receipt in run_tasks(work, missing, num_workers=config.num_workers, on_progress=bar.update):
             receipts[receipt.entry.file] = receipt
     return [receipt for receipt in receipts.values() if receipt is not None], to_do
 
 
-def _write_one(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> Receipt:
-    return write_shard(plan, output_dir, _receipt_file(plan, output_dir), tick)
-
-
-def _receipt_file(plan: ShardPlan, output_dir: Path) -> Path:
-    return output_dir / PACKING_FOLDER / (Path(plan.file).stem + ".json")
-
-
 def _finish(manifest: fmt.Manifest, metadata: Metadata, receipts: list[Receipt], config: PackConfig) -> fmt.Manifest:
     """Write everything but the tars; the manifest last, since it is what makes the folder a shard folder."""
+    _remove_leftovers(receipts, config.output_dir)
     filled = [receipt for receipt in receipts if receipt.entry.samples]
     if not filled:
         raise DataError(f"{metadata.csv_file}: not one row has a good picture; nothing was packed")
@@ -277,6 +276,18 @@ def _finish(manifest: fmt.Manifest, metadata: Metadata, receipts: list[Receipt],
     )
     write_bytes(config.output_dir / fmt.MANIFEST_FILE, finished.to_json())
     return finished
+
+
+def _remove_leftovers(receipts: list[Receipt], output_dir: Path) -> None:
+    """Delete shards, whole or half-written, that a packing of other input or settings left behind when it was stopped here."""
+    wanted = {receipt.entry.file for receipt in receipts}
+    for receipt_file in (output_dir / PACKING_FOLDER).glob("*.json"):
+        receipt = Receipt.load(receipt_file)
+        if receipt is not None and receipt.entry.file not in wanted:
+            (output_dir / receipt.entry.file).unlink(missing_ok=True)
+            (output_dir / fmt.index_file(receipt.entry.file)).unlink(missing_ok=True)
+    for half_written in output_dir.glob(f"fold*/fold*{TEMPORARY_SUFFIX}"):
+        half_written.unlink(missing_ok=True)
 
 
 def _samples_table(receipts: list[Receipt]) -> np.ndarray:

@@ -40,6 +40,11 @@ class ShardSet:
         """``png`` or ``rgb``."""
         return self.manifest.encoding
 
+    def name(self, number: int) -> str:
+        """Sample ``number`` for messages: its tar, and its row of the CSV counted from 1."""
+        record = self.samples[number]
+        return f"{self.root / self.manifest.shards[record['shard']].file}: sample {number} (row {record['row'] + 1})"
+
     def payload(self, number: int) -> np.ndarray:
         """(bytes,) uint8, read-only: the payload of sample ``number`` where it lies in its map, nothing copied."""
         record = self.samples[number]

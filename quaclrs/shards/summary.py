@@ -83,7 +83,8 @@ def _warnings(audit: Audit, manifest: fmt.Manifest) -> Iterator[str]:
     if audit.class_id_conflicts:
         yield f"warning: classID disagrees with the sorted class names in {audit.class_id_conflicts} row(s); labels follow the names"
     if manifest.skipped:
-        yield f"warning: {len(manifest.skipped)} row(s) were skipped: {_named([skipped.reason for skipped in manifest.skipped])}"
+        skipped = [f"row {skipped.row + 1}: {skipped.file}: {skipped.reason}" for skipped in manifest.skipped]
+        yield f"warning: {len(skipped)} row(s) were skipped: {_named(skipped)}"
 
 
 def _named(names: tuple[str, ...] | list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from quaclrs.errors import DataError, ShardError
-from quaclrs.files import atomic_writer, write_bytes
+from quaclrs.files import write_bytes
 from quaclrs.imaging.png import check_png
 from quaclrs.metadata import Metadata
+from quaclrs.order import storage_order
 from quaclrs.shards import format as fmt
-from quaclrs.shards.pack import PACKING_FOLDER
 from quaclrs.shards.read import ShardSet
+from quaclrs.shards.write import PACKING_FOLDER, flags_of
 
 _CHUNK_BYTES = 1 << 20
 
@@ -57,9 +59,9 @@ def export(root: Path, output_dir: Path, *, progress: bool = False) -> int:
 def _restore(path: Path, shards: ShardSet, number: int) -> bool:
     if shards.encoding == "png":
         return _restore_bytes(path, shards.payload(number).tobytes())
-    with atomic_writer(path) as file:
-        Image.fromarray(shards.array(number)).save(file, "PNG")
-    return True
+    buffer = io.BytesIO()
+    Image.fromarray(shards.array(number)).save(buffer, "PNG")
+    return _restore_bytes(path, buffer.getvalue())
 
 
 def _restore_bytes(path: Path, content: bytes) -> bool:
@@ -74,12 +76,15 @@ def _restore_bytes(path: Path, content: bytes) -> bool:
 def _verify_tables(shards: ShardSet, metadata: Metadata) -> None:
     samples, manifest, path = shards.samples, shards.manifest, shards.root / fmt.SAMPLES_FILE
     rows = samples["row"].astype(np.int64)
-    expected = np.setdiff1d(np.arange(len(metadata)), [skipped.row for skipped in manifest.skipped])
-    if not np.array_equal(np.sort(rows), expected):
-        raise ShardError(f"{path}: does not hold every row of {fmt.METADATA_FILE} exactly once; pack the shards anew")
+    order = storage_order(metadata.fold, manifest.seed)
+    if not np.array_equal(rows, order[~np.isin(order, [skipped.row for skipped in manifest.skipped])]):
+        raise ShardError(
+            f"{path}: does not hold every row of {fmt.METADATA_FILE} exactly once, in the order of seed {manifest.seed}; "
+            "pack the shards anew"
+        )
     if metadata.classes != manifest.classes or not np.array_equal(samples["label"], metadata.label[rows]):
         raise ShardError(f"{path}: labels differ from the CSV's; pack the shards anew")
-    if not np.array_equal(samples["fold"], metadata.fold[rows]):
+    if metadata.fold_numbers != manifest.folds or not np.array_equal(samples["fold"], metadata.fold[rows]):
         raise ShardError(f"{path}: folds differ from the CSV's; pack the shards anew")
     counted = np.bincount(samples["shard"], minlength=len(manifest.shards))
     if counted.tolist() != [entry.samples for entry in manifest.shards]:
@@ -159,6 +164,8 @@ def _verify_payload(shards: ShardSet, sample: int, payload: bytes, where: str) -
         facts = check_png(payload, where)
         if (facts.width, facts.height) != (int(record["width"]), int(record["height"])):
             raise ShardError(f"{where}: is {facts.width}x{facts.height}, not {record['width']}x{record['height']}; pack anew")
+        if flags_of(facts) != int(record["flags"]):
+            raise ShardError(f"{where}: mode {facts.mode} or its transparency is not what {fmt.SAMPLES_FILE} says; pack anew")
     else:
         array, size = shards.array(sample), shards.manifest.image_size
         if array.shape != (size, size, 3) or array.dtype != np.uint8:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,11 @@ import numpy as np
 from quaclrs.errors import DataError
 from quaclrs.files import atomic_writer, write_bytes
 from quaclrs.imaging.png import PngFacts, check_png, decode_png, resize_rgb
+from quaclrs.parallel import Tick
 from quaclrs.shards import format as fmt
+
+PACKING_FOLDER = ".packing"
+"""Receipts and the lock of a packing that is not finished."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +56,16 @@ class ShardPlan:
     skip_bad: bool
     sources: tuple[SampleSource, ...]
 
+    @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over everything the shard's bytes depend on, the files' sizes and times in place of their content."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """SHA-256 over everything the shard's bytes depend on, the files' sizes and times in place of their content.
+
+        Not over ``skip_bad``: good pictures pack alike either way.
+        """
+        digest = hashlib.sha256(repr((self.file, self.encoding, self.image_size)).encode())
+        for source in self.sources:
+            digest.update(repr(source).encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,18 +92,23 @@ class Receipt:
             return None
 
 
-def finished_receipt(plan: ShardPlan, output_dir: Path, receipt_file: Path) -> Receipt | None:
+def receipt_file(plan: ShardPlan, output_dir: Path) -> Path:
+    """Where ``plan``'s receipt lies while the packing of ``output_dir`` is not finished."""
+    return output_dir / PACKING_FOLDER / (Path(plan.file).stem + ".json")
+
+
+def finished_receipt(plan: ShardPlan, output_dir: Path) -> Receipt | None:
     """The receipt of ``plan``'s shard if it was written from the same input and still stands whole, else None."""
-    receipt = Receipt.load(receipt_file)
-    if receipt is None or receipt.plan != plan.fingerprint():
+    receipt = Receipt.load(receipt_file(plan, output_dir))
+    if receipt is None or receipt.plan != plan.fingerprint or (receipt.skipped and not plan.skip_bad):
         return None
     tar, index = output_dir / plan.file, output_dir / fmt.index_file(plan.file)
     whole = index.is_file() and tar.is_file() and tar.stat().st_size == receipt.entry.bytes
     return receipt if whole else None
 
 
-def write_shard(plan: ShardPlan, output_dir: Path, receipt_file: Path, on_image: Callable[[], object]) -> Receipt:
-    """Write ``plan``'s tar and index below ``output_dir`` and then ``receipt_file``; ``on_image`` is called after each picture.
+def write_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> Receipt:
+    """Write ``plan``'s tar, its index and then its receipt below ``output_dir``; one tick a picture.
 
     Raises :class:`DataError` naming row and file for a bad picture (unless the plan skips those), :class:`StorageError` for the disk.
     """
@@ -107,12 +123,12 @@ def write_shard(plan: ShardPlan, output_dir: Path, receipt_file: Path, on_image:
             except DataError as error:
                 if not plan.skip_bad:
                     raise
-                skipped.append(fmt.SkippedRow(row=source.row, file=source.file, reason=str(error)))
+                skipped.append(fmt.SkippedRow(row=source.row, file=source.file, reason=_reason(error, source)))
             else:
                 offset = writer.add_sample(fmt.members(source.key, plan.encoding, payload, source.label, source.csv_row))
-                samples.append([source.row, source.label, _flags(facts), offset, len(payload), facts.width, facts.height])
+                samples.append([source.row, source.label, flags_of(facts), offset, len(payload), facts.width, facts.height])
                 modes[facts.mode] = modes.get(facts.mode, 0) + 1
-            on_image()
+            tick()
         sha256 = writer.finish()
     write_bytes(output_dir / fmt.index_file(plan.file), writer.index())
     entry = fmt.ShardEntry(
@@ -123,9 +139,13 @@ def write_shard(plan: ShardPlan, output_dir: Path, receipt_file: Path, on_image:
         sha256=sha256,
         index_sha256=hashlib.sha256(writer.index()).hexdigest(),
     )
-    receipt = Receipt(plan=plan.fingerprint(), entry=entry, samples=samples, modes=modes, skipped=skipped)
-    write_bytes(receipt_file, json.dumps(asdict(receipt)).encode())
+    receipt = Receipt(plan=plan.fingerprint, entry=entry, samples=samples, modes=modes, skipped=skipped)
+    write_bytes(receipt_file(plan, output_dir), json.dumps(asdict(receipt)).encode())
     return receipt
+
+
+def _reason(error: DataError, source: SampleSource) -> str:
+    return str(error).removeprefix(f"{source.name}: ")  # the manifest must not depend on where the tree lies
 
 
 def _payload(source: SampleSource, plan: ShardPlan) -> tuple[bytes, PngFacts]:
@@ -153,5 +173,6 @@ def npy_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _flags(facts: PngFacts) -> int:
+def flags_of(facts: PngFacts) -> int:
+    """The FLAG_ bits of samples.npy for a picture."""
     return (0 if facts.plain else fmt.FLAG_NOT_PLAIN) | (fmt.FLAG_TRANSPARENT if facts.transparent else 0)

@@ -1,0 +1,628 @@
+"""Contract of loaders/: whatever makes the batches, they hold the same samples in the order asked for, and nothing is left behind.
+
+The oracle is Pillow and torchvision, called here directly; which sample has which number is read out of the tars by ``tarfile``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+from png_trees import PngTree, write_csv
+from torchvision import transforms
+
+from quaclrs.config import PackConfig, TrainConfig
+from quaclrs.dataset import Dataset, open_dataset
+from quaclrs.errors import DataError, QuaclrsError, ShardError, UsageError
+from quaclrs.imaging.normalise import normalisation_table, normalise
+from quaclrs.loaders import Choice, build_loader, choose_loader
+from quaclrs.loaders.base import Batch, Loader, LoaderConfig
+from quaclrs.loaders.files import FilesLoader
+from quaclrs.shards.pack import pack
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")  # from 3.12
+
+SIZE = 224
+MAX_BATCH = 6
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+DALI_LARGEST, DALI_MEAN = 10, 0.5
+"""How far DALI's own resize may be from Pillow's, in 8-bit levels: at a single value, and in the mean over a picture."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One loader over one kind of storage. A new loader is one more row of ``CASES``, and meets every test below."""
+
+    loader: str
+    source: str
+    """``tree``, or an encoding of shards."""
+    num_workers: int
+    exact: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.loader}-{self.source}-{self.num_workers}"
+
+
+CASES = [
+    Case("files", "tree", 0),
+    Case("files", "tree", 2),
+    Case("files", "png", 0),
+    Case("files", "png", 2),
+    Case("files", "rgb", 0),
+    Case("files", "rgb", 2),
+    Case("dali", "png", 2, exact=False),
+]
+
+
+# --- the data: pictures as the real ones, and every odd kind of PNG ---
+
+
+def magma_picture(seed: int, columns: int = 376, width: int = 1000, height: int = 400) -> np.ndarray:
+    """(height, width, 4) uint8: a grid of 128 × ``columns`` cells in magma, enlarged as matplotlib draws it."""
+    grid = np.random.default_rng(seed).normal(size=(128, columns))
+    for axis in (0, 1):
+        grid = sum(np.roll(grid, shift, axis) for shift in range(-3, 4))
+    levels = ((grid - grid.min()) / (grid.max() - grid.min()) * 255).astype(int)
+    rows, cells = (np.floor(np.arange(n + 1) * size / n + 0.5).astype(int) for n, size in ((128, height), (columns, width)))
+    pixels = levels.repeat(np.diff(rows), axis=0).repeat(np.diff(cells), axis=1)
+    return matplotlib.colormaps["magma"](np.arange(256), bytes=True)[pixels]
+
+
+def png_16_bit_rgb(picture: np.ndarray) -> bytes:
+    """A colour PNG of 16 bits a channel, which Pillow reads but cannot write."""
+    wide = picture[..., :3].astype(">u2") * 256 + np.random.default_rng(0).integers(0, 256, (*picture.shape[:2], 3))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in wide)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", picture.shape[1], picture.shape[0], 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b"")
+
+
+def png(picture: Image.Image, **options: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=1, **options)
+    return file.getvalue()
+
+
+def odd_pictures() -> dict[str, bytes]:
+    base = magma_picture(seed=99)
+    see_through = base.copy()
+    see_through[..., 3] = np.random.default_rng(1).integers(0, 256, base.shape[:2])
+    picture, palette = Image.fromarray(base), Image.fromarray(base).convert("RGB").quantize(256)
+    grey = picture.convert("L")
+    gamma = PngImagePlugin.PngInfo()
+    gamma.add(b"gAMA", struct.pack(">I", 100_000))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # "rotate by 90 degrees to show"
+    return {
+        "palette.png": png(palette),
+        "palette-transparent.png": png(palette, transparency=7),
+        "grey.png": png(grey),
+        "grey-alpha.png": png(Image.fromarray(see_through).convert("LA")),
+        "16-bit.png": png(Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)),
+        "16-bit-dark.png": png(Image.fromarray(np.asarray(grey).astype(np.uint16))),
+        "16-bit-colour.png": png_16_bit_rgb(base),
+        "transparent.png": png(Image.fromarray(see_through)),
+        "rgb.png": png(picture.convert("RGB")),
+        "rgb-transparent-colour.png": png(picture.convert("RGB"), transparency=tuple(int(v) for v in base[0, 0, :3])),
+        "gamma.png": png(picture, pnginfo=gamma),
+        "turned.png": png(picture, exif=turned),
+        "smaller.png": png(Image.fromarray(base[:130, :190])),
+    }
+
+
+@dataclass(frozen=True)
+class Data:
+    """The tree, and its shards in every encoding."""
+
+    tree: PngTree
+    folders: dict[str, Path]
+    """Encoding to shard folder."""
+
+    def open(self, source: str) -> Dataset:
+        """Through the same door as a run."""
+        tree = self.tree
+        config = (
+            TrainConfig(csv_file=tree.csv_file, spectrograms_dir=tree.spectrograms_dir)
+            if source == "tree"
+            else TrainConfig(shards=self.folders[source])
+        )
+        return open_dataset(config, want_shards=False, log=lambda text: None)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    root = tmp_path_factory.mktemp("loaders")
+    pictures = {f"magma{i}.png": png(Image.fromarray(magma_picture(i, (376, 469, 313)[i % 3]))) for i in range(6)}
+    pictures |= odd_pictures()
+    rows = [
+        {"spec_file_name": name, "fold": str(1 + i % 3), "class": ("saw", "horn", "dog")[i % 2 + i % 3 // 2]}
+        for i, name in enumerate(pictures)
+    ]
+    rows.append(dict(rows[2]))  # two slices of one recording: one file, two samples
+    tree = PngTree(write_csv(root / "data.csv", rows), root / "spectrograms", rows)
+    for row in range(len(rows)):
+        tree.path(row).parent.mkdir(parents=True, exist_ok=True)
+        tree.path(row).write_bytes(pictures[rows[row]["spec_file_name"]])
+    folders = {encoding: root / encoding for encoding in sorted({case.source for case in CASES} - {"tree"})}
+    for encoding, folder in folders.items():
+        pack(
+            PackConfig(
+                csv_file=tree.csv_file,
+                spectrograms_dir=tree.spectrograms_dir,
+                output_dir=folder,
+                encoding=encoding,
+                image_size=SIZE,
+                shard_size=500_000,
+                num_workers=1,
+            )
+        )
+    return Data(tree, folders)
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """What every sample number must give."""
+
+    rows: list[dict[str, str]]
+    labels: torch.Tensor
+    """(N,) int64"""
+    images: torch.Tensor
+    """(N, 3, SIZE, SIZE) float32"""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def number_of(self, file_name: str) -> int:
+        return next(number for number, row in enumerate(self.rows) if row["spec_file_name"] == file_name)
+
+
+@pytest.fixture(scope="module")
+def oracle(data: Data) -> Oracle:
+    rows = []
+    for file in sorted(data.folders["png"].glob("fold*/*.tar")):
+        with tarfile.open(file) as tar:
+            rows += [json.load(tar.extractfile(member)) for member in tar if member.name.endswith(".json")]  # type: ignore[arg-type]
+    assert sorted(sorted(row.items()) for row in rows) == sorted(sorted(row.items()) for row in data.tree.rows)
+    to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    images = []
+    for row in rows:
+        with Image.open(data.tree.spectrograms_dir / f"fold{row['fold']}" / row["spec_file_name"]) as picture:
+            images.append(to_tensor(picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)))
+    names = sorted({row["class"] for row in rows})
+    return Oracle(rows, torch.tensor([names.index(row["class"]) for row in rows]), torch.stack(images))
+
+
+# --- a loader and what it must fulfil ---
+
+
+def loader_config(num_workers: int = 0, dtype: torch.dtype = torch.float32, image_size: int = SIZE) -> LoaderConfig:
+    return LoaderConfig(
+        image_size=image_size, device=torch.device("cpu"), dtype=dtype, max_batch=MAX_BATCH, num_workers=num_workers
+    )
+
+
+def make_loader(case: Case, dataset: Dataset, dtype: torch.dtype = torch.float32) -> Loader:
+    return build_loader(Choice(name=case.loader, reason="test"), dataset, loader_config(case.num_workers, dtype))
+
+
+@contextlib.contextmanager
+def loader_of(case: Case, data: Data, dtype: torch.dtype = torch.float32) -> Iterator[Loader]:
+    dataset = data.open(case.source)
+    try:
+        loader = make_loader(case, dataset, dtype)
+        try:
+            yield loader
+        finally:
+            loader.close()
+    finally:
+        dataset.close()
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def loader(case: Case, data: Data) -> Iterator[Loader]:
+    """One for all tests of a case, as one serves all epochs of a run."""
+    with loader_of(case, data) as loader:
+        yield loader
+
+
+@pytest.fixture(autouse=True)
+def deadline() -> Iterator[None]:
+    """A loader that waits for ever must fail its test, not stop all of them."""
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError("a loader hangs")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def check(batches: list[Batch], asked: list[np.ndarray], oracle: Oracle, case: Case, dtype: torch.dtype = torch.float32) -> None:
+    """All that a batch promises, against the oracle."""
+    assert len(batches) == len(asked)
+    for batch, numbers in zip(batches, asked, strict=True):
+        assert batch.images.shape == (len(numbers), 3, SIZE, SIZE)
+        assert batch.images.dtype == dtype
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert (batch.labels.dtype, batch.index.dtype) == (torch.int64, torch.int64)
+        assert batch.index.tolist() == numbers.tolist()
+        assert batch.labels.tolist() == oracle.labels[numbers].tolist()
+        assert len(batch) == len(numbers)
+        expected = oracle.images[numbers]
+        if case.exact:
+            assert torch.equal(batch.images, expected.to(dtype))
+            continue
+        rounding = 0.0 if dtype == torch.float32 else 0.5
+        levels = (batch.images.float() - expected).abs() * torch.tensor(STD)[:, None, None] * 255
+        assert levels.amax() <= DALI_LARGEST + rounding
+        assert levels.mean(dim=(1, 2, 3)).amax() <= DALI_MEAN + rounding
+
+
+def test_samples_order_labels_and_pixels(loader: Loader, case: Case, oracle: Oracle) -> None:
+    """In batches of every size, among them one that asks for a sample twice; all are kept, so none may share its memory."""
+    order = np.random.default_rng(3).permutation(len(oracle))
+    asked = [order[:6], order[6:7], order[7:10], np.array([4, 4]), order[10:15], order[15:]]
+    check(list(loader.load(asked)), asked, oracle, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(case: Case, data: Data, oracle: Oracle, dtype: torch.dtype) -> None:
+    asked = [np.array([5, 2, 8]), np.array([0])]
+    with loader_of(case, data, dtype) as loader:
+        check(list(loader.load(asked)), asked, oracle, case, dtype)
+
+
+def test_left_in_the_middle_and_begun_anew(loader: Loader, case: Case, oracle: Oracle) -> None:
+    """What was read ahead for the epoch that was left must not turn up in the next one."""
+    first = [np.array([i, i + 1]) for i in range(0, len(oracle) - 1, 2)]
+    second = [np.array([len(oracle) - 1 - i]) for i in range(5)]
+    for taken in (0, 1, 3):
+        batches = loader.load(first)
+        check([next(batches) for _ in range(taken)], first[:taken], oracle, case)
+        del batches
+        check(list(loader.load(second)), second, oracle, case)
+
+
+def test_an_epoch_of_one_batch_and_of_none(loader: Loader, case: Case, oracle: Oracle) -> None:
+    for asked in ([np.array([3, 1])], [], [np.array([2])]):
+        check(list(loader.load(asked)), asked, oracle, case)
+
+
+def machinery() -> tuple[set[int], set[str]]:
+    """Child processes and the operating system's threads, those of C++ libraries included."""
+    tasks = {path.name for path in Path("/proc/self/task").iterdir()}
+    return {child.pid or 0 for child in multiprocessing.active_children()}, tasks
+
+
+def test_nothing_is_rebuilt_between_epochs(loader: Loader, case: Case, oracle: Oracle) -> None:
+    asked = [np.array([i, 0]) for i in range(8)]
+    list(loader.load(asked))
+    before = machinery()
+    for _ in range(5):
+        assert len(list(loader.load(asked))) == len(asked)
+        next(loader.load(asked))
+    children, tasks = machinery()
+    assert children == before[0]
+    assert len(children) == (case.num_workers if case.loader == "files" else 0)
+    assert before[1] <= tasks  # none has ended; a pool of threads may have been filled up
+    assert len(tasks) <= len(before[1]) + case.num_workers
+
+
+def open_files() -> list[str]:
+    """What the file descriptors point to; those of pipes and sockets by kind, as their numbers change."""
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the one that iterdir itself had open
+            found.append(str(descriptor.readlink()).partition(":[")[0])
+    return sorted(found)
+
+
+def left_over() -> tuple[int, list[str], int, list[str]]:
+    children, tasks = machinery()
+    return len(children), sorted(thread.name for thread in threading.enumerate()), len(tasks), open_files()
+
+
+def settled() -> tuple[int, list[str], int, list[str]]:
+    """:func:`left_over` once it no longer changes: a thread that has been joined may still be listed by the kernel for a moment."""
+    seen = left_over()
+    while (now := (time.sleep(0.1), left_over())[1]) != seen:
+        seen = now
+    return seen
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 5) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_close_leaves_nothing(case: Case, data: Data) -> None:
+    """Not even when an epoch was left in the middle by somebody who still holds on to it."""
+
+    def use() -> Iterator[Batch]:
+        dataset = data.open(case.source)
+        loader = make_loader(case, dataset)
+        list(loader.load([np.array([0, 1])]))
+        batches = loader.load([np.array([i]) for i in range(10)])
+        next(batches)
+        loader.close()
+        dataset.close()
+        return batches
+
+    use()  # libraries open what they need once
+    before = settled()
+    held = use()
+    assert eventually(lambda: left_over() == before), (before, left_over())
+    del held
+    assert left_over() == before
+
+
+def test_a_closed_loader_refuses(case: Case, data: Data) -> None:
+    with loader_of(case, data) as loader:
+        list(loader.load([np.array([0])]))
+        loader.close()
+        with pytest.raises(ValueError, match="closed"):
+            list(loader.load([np.array([0])]))
+        loader.close()  # twice is fine
+
+
+# --- what goes wrong in the background is raised in the foreground ---
+
+
+def copy_of(data: Data, source: str, folder: Path) -> Data:
+    """``data`` with a ``source`` that may be damaged."""
+    if source == "tree":
+        shutil.copytree(data.tree.spectrograms_dir, folder)
+        return Data(PngTree(data.tree.csv_file, folder, data.tree.rows), data.folders)
+    shutil.copytree(data.folders[source], folder)
+    return Data(data.tree, data.folders | {source: folder})
+
+
+def damage_picture(data: Data, oracle: Oracle, number: int) -> Path:
+    """Overwrite the second half of a picture in the tree."""
+    row = oracle.rows[number]
+    path = data.tree.spectrograms_dir / f"fold{row['fold']}" / row["spec_file_name"]
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    return path
+
+
+def damage_record(folder: Path, number: int) -> Path:
+    """Overwrite the second half of a payload in its tar, behind the manifest's back."""
+    for file in sorted(folder.glob("fold*/*.tar")):
+        with tarfile.open(file) as tar:
+            payloads = [member for member in tar if member.name.endswith((".png", ".npy"))]
+        if number < len(payloads):
+            member = payloads[number]
+            with file.open("r+b") as raw:
+                raw.seek(member.offset_data + member.size // 2)
+                raw.write(bytes(member.size - member.size // 2))
+            return file
+        number -= len(payloads)
+    raise AssertionError("no such sample")
+
+
+DECODING_CASES = [case for case in CASES if case.source in ("tree", "png")]
+
+
+@pytest.mark.parametrize("victim", ["magma4.png", "palette.png"])
+@pytest.mark.parametrize("case", DECODING_CASES, ids=str, scope="function")
+def test_a_damaged_picture(case: Case, victim: str, data: Data, oracle: Oracle, tmp_path: Path) -> None:
+    """Its batch raises, those before do not; who leaves before it comes sees nothing, and can go on with other samples."""
+    bad = oracle.number_of(victim)
+    damaged = copy_of(data, case.source, tmp_path / "copy")
+    file = damage_picture(damaged, oracle, bad) if case.source == "tree" else damage_record(damaged.folders[case.source], bad)
+    good = [number for number in range(len(oracle)) if oracle.rows[number]["spec_file_name"] != victim]
+    asked = [np.array([number]) for number in (*good[:2], bad, *good[2:])]
+    before = settled()
+    with loader_of(case, damaged) as loader:
+        batches = loader.load(asked)
+        next(batches)
+        del batches  # the damaged one was on its way already, or will be with the next
+        batches = loader.load(asked[1:])
+        next(batches)
+        del batches
+        check(list(loader.load(asked[:2])), asked[:2], oracle, case)
+        batches = loader.load(asked)
+        started = time.monotonic()
+        check([next(batches), next(batches)], asked[:2], oracle, case)
+        with pytest.raises((DataError, ShardError)) as error:
+            next(batches)
+        assert str(file) in str(error.value)
+        assert "\n" not in str(error.value)
+        if case.source == "png":
+            assert f"sample {bad} " in str(error.value)
+        assert time.monotonic() - started < 20
+    assert eventually(lambda: left_over() == before), (before, left_over())  # although the error is still held
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.source != "tree"], ids=str, scope="function")
+def test_a_shard_that_vanishes(case: Case, data: Data, tmp_path: Path) -> None:
+    moved = copy_of(data, case.source, tmp_path / "copy")
+    with loader_of(case, moved) as loader:
+        for file in moved.folders[case.source].glob("fold*/*.tar"):
+            file.unlink()
+        with pytest.raises(ShardError, match=r"fold0\d-\d+\.tar: cannot be read"):
+            list(loader.load([np.array([3])]))
+
+
+class _KillsItsReader:
+    def picture(self, number: int) -> np.ndarray:
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.zeros((SIZE, SIZE, 3), np.uint8)
+
+
+def test_a_killed_worker_process() -> None:
+    loader = FilesLoader(_KillsItsReader(), np.zeros(9, np.int64), loader_config(num_workers=2))
+    started = time.monotonic()
+    with pytest.raises(QuaclrsError, match=r"died .*fewer --num_workers"):
+        list(loader.load([np.array([number]) for number in range(9)]))
+    assert time.monotonic() - started < 20
+    assert eventually(lambda: not multiprocessing.active_children())
+    with pytest.raises(ValueError, match="closed"):
+        list(loader.load([np.array([0])]))
+
+
+# --- which loader, and who refuses what ---
+
+
+def test_rgb_shards_serve_one_size_only(data: Data) -> None:
+    dataset = data.open("rgb")
+    with pytest.raises(UsageError, match=rf"--image_size 96: .* already resized to {SIZE}; use --image_size {SIZE}"):
+        build_loader(Choice(name="files", reason="test"), dataset, loader_config(image_size=96))
+
+
+def test_png_shards_serve_every_size(data: Data) -> None:
+    for case in (Case("files", "png", 0), Case("dali", "png", 1)):
+        dataset = data.open("png")
+        loader = build_loader(Choice(name=case.loader, reason="test"), dataset, loader_config(1, image_size=33))
+        (batch,) = loader.load([np.array([1, 2])])
+        assert batch.images.shape == (2, 3, 33, 33)
+        loader.close()
+
+
+def test_dali_has_nothing_to_decode_in_rgb_shards(data: Data) -> None:
+    dataset = data.open("rgb")
+    with pytest.raises(UsageError, match=r"--loader dali: .* is encoded rgb, .* use --loader files"):
+        build_loader(Choice(name="dali", reason="test"), dataset, loader_config())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "encoding", "name", "reason"),
+    [
+        ("auto", "png", "dali", "DALI is here"),
+        ("auto", None, "dali", "DALI is here"),
+        ("auto", "rgb", "files", "ready pixels"),
+        ("files", "png", "files", "as asked for"),
+        ("files", None, "files", "as asked for"),
+        ("dali", "png", "dali", "as asked for"),
+    ],
+)
+def test_choice(wanted: str, encoding: str | None, name: str, reason: str) -> None:
+    choice = choose_loader(wanted, encoding)
+    assert choice.name == name
+    assert reason in choice.reason
+
+
+def test_an_unknown_loader() -> None:
+    with pytest.raises(UsageError, match="--loader dail: choose one of auto, files, dali"):
+        choose_loader("dail", "png")
+
+
+WITHOUT_DALI = """
+import sys
+
+class NoDali:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("nvidia.dali"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NoDali())
+from quaclrs.cli import main
+
+common = sys.argv[1:]
+print("exit code", main([*common, "--loader", "dali"]), flush=True)
+import torch
+torch.set_num_threads(1)
+print("exit code", main([*common, "--loader", "auto"]))
+"""
+
+
+def test_without_dali(png_tree: PngTree, tmp_path: Path) -> None:
+    """``--loader dali`` says what to install before any work; ``auto`` does without."""
+    shutil.copytree(png_tree.csv_file.parent, tmp_path / "data")
+    flags = f"--csv_file {tmp_path}/data/data.csv --spectrograms_dir {tmp_path}/data/spectrograms --output_dir {tmp_path}/results"
+    flags += " --image_size 8 --fold 1 --epochs 1 --num_workers 0 --batch_size 64 --gradcam_per_class 0 --model_name mobilenet"
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DALI, *flags.split()], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert done.stderr.count("\n") == 1
+    assert "--loader dali" in done.stderr
+    assert "pip install nvidia-dali-cuda120" in done.stderr
+    assert "--loader files" in done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("exit")] == ["exit code 2", "exit code 0"]
+    assert "loader: files on cpu (nvidia-dali-cuda120 cannot be imported" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["data.csv", "spectrograms"]  # nothing was packed
+
+
+# --- normalisation ---
+
+
+def every_level() -> torch.Tensor:
+    """(2, 16, 16, 3) uint8: each channel takes all 256 values, and no two channels the same way."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    first = torch.stack([levels, levels.flip(0), levels.roll(77)], dim=1).reshape(16, 16, 3)
+    return torch.stack([first, first.flip(0)])
+
+
+def torchvision_normalised(pictures: torch.Tensor) -> torch.Tensor:
+    to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    return torch.stack([to_tensor(Image.fromarray(picture.numpy())) for picture in pictures])
+
+
+def test_normalise_is_torchvisions_to_the_last_bit() -> None:
+    pictures = every_level()
+    found = normalise(pictures)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found, torchvision_normalised(pictures))
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(normalise(pictures, dtype), torchvision_normalised(pictures).to(dtype))
+
+
+def test_the_table_of_other_devices_gives_the_same_bits() -> None:
+    pictures = every_level()
+    table = normalisation_table()
+    assert table.shape == (3, 256)
+    looked_up = torch.stack([table[channel][pictures[..., channel].long()] for channel in range(3)], dim=1)
+    assert torch.equal(looked_up, torchvision_normalised(pictures))
+
+
+@pytest.mark.gpu
+def test_normalise_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    pictures = every_level()
+    assert torch.equal(normalise(pictures.cuda()).cpu(), torchvision_normalised(pictures))
+
+
+@pytest.mark.parametrize(
+    "pictures", [torch.zeros(2, 4, 4, 3), torch.zeros(4, 4, 3, dtype=torch.uint8), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)]
+)
+def test_normalise_refuses_other_arrays(pictures: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"must be \(B, S, S, 3\) uint8"):
+        normalise(pictures)
