@@ -1,0 +1,100 @@
+"""Where a picture's cells lie: the first pixel of each row and column of cells."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from quaclrs.imaging.resample import MAX_SIDE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A picture of ``height`` × ``width`` pixels, cut into ``rows`` × ``columns`` cells of one colour each. Hashable.
+
+    Raises ``ValueError`` when the edges do not start at 0, do not rise, or leave the picture.
+    """
+
+    height: int
+    width: int
+    row_edges: tuple[int, ...]
+    """First pixel row of each row of cells, beginning with 0."""
+    column_edges: tuple[int, ...]
+    """First pixel column of each column of cells, beginning with 0."""
+
+    def __post_init__(self) -> None:
+        _check_edges("row", self.row_edges, self.height)
+        _check_edges("column", self.column_edges, self.width)
+
+    @property
+    def rows(self) -> int:
+        """Cells from top to bottom."""
+        return len(self.row_edges)
+
+    @property
+    def columns(self) -> int:
+        """Cells from left to right."""
+        return len(self.column_edges)
+
+    @property
+    def cells(self) -> int:
+        """Bytes of one grid."""
+        return self.rows * self.columns
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.height, self.width
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; :meth:`from_dict` turns it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Layout:
+        """Raises ``ValueError`` (also for missing keys or values that are not integers)."""
+        try:
+            return cls(
+                height=_integer(document["height"]),
+                width=_integer(document["width"]),
+                row_edges=tuple(map(_integer, document["row_edges"])),
+                column_edges=tuple(map(_integer, document["column_edges"])),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a layout: {error!r}") from None
+
+
+def even_edges(cells: int, pixels: int) -> tuple[int, ...]:
+    """First pixels of ``cells`` even cells on ``pixels``: ``floor(i * pixels / cells + 0.5)``, in exact integer arithmetic.
+
+    This is where matplotlib's Agg renderer starts the i-th of n cells without antialiasing. ``cells`` is at most ``pixels``.
+    """
+    if not 1 <= cells <= pixels:
+        raise ValueError(f"cannot draw {cells} cells on {pixels} pixels")
+    return tuple((2 * i * pixels + cells) // (2 * cells) for i in range(cells))
+
+
+def even_layout(height: int, width: int, rows: int, columns: int) -> Layout:
+    """A ``height`` × ``width`` picture of ``rows`` × ``columns`` even cells, as matplotlib draws them."""
+    return Layout(height=height, width=width, row_edges=even_edges(rows, height), column_edges=even_edges(columns, width))
+
+
+def _check_edges(axis: str, edges: Iterable[int], pixels: int) -> None:
+    edges = tuple(edges)
+    if not 1 <= pixels <= MAX_SIDE:
+        raise ValueError(f"a layout's {axis} axis has 1 to {MAX_SIDE} pixels, not {pixels}")
+    rising = all(left < right for left, right in itertools.pairwise(edges))
+    if not edges or edges[0] != 0 or not rising or edges[-1] >= pixels:
+        raise ValueError(f"{axis} edges must rise from 0 and stay below {pixels}, not {_shorten(edges)}")
+
+
+def _integer(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not an integer")
+    return value
+
+
+def _shorten(edges: tuple[int, ...]) -> str:
+    return f"{list(edges[:8])}" if len(edges) <= 8 else f"{list(edges[:8])}... ({len(edges)} in all)"

@@ -1,0 +1,309 @@
+"""Indexed pictures: nothing is lost, refusals say why, and a dataset's layouts and palettes do not depend on its order."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+import time
+
+import matplotlib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from quaclrs.errors import DataError
+from quaclrs.imaging import canonical
+from quaclrs.imaging.canonical import picture_facts, plan
+from quaclrs.imaging.indexed import IndexedPicture, NotIndexable, decode, encode, find_cells, recode
+from quaclrs.imaging.layout import Layout, even_edges, even_layout
+
+MAGMA = matplotlib.colormaps["magma"](np.arange(256), bytes=True)[:, :3].copy()
+
+
+def paint(grid, palette, layout):
+    """The oracle: each pixel asks for its cell."""
+    row = [max(i for i, edge in enumerate(layout.row_edges) if edge <= y) for y in range(layout.height)]
+    column = [max(i for i, edge in enumerate(layout.column_edges) if edge <= x) for x in range(layout.width)]
+    return palette[grid[np.ix_(row, column)]]
+
+
+def random_colours(rng, number):
+    codes = rng.choice(1 << 24, number, replace=False)
+    return np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=-1).astype(np.uint8)
+
+
+@st.composite
+def drawn_pictures(draw, side=40, colours=256):
+    """(grid, palette, layout) with arbitrary edges and, often, equal neighbours."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    height, width = draw(st.integers(1, side)), draw(st.integers(1, side))
+
+    def edges(pixels):
+        inner = rng.permutation(np.arange(1, pixels))[: draw(st.integers(0, pixels - 1))]
+        return (0, *sorted(inner.tolist()))
+
+    layout = Layout(height=height, width=width, row_edges=edges(height), column_edges=edges(width))
+    palette = random_colours(rng, draw(st.sampled_from([1, 2, 3, 17, 255, 256]) if colours == 256 else st.integers(1, colours)))
+    grid = rng.integers(0, len(palette), (layout.rows, layout.columns)).astype(np.uint8)
+    for _ in range(draw(st.integers(0, 3))):  # merge: repeat a row, a column
+        row, column = rng.integers(layout.rows), rng.integers(layout.columns)
+        grid[row] = grid[row - 1]
+        grid[:, column] = grid[:, column - 1]
+    return grid, palette, layout
+
+
+@given(drawn_pictures())
+@settings(deadline=None, max_examples=200)
+def test_nothing_is_lost(drawn):
+    grid, palette, layout = drawn
+    pixels = paint(grid, palette, layout)
+
+    seen = encode(pixels)
+    assert np.array_equal(decode(seen), pixels)
+    assert set(seen.layout.row_edges) <= set(layout.row_edges)
+    assert set(seen.layout.column_edges) <= set(layout.column_edges)
+    assert set(map(tuple, seen.palette.tolist())) == set(map(tuple, palette[np.unique(grid)].tolist()))
+
+    known = encode(pixels, layout, palette)
+    assert known.layout == layout
+    assert known.grid.flags.c_contiguous
+    assert np.array_equal(known.grid, grid)  # the colours of random_colours differ, so the indices are the drawn ones
+    assert np.array_equal(decode(known), pixels)
+
+
+@pytest.mark.parametrize("height", [1, 7, 400])
+@pytest.mark.parametrize("width", [1, 3, 8, 1000])
+def test_one_colour_is_one_cell(height, width):
+    picture = encode(np.full((height, width, 3), (1, 2, 3), np.uint8))
+    assert picture.grid.shape == (1, 1)
+    assert picture.palette.tolist() == [[1, 2, 3]]
+    assert decode(picture).shape == (height, width, 3)
+
+
+def test_256_colours_fit_and_257_do_not():
+    colours = random_colours(np.random.default_rng(0), 257)
+    pixels = colours[:256].reshape(16, 16, 3)
+    assert np.array_equal(decode(encode(pixels)), pixels)
+    with pytest.raises(NotIndexable, match="the picture has 257 colours; an indexed picture has at most 256"):
+        encode(colours[None])
+
+
+def test_a_photograph_is_refused_with_its_number_of_colours():
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 1000, 3)).astype(np.uint8)
+    number = len(np.unique(pixels.reshape(-1, 3), axis=0))
+    with pytest.raises(DataError, match=f"the picture has {number:,} colours"):
+        encode(pixels)
+
+
+def test_too_long_a_side_is_refused():
+    with pytest.raises(NotIndexable, match="is 16385×1 pixels; an indexed picture has at most 16384 a side"):
+        encode(np.zeros((1, 16385, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    "pixels", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4, 3))]
+)
+def test_other_arrays_are_refused(pixels):
+    with pytest.raises(ValueError, match=r"must be \(H, W, 3\) uint8"):
+        find_cells(pixels)
+
+
+def test_a_view_that_is_not_contiguous_is_indexed_too():
+    pixels = np.random.default_rng(0).integers(0, 2, (6, 10, 4)).astype(np.uint8)[:, ::2, :3]
+    assert np.array_equal(decode(encode(pixels)), pixels)
+
+
+def test_misfits_are_refused_with_what_does_not_fit():
+    pixels = paint(np.array([[0, 1]]), np.array([[0, 0, 0], [255, 128, 0]], np.uint8), even_layout(4, 8, 1, 2))
+    with pytest.raises(NotIndexable, match="the picture is 8×4 pixels, the layout 9×4"):
+        encode(pixels, even_layout(4, 9, 1, 2))
+    with pytest.raises(NotIndexable, match=r"1 of the picture's column edges are not in the layout, e\.g\. pixel 4"):
+        encode(pixels, even_layout(4, 8, 1, 1))
+    with pytest.raises(NotIndexable, match=r"1 of the picture's 2 colours are not in the palette, e\.g\. #ff8000"):
+        encode(pixels, palette=np.zeros((1, 3), np.uint8))
+
+
+def test_even_edges_are_the_datasets_formula():
+    for cells, pixels in ((376, 1000), (469, 1000), (313, 1000), (128, 400), (1, 5), (5, 5)):
+        assert even_edges(cells, pixels) == tuple(math.floor(i * pixels / cells + 0.5) for i in range(cells))
+    with pytest.raises(ValueError, match="cannot draw 6 cells on 5 pixels"):
+        even_edges(6, 5)
+
+
+def test_matplotlib_draws_even_edges():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    axes.pcolormesh(np.random.default_rng(0).normal(size=(128, 376)), cmap="magma")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = encode(np.asarray(canvas.buffer_rgba())[..., :3], even_layout(400, 1000, 128, 376))
+    assert picture.grid.shape == (128, 376)
+
+
+def test_layouts_travel_through_json():
+    layout = even_layout(400, 1000, 128, 376)
+    copy = Layout.from_dict(json.loads(json.dumps(layout.to_dict())))
+    assert copy == layout
+    assert hash(copy) == hash(layout)
+    assert (copy.rows, copy.columns, copy.cells, copy.size) == (128, 376, 48128, (400, 1000))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row_edges": []}, "row edges must rise from 0 and stay below 4"),
+        ({"row_edges": [1]}, "row edges must rise from 0"),
+        ({"column_edges": [0, 3, 3]}, r"column edges must rise from 0 and stay below 8, not \[0, 3, 3\]"),
+        ({"column_edges": [0, 8]}, "stay below 8"),
+        ({"column_edges": [0, 2.5]}, "2.5 is not an integer"),
+        ({"height": 0}, "1 to 16384 pixels, not 0"),
+        ({"height": None}, "None is not an integer"),
+        ({"width": 16385}, "1 to 16384 pixels, not 16385"),
+    ],
+)
+def test_broken_layouts_are_refused(change, message):
+    document = {"height": 4, "width": 8, "row_edges": [0], "column_edges": [0, 4]} | change
+    with pytest.raises(ValueError, match=message):
+        Layout.from_dict(document)
+    with pytest.raises(ValueError, match="not a layout"):
+        Layout.from_dict({"height": 4})
+
+
+def seen_parts(layout, palette, rng, number):
+    """Facts of pictures on ``layout`` with cells merged and colours left out, from hardly at all to nearly everything."""
+    for kept in rng.choice([0.01, 0.3, 0.9, 1.0], number):
+        edges = [(0, *(edge for edge in axis[1:] if rng.random() < kept)) for axis in (layout.row_edges, layout.column_edges)]
+        seen = Layout(height=layout.height, width=layout.width, row_edges=edges[0], column_edges=edges[1])
+        colours = palette[rng.random(len(palette)) < kept]
+        grid = np.zeros((seen.rows, seen.columns), np.uint8)
+        yield picture_facts(IndexedPicture(grid, colours if len(colours) else palette[:1], seen))
+
+
+def same_plan(one, other):
+    assert one.layouts == other.layouts
+    assert [palette.tolist() for palette in one.palettes] == [palette.tolist() for palette in other.palettes]
+
+
+def test_a_dataset_of_three_widths_has_three_layouts_and_one_palette_in_any_order():
+    rng = np.random.default_rng(0)
+    true = [even_layout(400, 1000, 128, columns) for columns in (313, 376, 469)]
+    facts = [fact for layout in true for fact in seen_parts(layout, MAGMA, rng, 60)]
+    planned = plan(facts)
+    assert list(planned.layouts) == true
+    assert len(planned.palettes) == 1
+    for seed in range(5):
+        random.Random(seed).shuffle(facts)
+        same_plan(planned, plan(facts + facts[:7]))
+    for fact in facts:
+        layout, palette = planned.choose(fact)
+        assert layout in (0, 1, 2)
+        assert palette == 0
+
+
+def test_a_picture_that_shows_nothing_takes_the_smallest_layout():
+    facts = [picture_facts(find_cells(np.zeros((400, 1000, 3), np.uint8)))]
+    assert plan(facts).layouts == (even_layout(400, 1000, 1, 1),)
+    whole = even_layout(400, 1000, 128, 376)
+    facts.append(picture_facts(IndexedPicture(np.zeros((128, 376), np.uint8), MAGMA, whole)))
+    planned = plan(facts)
+    assert planned.layouts == (whole,)
+    assert planned.choose(facts[0]) == (0, 0)
+
+
+def test_grids_that_are_not_even_are_put_together_from_what_pictures_show():
+    rng = np.random.default_rng(0)
+    edges = [
+        (0, *sorted(rng.choice(np.arange(1, pixels), cells, replace=False).tolist())) for pixels, cells in ((300, 60), (500, 90))
+    ]
+    odd = Layout(height=300, width=500, row_edges=edges[0], column_edges=edges[1])
+    facts = []
+    for _ in range(30):
+        kept = [(0, *(edge for edge in axis[1:] if rng.random() < 0.7)) for axis in edges]
+        part = Layout(height=300, width=500, row_edges=kept[0], column_edges=kept[1])
+        facts.append(picture_facts(IndexedPicture(np.zeros((part.rows, part.columns), np.uint8), MAGMA, part)))
+    planned = plan(facts)
+    assert planned.layouts == (odd,)
+    same_plan(planned, plan(reversed(facts)))
+
+
+def test_colour_maps_that_do_not_fit_together_keep_a_palette_each():
+    rng = np.random.default_rng(0)
+    maps = [matplotlib.colormaps[name](np.arange(256), bytes=True)[:, :3].copy() for name in ("magma", "viridis", "gray")]
+    layout = even_layout(40, 100, 4, 10)
+    facts = [picture_facts(IndexedPicture(np.zeros((4, 10), np.uint8), MAGMA, layout))]  # one picture has all of magma
+    facts += [fact for palette in maps for fact in seen_parts(layout, palette, rng, 40)]
+    planned = plan(facts)
+    assert len(planned.palettes) == 3
+    for seed in range(3):
+        random.Random(seed).shuffle(facts)
+        same_plan(planned, plan(facts))
+
+
+def test_small_palettes_are_put_together():
+    colours = random_colours(np.random.default_rng(0), 600).reshape(6, 100, 3)
+    layout = even_layout(4, 4, 1, 1)
+    facts = [picture_facts(IndexedPicture(np.zeros((1, 1), np.uint8), palette, layout)) for palette in colours]
+    assert [len(palette) for palette in plan(facts).palettes] == [200, 200, 200]
+
+
+def test_pictures_without_anything_in_common_are_refused(monkeypatch):
+    monkeypatch.setattr(canonical, "MAX_SHARED", 3)
+    colours = random_colours(np.random.default_rng(0), 1200).reshape(6, 200, 3)
+    facts = [picture_facts(IndexedPicture(np.zeros((1, 1), np.uint8), palette, even_layout(4, 4, 1, 1))) for palette in colours]
+    with pytest.raises(NotIndexable, match="need more than 3 palettes"):
+        plan(facts)
+    facts = [picture_facts(find_cells(np.zeros((1, width, 3), np.uint8))) for width in range(1, 6)]
+    with pytest.raises(NotIndexable, match="need more than 3 layouts"):
+        plan(facts)
+
+
+def test_a_picture_outside_the_plan_is_refused():
+    black, grey = (np.full((2, 2, 3), level, np.uint8) for level in (0, 9))
+    planned = plan([picture_facts(find_cells(black))])
+    with pytest.raises(NotIndexable, match="colours fit nothing planned"):
+        planned.choose(picture_facts(find_cells(grey)))
+    with pytest.raises(NotIndexable, match="cells fit nothing planned"):
+        planned.choose(picture_facts(find_cells(black[:1])))
+
+
+@given(st.lists(drawn_pictures(side=12, colours=40), min_size=1, max_size=12), st.randoms())
+@settings(deadline=None, max_examples=100)
+def test_every_planned_picture_is_lossless_whatever_the_order(drawn, shuffler):
+    pictures = [find_cells(paint(*one)) for one in drawn]
+    facts = [picture_facts(picture) for picture in pictures]
+    planned = plan(facts)
+    for picture, fact in zip(pictures, facts, strict=True):
+        layout, palette = planned.choose(fact)
+        recoded = recode(picture, planned.layouts[layout], planned.palettes[palette])
+        assert np.array_equal(decode(recoded), decode(picture))
+    shuffler.shuffle(facts)
+    same_plan(planned, plan(facts))
+
+
+def test_encoding_costs_less_than_decoding_the_png():
+    rng = np.random.default_rng(0)
+    grid = np.clip(rng.normal(128, 20, (128, 376)) + 60 * np.sin(np.arange(376) / 9), 0, 255).astype(np.uint8)
+    layout = even_layout(400, 1000, 128, 376)
+    pixels = decode(IndexedPicture(grid, MAGMA, layout))
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert("RGBA").save(file, "png")
+
+    def fastest(work):
+        times = []
+        for _ in range(9):
+            start_s = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start_s)
+        return min(times)
+
+    decoding_s = fastest(lambda: np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB")))
+    encoding_s = fastest(lambda: encode(pixels, layout, MAGMA))  # a third of it, as measured
+    assert encoding_s < decoding_s

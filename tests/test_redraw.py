@@ -1,0 +1,306 @@
+"""The redraw gives Pillow's and torchvision's very bits: the reference, the CPU kernel and the Triton kernel alike."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision import transforms
+
+from quaclrs.imaging import redrawer
+from quaclrs.imaging.indexed import IndexedPicture, decode
+from quaclrs.imaging.layout import Layout, even_layout
+from quaclrs.imaging.redraw import REDRAW_DTYPES, Grids, RedrawTables, check_grids, redraw_reference
+from quaclrs.imaging.redrawer import redraw, redraw_for
+from quaclrs.imaging.resample import vertical_first
+
+SIZES = (64, 96, 224, 299)
+
+
+def random_layout(rng, height, width):
+    edges = [(0, *sorted(rng.permutation(np.arange(1, pixels))[: rng.integers(pixels)].tolist())) for pixels in (height, width)]
+    return Layout(height=height, width=width, row_edges=edges[0], column_edges=edges[1])
+
+
+# Pillow 13 resizes these vertically first at some size of SIZES: tall ones, and such as shrink in height and grow in width.
+TALL = ((300, 96), (2000, 3), (500, 250), (250, 100))
+
+
+@functools.cache
+def dataset():
+    """(pictures, layouts, palettes): this dataset's three layouts, others, and every palette with several layouts."""
+    rng = np.random.default_rng(0)
+    layouts = [even_layout(400, 1000, 128, columns) for columns in (376, 469, 313)]
+    layouts += [
+        random_layout(rng, 400, 1000),
+        random_layout(rng, 37, 53),
+        random_layout(rng, 300, 96),
+        even_layout(224, 224, 7, 224),
+    ]
+    layouts += [even_layout(1, 1, 1, 1), even_layout(1, 600, 1, 600)]
+    palettes = [rng.integers(0, 256, (colours, 3)).astype(np.uint8) for colours in (256, 3)]
+    palettes.append(np.repeat(np.array([[0], [255]], np.uint8), 3, axis=1))  # the extremes: nothing overflows or clips
+    pictures = []
+    for number, layout in enumerate(layouts + layouts[:3]):
+        palette = number % len(palettes)
+        grid = rng.integers(0, len(palettes[palette]), (layout.rows, layout.columns)).astype(np.uint8)
+        pictures.append((grid, number % len(layouts), palette))
+    return pictures, layouts, palettes
+
+
+def flat_grids(pictures, rng):
+    """Grids in a buffer, in random order and with gaps."""
+    parts, offsets, position = [], {}, 0
+    for number in rng.permutation(len(pictures)):
+        gap = rng.integers(0, 50)
+        parts += [np.full(gap, 99, np.uint8), pictures[number][0].ravel()]
+        offsets[number] = position + gap
+        position += gap + pictures[number][0].size
+    return Grids(
+        torch.from_numpy(np.concatenate(parts)),
+        torch.tensor([offsets[number] for number in range(len(pictures))]),
+        torch.tensor([layout for _, layout, _ in pictures], dtype=torch.int32),
+        torch.tensor([palette for _, _, palette in pictures], dtype=torch.int32),
+    )
+
+
+def pillow_levels(pictures, layouts, palettes, size):
+    """The oracle: (N, S, S, 3) uint8 of Pillow's resize of the whole picture, which came as RGBA."""
+    resized = []
+    for grid, layout, palette in pictures:
+        image = Image.fromarray(decode(IndexedPicture(grid, palettes[palette], layouts[layout]))).convert("RGBA")
+        resized.append(np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)))
+    return np.stack(resized)
+
+
+def torchvision_batch(levels):
+    steps = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    return torch.stack([steps(one) for one in levels])
+
+
+def assert_draws_as_pillow(draw, pictures, layouts, palettes, size, dtypes=REDRAW_DTYPES):
+    """``draw`` in all ``dtypes``, for a shuffled batch with a repeated picture."""
+    rng = np.random.default_rng(size)
+    grids, tables = flat_grids(pictures, rng), RedrawTables.build(layouts, palettes, size)
+    order = np.append(rng.permutation(len(pictures)), 0)
+    levels = pillow_levels(pictures, layouts, palettes, size)[order]
+    values = torchvision_batch(levels)
+    for dtype in dtypes:
+        batch = draw(grids, torch.from_numpy(order), tables, dtype)
+        assert batch.shape == values.shape
+        assert batch.dtype == dtype
+        assert batch.is_contiguous(memory_format=torch.channels_last)
+        wanted = torch.from_numpy(levels).permute(0, 3, 1, 2) if dtype == torch.uint8 else values.to(dtype)
+        assert torch.equal(batch, wanted), f"{int((batch != wanted).sum())} of {batch.numel()} {dtype} values differ at size {size}"
+
+
+def test_the_order_of_passes_is_the_installed_pillows():
+    """Also at its border: shrinking by 2 pixels in height for 1 in width, and one more."""
+    rng = np.random.default_rng(0)
+    for height, width, size in (
+        (164, 114, 64),
+        (165, 114, 64),
+        (64, 10, 64),
+        (65, 10, 64),
+        (66, 65, 64),
+        (67, 65, 64),
+        (400, 1000, 224),
+        (1000, 400, 224),
+    ):
+        layout = Layout(height=height, width=width, row_edges=tuple(range(height)), column_edges=tuple(range(width)))
+        grid = rng.integers(0, 256, (height, width)).astype(np.uint8)
+        assert_draws_as_pillow(redraw_reference, [(grid, 0, 0)], [layout], [rng.integers(0, 256, (256, 3)).astype(np.uint8)], size)
+    assert vertical_first(1000, 400, 224) == (int(PIL.__version__.split(".")[0]) >= 13)
+    assert not vertical_first(400, 1000, 224)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_reference_draws_as_pillow(size):
+    assert_draws_as_pillow(redraw_reference, *dataset(), size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_cpu_kernel_draws_as_pillow(size):
+    redraw_cpu = pytest.importorskip("quaclrs.imaging.redraw_cpu", reason="numba is not installed", exc_type=ImportError).redraw_cpu
+    assert_draws_as_pillow(redraw_cpu, *dataset(), size)
+
+
+def check_interpreted_triton():
+    """Run in a process with TRITON_INTERPRET=1, see below. The interpreter is slow: fewer pictures than elsewhere."""
+    from quaclrs.imaging.redraw_triton import choose_tile, redraw_triton
+
+    rng = np.random.default_rng(1)
+    layouts = [even_layout(400, 1000, 128, columns) for columns in (376, 469, 313)]
+    layouts += [random_layout(rng, 37, 53), even_layout(300, 96, 60, 24), even_layout(1, 1, 1, 1)]  # the fifth: vertically first
+    palettes = [rng.integers(0, 256, (colours, 3)).astype(np.uint8) for colours in (256, 9)]
+    pictures = []
+    for number, layout in enumerate(layouts):
+        grid = rng.integers(0, len(palettes[number % 2]), (layout.rows, layout.columns)).astype(np.uint8)
+        pictures.append((grid, number, number % 2))
+    for size, dtypes in zip(SIZES, (REDRAW_DTYPES, REDRAW_DTYPES, (torch.float32,), (torch.float16,)), strict=True):
+        assert_draws_as_pillow(redraw_triton, pictures, layouts, palettes, size, dtypes)
+    for size, rows, columns in ((64, 50, 33), (32, 40, 7), (12, 12, 12)):  # the knob: any tile, also one that overhangs the picture
+        tile = choose_tile(RedrawTables.build(layouts, palettes, size), rows, columns)
+        assert (tile.rows, tile.columns) == (rows, columns)
+        draw = functools.partial(redraw_triton, tile=tile)
+        assert_draws_as_pillow(draw, pictures, layouts, palettes, size, (torch.uint8,))
+
+
+def test_the_triton_kernel_interpreted_draws_as_pillow():
+    pytest.importorskip("triton", reason="triton is not installed")
+    command = [sys.executable, "-W", "error", "-c", "import test_redraw; test_redraw.check_interpreted_triton()"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("dtype", REDRAW_DTYPES, ids=str)
+@pytest.mark.parametrize("capability", [75, 90])
+def test_the_triton_kernel_compiles_without_a_gpu(capability, dtype):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from quaclrs.imaging.redraw_triton import compile_for
+
+    layouts = [even_layout(400, 1000, 128, columns) for columns in (376, 469, 313)]
+    kernel = compile_for(capability, RedrawTables.build(layouts, dataset()[2], 224), dtype)
+    assert f".target sm_{capability}" in kernel.asm["ptx"]
+    assert len(kernel.asm["cubin"]) > 1000
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", SIZES)
+def test_the_triton_kernel_on_a_gpu_draws_as_pillow(size):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+    def draw(grids, index, tables, dtype):
+        there = Grids(*(getattr(grids, name).cuda() for name in ("flat", "offsets", "layouts", "palettes")))
+        moved = tables.to("cuda")
+        check_grids(there, moved)
+        for drawn in (redraw_reference(there, index.cuda(), moved, dtype), redraw(there, index.cuda(), moved, dtype)):
+            batch = drawn.cpu()
+        return batch
+
+    assert redraw_for("cuda")[1] == "Triton kernel"
+    assert_draws_as_pillow(draw, *dataset(), size)
+
+
+@st.composite
+def small_datasets(draw):
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    layouts = [random_layout(rng, *rng.integers(1, 90, 2).tolist()) for _ in range(draw(st.integers(1, 3)))]
+    palettes = [rng.integers(0, 256, (rng.integers(1, 257), 3)).astype(np.uint8) for _ in range(2)]
+    pictures = []
+    for _ in range(draw(st.integers(1, 4))):
+        layout, palette = int(rng.integers(len(layouts))), int(rng.integers(2))
+        shape = layouts[layout].rows, layouts[layout].columns
+        pictures.append((rng.integers(0, len(palettes[palette]), shape).astype(np.uint8), layout, palette))
+    return pictures, layouts, palettes
+
+
+@given(small_datasets(), st.integers(1, 130))
+@settings(deadline=None, max_examples=60)
+def test_any_grid_at_any_size_is_drawn_as_pillow_draws_it(data, size):
+    assert_draws_as_pillow(redraw_reference, *data, size)
+    assert_draws_as_pillow(redraw, *data, size)
+
+
+def test_the_longest_side_neither_overflows_nor_clips():
+    layouts = [even_layout(1, 16384, 1, 16384)]
+    white = np.full((1, 3), 255, np.uint8)
+    assert_draws_as_pillow(redraw, [(np.zeros((1, 16384), np.uint8), 0, 0)], layouts, [white], 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("pictures", [0, 1, 3])
+def test_batches_of_any_size_and_number_of_threads(threads, pictures):
+    grids, tables = flat_grids(dataset()[0], np.random.default_rng(0)), RedrawTables.build(*dataset()[1:], 32)
+    index = torch.arange(pictures)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(redraw(grids, index, tables), redraw_reference(grids, index, tables))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("draw", [redraw_reference, redraw])
+def test_out_is_written_and_a_wrong_one_refused(draw):
+    grids, tables = flat_grids(dataset()[0], np.random.default_rng(0)), RedrawTables.build(*dataset()[1:], 16)
+    index = torch.tensor([1, 4])
+    out = torch.zeros(2, 3, 16, 16).to(memory_format=torch.channels_last)
+    assert draw(grids, index, tables, torch.float32, out) is out
+    assert torch.equal(out, redraw_reference(grids, index, tables))
+    for wrong in (torch.zeros(2, 3, 16, 16), out[:1], out.half()):
+        with pytest.raises(ValueError, match="out must be"):
+            draw(grids, index, tables, torch.float32, wrong)
+    with pytest.raises(ValueError, match=r"a batch is one of .*, not torch.float64"):
+        draw(grids, index, tables, torch.float64, None)
+
+
+def test_grids_are_drawn_from_a_memory_map(tmp_path):
+    pictures, layouts, palettes = dataset()
+    grids, tables = flat_grids(pictures, np.random.default_rng(0)), RedrawTables.build(layouts, palettes, 40)
+    grids.flat.numpy().tofile(tmp_path / "grids")
+    mapped = np.memmap(tmp_path / "grids", np.uint8, mode="c")
+    there = Grids(torch.from_numpy(mapped), grids.offsets, grids.layouts, grids.palettes)
+    index = torch.arange(len(grids))
+    assert torch.equal(redraw(there, index, tables), redraw_reference(grids, index, tables))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offsets": torch.tensor([-1])}, "grids lie at -1..19, outside the buffer of 20 bytes"),
+        ({"offsets": torch.tensor([1])}, "grids lie at 1..21, outside"),
+        ({"layouts": torch.tensor([1], dtype=torch.int32)}, "a grid has layout 1, there are 1"),
+        ({"palettes": torch.tensor([-2], dtype=torch.int32)}, "a grid has palette -2, there are 1"),
+        ({"layouts": torch.tensor([0])}, "layouts must be one-dimensional, contiguous torch.int32"),
+        ({"palettes": torch.zeros(2, dtype=torch.int32)}, r"1 offsets need as many layouts \(1\) and palettes \(2\)"),
+    ],
+)
+def test_grids_that_would_read_wild_memory_are_refused(change, message):
+    tables = RedrawTables.build([even_layout(4, 5, 4, 5)], [np.zeros((1, 3), np.uint8)], 8)
+    zero = torch.zeros(1, dtype=torch.int32)
+    fields = {"flat": torch.zeros(20, dtype=torch.uint8), "offsets": torch.tensor([0]), "layouts": zero, "palettes": zero}
+    check_grids(Grids(**fields), tables)
+    with pytest.raises(ValueError, match=message):
+        redraw(Grids(**fields | change), torch.tensor([0]), tables)
+
+
+def test_tables_refuse_what_they_cannot_draw():
+    layouts = [even_layout(4, 5, 4, 5)]
+    with pytest.raises(ValueError, match=r"a palette must be \(1..256, 3\) uint8, not \(257, 3\)"):
+        RedrawTables.build(layouts, [np.zeros((257, 3), np.uint8)], 8)
+    with pytest.raises(ValueError, match="cannot redraw 1 layouts with 0 palettes at size 8"):
+        RedrawTables.build(layouts, [], 8)
+
+
+def test_without_numba_the_reference_draws_and_one_line_says_so(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "quaclrs.imaging.redraw_cpu", raising=False)
+    redrawer.redraw_for.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert redraw_for("cpu") == (redraw_reference, "torch reference")
+        assert redraw_for("cpu")[0] is redraw_reference
+    redrawer.redraw_for.cache_clear()
+    assert len(caplog.records) == 1
+    assert "pip install numba" in caplog.text
+
+
+def test_kernels_are_imported_only_when_used():
+    code = "import sys, quaclrs.imaging.redrawer; print([name for name in ('numba', 'triton.language') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert "numba" not in done.stdout
