@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, Columns
 
@@ -29,6 +29,10 @@ class Parser(argparse.ArgumentParser):
 
         given = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args([self._underscored(argument) for argument in given], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2 and one line, as for every other bad input, instead of the whole usage."""
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
     @staticmethod
     def _underscored(argument: str) -> str:

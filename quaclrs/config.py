@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ DEFAULT_CSV_FILE = Path("spectrograms_balanced_no_sirens.csv")
 DEFAULT_SPECTROGRAMS_DIR = Path("spectrograms")
 DEFAULT_IMAGE_SIZE = 224
 
-ENCODINGS = ("png", "rgb")
+ENCODINGS = ("png", "indexed", "rgb")
 SCHEDULERS = ("plateau", "cosine", "none")
 ON_ERROR = ("stop", "skip")
 
@@ -57,8 +58,10 @@ class Columns:
 class PackConfig:
     """One packing of a PNG tree into shards."""
 
-    csv_file: Path
-    spectrograms_dir: Path
+    csv_file: Path | None = None
+    spectrograms_dir: Path | None = None
+    from_shards: Path | None = None
+    """``png`` shards to take the CSV and the pictures from, in place of the two above."""
     output_dir: Path
     encoding: str = "png"
     image_size: int = DEFAULT_IMAGE_SIZE
@@ -71,6 +74,12 @@ class PackConfig:
     columns: Columns = field(default_factory=Columns)
 
     def __post_init__(self) -> None:
+        from_tree = self.csv_file is not None and self.spectrograms_dir is not None
+        from_anything = from_tree or (self.csv_file, self.spectrograms_dir) != (None, None)
+        _require(
+            from_tree != (self.from_shards is not None) and from_tree == from_anything,
+            "give --csv_file and --spectrograms_dir, or --from_shards alone",
+        )
         _require(self.encoding in ENCODINGS, f"--encoding {self.encoding}: choose one of {', '.join(ENCODINGS)}")
         _require(self.on_error in ON_ERROR, f"--on_error {self.on_error}: choose one of {', '.join(ON_ERROR)}")
         _require(1 <= self.image_size <= 4096, f"--image_size {self.image_size}: choose 1 to 4096 pixels")
@@ -125,8 +134,8 @@ class TrainConfig:
         )
         _require(self.epochs >= 1, f"--epochs {self.epochs}: at least 1")
         _require(self.patience >= 1, f"--patience {self.patience}: at least 1")
-        _require(self.learning_rate > 0, f"--learning_rate {self.learning_rate}: must be positive")
-        _require(self.weight_decay >= 0, f"--weight_decay {self.weight_decay}: not negative")
+        _require(0 < self.learning_rate < math.inf, f"--learning_rate {self.learning_rate}: must be positive and finite")
+        _require(0 <= self.weight_decay < math.inf, f"--weight_decay {self.weight_decay}: must be finite and not negative")
         _require(self.scheduler in SCHEDULERS, f"--scheduler {self.scheduler}: choose one of {', '.join(SCHEDULERS)}")
         _require(self.seed >= 0, f"--seed {self.seed}: not negative")
         _require(self.num_folds >= 3, f"--num_folds {self.num_folds}: at least 3, to train, validate and test")

@@ -20,12 +20,12 @@ from quaclrs.environment import describe_environment
 from quaclrs.errors import TrainingError, UsageError
 from quaclrs.files import make_folder, write_json
 from quaclrs.folds import class_weights, select, split_for
-from quaclrs.loaders import build_loader, choose_loader
+from quaclrs.loaders import build_loader, choose_loader, fit_in
 from quaclrs.loaders.base import Loader, LoaderConfig
 from quaclrs.models import architecture, build_model, check_input_size
 from quaclrs.order import evaluation_batches
 from quaclrs.report.gradcam import pick_samples, write_gradcams
-from quaclrs.report.metrics import compute_metrics
+from quaclrs.report.metrics import compute_metrics, to_json_safe
 from quaclrs.report.plots import write_plots
 
 METRICS_FILE = "metrics.json"
@@ -77,10 +77,10 @@ def run_cross_validation(config: TrainConfig, log: Log = print, hooks: engine.Ho
 
     Everything that can be refused is refused before the first fold starts. Raises the errors of quaclrs.errors.
     """
-    image_size = config.image_size or architecture(config.model_name).input_size
+    image_size = architecture(config.model_name).input_size if config.image_size is None else config.image_size
     check_input_size(config.model_name, image_size)
     device = pick_device(config.device)
-    wants_shards = config.shards is None and choose_loader(config.loader, "png").name == "dali"
+    wants_shards = config.shards is None and choose_loader(config.loader, "png").name != "files"
     dataset = open_dataset(config, want_shards=wants_shards, log=log)
     try:
         folds = [config.fold] if config.fold is not None else list(range(1, config.num_folds + 1))
@@ -88,7 +88,8 @@ def run_cross_validation(config: TrainConfig, log: Log = print, hooks: engine.Ho
         for fold in folds:
             fold_samples(dataset, fold, config.num_folds)
         make_folder(config.output_dir)
-        choice = choose_loader(config.loader, dataset.shards.encoding if dataset.shards else None)
+        encoding = dataset.shards.encoding if dataset.shards else None
+        choice = choose_loader(config.loader, encoding, fit_in(dataset, image_size, device))
         log(f"loader: {choice.name} on {device} ({choice.reason})")
         loader = build_loader(choice, dataset, _loader_config(config, image_size, device))
         try:
@@ -175,7 +176,7 @@ def run_fold(run: Run, fold: int) -> dict[str, Any]:
         _restore(training, folder, identity, run.log)
     stopped_early = engine.fit(training, run.loader, samples, config, folder, identity, run.hooks)
     metrics = _test(run, training, samples, folder, stopped_early)
-    metrics |= {"fold": fold, "seconds": time.monotonic() - started, "run": identity}
+    metrics = to_json_safe(metrics | {"fold": fold, "seconds": time.monotonic() - started, "run": identity})
     write_json(folder / METRICS_FILE, metrics)
     run.log(
         f"fold {fold}: test accuracy {metrics['test_accuracy']:.2%}, macro F1 {metrics['macro_f1']:.3f}, best epoch "

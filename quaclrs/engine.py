@@ -57,8 +57,8 @@ class Totals:
         return loss / weight if weight else math.nan, correct / max(self.samples, 1)
 
     def snapshot(self) -> torch.Tensor:
-        """The sums on their way to the host, not waited for."""
-        return self._sums.to("cpu", non_blocking=True)
+        """The sums on their way to the host, not waited for; what is added later does not show in them."""
+        return self._sums.clone().to("cpu", non_blocking=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +289,7 @@ def fit(
     """Train until ``config.epochs`` or until validation stops improving; returns whether it stopped early.
 
     After each epoch ``folder`` holds its checkpoint, and ``best_model.pth`` the weights of the best validation accuracy so far; at
-    the end those weights are loaded. Raises :class:`TrainingError` when the loss is no longer finite.
+    the end those weights are loaded. Raises :class:`TrainingError` when the training loss, or every validation loss, is not finite.
     """
     hooks = hooks or Hooks()
     validation = evaluation_batches(samples.validation, config.batch_size)
@@ -300,13 +300,16 @@ def fit(
         trained = train_epoch(training, loader, batches, hooks.step_meter("train", epoch, len(samples.train)))
         _refuse_divergence(trained.loss, epoch, config)
         validated = evaluate(training, loader, validation, hooks.step_meter("validate", epoch, len(samples.validation)))
-        _step_scheduler(training.scheduler, validated.accuracy)
+        finite = math.isfinite(validated.loss)  # of NaN scores the first class is the prediction, and sometimes right
+        _step_scheduler(training.scheduler, validated.accuracy if finite else 0.0)
         training.history.append(_history_entry(epoch, learning_rate, trained, validated))
-        if validated.accuracy > training.best_val_accuracy:
+        if finite and validated.accuracy > training.best_val_accuracy:
             training.best_epoch, training.best_val_accuracy = epoch, validated.accuracy
             checkpoint.save(folder / checkpoint.BEST_MODEL_FILE, training.model.state_dict())
         checkpoint.save_checkpoint(folder, epoch, training.state(), run, config.keep_checkpoints)
         hooks.epoch_done(training.history[-1])
+    if training.best_epoch == 0:
+        raise TrainingError(f"the validation loss of no epoch is finite; lower --learning_rate (now {config.learning_rate:g})")
     training.model.load_state_dict(checkpoint.load(folder / checkpoint.BEST_MODEL_FILE))
     return len(training.history) < config.epochs
 
@@ -314,9 +317,9 @@ def fit(
 def _refuse_divergence(loss: float, epoch: int, config: TrainConfig) -> None:
     if not math.isfinite(loss):
         amp = ", or train without --use_amp" if config.use_amp else ""
+        kept = "; the checkpoint of the epoch before is kept" if epoch > 1 else ""
         raise TrainingError(
-            f"epoch {epoch}: the training loss is {loss}; lower --learning_rate (now {config.learning_rate:g}){amp}; "
-            "the checkpoint of the epoch before is kept"
+            f"epoch {epoch}: the training loss is {loss}; lower --learning_rate (now {config.learning_rate:g}){amp}{kept}"
         )
 
 

@@ -40,6 +40,17 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     return environment
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on ``device``; of the host, what the kernel calls available. None where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

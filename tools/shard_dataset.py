@@ -10,14 +10,15 @@ from quaclrs.arguments import Parser, add_dataset_arguments, columns_of
 from quaclrs.config import DEFAULT_IMAGE_SIZE, ENCODINGS, ON_ERROR, PackConfig, default_num_workers, parse_bytes
 from quaclrs.errors import run_command
 
+_ENCODING_HELP = "png keeps the files' bytes; indexed keeps colour-mapped grids, lossless and smaller; rgb resizes once"
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="shard_dataset.py", description=__doc__)
-    add_dataset_arguments(parser, required=True)
+    add_dataset_arguments(parser)
+    parser.add_argument("--from_shards", type=Path, metavar="SHARDS", help="png shards to pack from, in place of CSV and folder")
     parser.add_argument("--output_dir", type=Path, required=True, metavar="SHARDS", help="folder for the shards")
-    parser.add_argument(
-        "--encoding", default="png", metavar="|".join(ENCODINGS), help="png keeps the files' bytes; rgb resizes once"
-    )
+    parser.add_argument("--encoding", default="png", metavar="|".join(ENCODINGS), help=_ENCODING_HELP)
     parser.add_argument("--image_size", type=int, default=DEFAULT_IMAGE_SIZE, help="pixels, for --encoding rgb")
     parser.add_argument("--shard_size", default="256MiB", help="upper bound of one tar")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffling inside each fold")
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = PackConfig(
             csv_file=options.csv_file,
             spectrograms_dir=options.spectrograms_dir,
+            from_shards=options.from_shards,
             output_dir=options.output_dir,
             encoding=options.encoding,
             image_size=options.image_size,

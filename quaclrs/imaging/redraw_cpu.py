@@ -222,3 +222,19 @@ def _look_up(levels, values, out):  # type: ignore[no-untyped-def]
         out[3 * x] = red[levels[3 * x]]
         out[3 * x + 1] = green[levels[3 * x + 1]]
         out[3 * x + 2] = blue[levels[3 * x + 2]]
+
+
+def normalise_cpu(levels: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """As :func:`quaclrs.imaging.normalise.normalise` of ``levels`` (B, S, S, 3) uint8, into ``out`` (B, 3, S, S) channels_last."""
+    width = _INTEGER_OF_SIZE[out.dtype.itemsize]
+    values = normalisation_table().to(out.dtype).view(width).numpy()
+    sources = levels.numpy().reshape(len(levels), -1)
+    targets = out.permute(0, 2, 3, 1).view(width).numpy().reshape(len(levels), -1)
+    _on_threads(lambda start, stop: _look_up_all(start, stop, sources, values, targets), len(levels))
+    return out
+
+
+@_compiled
+def _look_up_all(start, stop, levels, values, out):  # type: ignore[no-untyped-def]
+    for picture in range(start, stop):
+        _look_up(levels[picture], values, out[picture])

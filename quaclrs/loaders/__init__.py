@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quaclrs.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from quaclrs.dataset import Dataset
     from quaclrs.loaders.base import Loader, LoaderConfig
 
-LOADERS = ("files", "dali")
+LOADERS = ("resident", "mapped", "dali", "files")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +25,28 @@ class Choice:
     reason: str
 
 
-def choose_loader(wanted: str, encoding: str | None) -> Choice:
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Data against device memory, in bytes."""
+
+    needed: int
+    free: int
+
+    @property
+    def fits(self) -> bool:
+        """The data may take half of what is free; the other half is the model's."""
+        return self.needed <= self.free // 2
+
+    def __str__(self) -> str:
+        return f"{self.needed / 1e9:.2f} of {self.free / 1e9:.2f} GB"
+
+
+def choose_loader(wanted: str, encoding: str | None, resident: Fit | None = None) -> Choice:
     """Pick a loader for shards of ``encoding``, or for a PNG tree (None); ``wanted`` is ``auto`` or a name of :data:`LOADERS`.
 
-    Raises :class:`UsageError` for an unknown name, :class:`MissingDependencyError` for ``dali`` where it is not installed.
+    ``resident`` says what the data would take in device memory, None that they shall not be kept there. Raises :class:`UsageError`
+    for an unknown name or a loader that cannot read the encoding, :class:`MissingDependencyError` for ``dali`` where it is not
+    installed.
     """
     from quaclrs.loaders.dali import dali_missing, require_dali
 
@@ -34,22 +55,59 @@ def choose_loader(wanted: str, encoding: str | None) -> Choice:
             raise UsageError(f"--loader {wanted}: choose one of auto, {', '.join(LOADERS)}")
         if wanted == "dali":
             require_dali()
+        if wanted == "mapped":
+            from quaclrs.loaders.mapped import refuse_encoded
+
+            refuse_encoded(encoding, "the data")
         return Choice(name=wanted, reason="as asked for")
-    if encoding == "rgb":
-        return Choice(name="files", reason="rgb shards hold ready pixels, there is nothing for DALI to decode")
+    if encoding in ("indexed", "rgb"):
+        what = "grids to redraw" if encoding == "indexed" else "ready pixels"
+        if resident is not None and resident.fits:
+            return Choice(name="resident", reason=f"{what}: {resident} fit in the device's memory")
+        why = f"{resident} do not fit in the device's memory" if resident is not None else "read as they come, from the page cache"
+        return Choice(name="mapped", reason=f"{what}: {why}")
     missing = dali_missing()
     if missing is not None:
         return Choice(name="files", reason=missing)
     return Choice(name="dali", reason="pictures must be decoded, and DALI is here")
 
 
+def fit_in(dataset: Dataset, image_size: int, device: torch.device) -> Fit | None:
+    """What ``dataset`` would take on ``device``; None on the CPU, where the page cache keeps the data anyway."""
+    if device.type == "cpu" or dataset.shards is None:
+        return None
+    from quaclrs.environment import free_memory
+    from quaclrs.loaders.resident import resident_bytes
+
+    return Fit(needed=resident_bytes(dataset.shards, image_size), free=free_memory(device) or 0)
+
+
 def build_loader(choice: Choice, dataset: Dataset, config: LoaderConfig) -> Loader:
     """The loader of ``choice`` over ``dataset``; errors as the loaders' own."""
+    if dataset.shards is None:
+        return _files_loader(dataset, config)
+    if choice.name == "resident":
+        from quaclrs.loaders.resident import ResidentLoader
+
+        decoder = None
+        if dataset.shards.encoding == "png":
+            import torch
+
+            decoding = choose_loader("auto", "png")
+            decoder = build_loader(decoding, dataset, dataclasses.replace(config, dtype=torch.uint8))
+        return ResidentLoader(dataset.shards, dataset.label, config, decoder)
+    if choice.name == "mapped":
+        from quaclrs.loaders.mapped import MappedLoader
+
+        return MappedLoader(dataset.shards, dataset.label, config)
     if choice.name == "dali":
         from quaclrs.loaders.dali import DaliLoader
 
-        assert dataset.shards is not None  # open_dataset packs them for this loader
         return DaliLoader(dataset.shards, dataset.label, config)
+    return _files_loader(dataset, config)
+
+
+def _files_loader(dataset: Dataset, config: LoaderConfig) -> Loader:
     from quaclrs.loaders.files import FilesLoader, ShardPictures, TreePictures
 
     if dataset.shards is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,6 +35,7 @@ class LoaderConfig:
     """S, in pixels."""
     device: torch.device
     dtype: torch.dtype
+    """float32, float16 or bfloat16; uint8 gives the pixels themselves, not normalised (for caches and benchmarks)."""
     max_batch: int
     """The largest batch that will be asked for."""
     num_workers: int
@@ -55,3 +58,93 @@ class Loader(Protocol):
     def close(self) -> None:
         """Give back every process, thread and file; the loader cannot be used afterwards."""
         ...
+
+
+class Labels:
+    """The labels of all samples, (N,) int64; makes a :class:`Batch` of images."""
+
+    def __init__(self, labels: np.ndarray, device: torch.device) -> None:
+        self._labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64))
+        self._device = device
+
+    def batch(self, images: torch.Tensor, numbers: np.ndarray) -> Batch:
+        """``images`` with the labels of the samples ``numbers``, on the device without waiting for it."""
+        index = torch.from_numpy(np.array(numbers, dtype=np.int64))
+        return Batch(images, to_device(self._labels[index], self._device), index)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` from the CPU on ``device``; to a GPU through pinned memory, so that the host need not wait."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+    return pinned.to(device, non_blocking=True)
+
+
+def one_ahead(make: Callable[[np.ndarray], Batch], batches: Sequence[np.ndarray], device: torch.device) -> Iterator[Batch]:
+    """``make`` each batch; on a GPU on a stream of its own, the next one while the last one is in use."""
+    if device.type != "cuda":
+        yield from map(make, batches)
+        return
+    stream, waiting = torch.cuda.Stream(device), iter(batches)
+    ready: deque[tuple[Batch, torch.cuda.Event]] = deque()
+
+    def start_next() -> None:
+        numbers = next(waiting, None)
+        if numbers is not None:
+            with torch.cuda.stream(stream):
+                batch = make(numbers)
+                ready.append((batch, stream.record_event()))
+
+    start_next()
+    while ready:
+        start_next()
+        batch, made = ready.popleft()
+        current = torch.cuda.current_stream(device)
+        current.wait_event(made)  # on the device; the host goes on
+        for tensor in (batch.images, batch.labels):
+            tensor.record_stream(current)  # its memory is not reused before the consumer's work on it is done
+        yield batch
+
+
+class BatchMemory:
+    """CPU memory for batches, taken again once nobody holds the batch that had it.
+
+    Fresh pages cost more to touch for the first time than a batch costs to draw.
+    """
+
+    def __init__(self, image_size: int, dtype: torch.dtype) -> None:
+        self._size = image_size
+        self._dtype = dtype
+        self._arrays: list[np.ndarray] = []
+
+    def take(self, pictures: int) -> torch.Tensor:
+        """(pictures, 3, S, S), channels_last, of undefined content."""
+        free = [i for i in range(len(self._arrays)) if _is_free(self._arrays, i)]
+        large_enough = [i for i in free if len(self._arrays[i]) >= pictures]
+        if large_enough:
+            array = self._arrays[large_enough[0]]
+        else:
+            self._arrays = [array for i, array in enumerate(self._arrays) if i not in free]
+            # NumPy asks the kernel for huge pages, torch does not; and NumPy has no bfloat16
+            integer = {1: np.uint8, 2: np.int16, 4: np.int32}[self._dtype.itemsize]
+            array = np.empty((pictures, self._size, self._size, 3), integer)
+            if len(self._arrays) < _MOST_KEPT:
+                self._arrays.append(array)
+        return torch.from_numpy(array[:pictures]).view(self._dtype).permute(0, 3, 1, 2)
+
+
+_MOST_KEPT = 8
+"""Batches whose memory is kept for reuse; a consumer that holds on to more pays for fresh pages."""
+
+
+def _references(arrays: list[np.ndarray], i: int) -> int:
+    return sys.getrefcount(arrays[i])
+
+
+_REFERENCES_WHEN_FREE = _references([np.empty(1)], 0)
+"""Measured, since Python versions differ; a tensor that uses the array's memory adds to it."""
+
+
+def _is_free(arrays: list[np.ndarray], i: int) -> bool:
+    return _references(arrays, i) <= _REFERENCES_WHEN_FREE

@@ -20,7 +20,7 @@ from PIL import Image
 from quaclrs.errors import DataError, MissingDependencyError, QuaclrsError, ShardError, UsageError
 from quaclrs.imaging.normalise import IMAGENET_MEAN, IMAGENET_STD
 from quaclrs.imaging.png import check_png, to_rgb
-from quaclrs.loaders.base import Batch, LoaderConfig
+from quaclrs.loaders.base import Batch, Labels, LoaderConfig
 from quaclrs.shards.format import FLAG_NOT_PLAIN
 from quaclrs.shards.read import ShardSet
 
@@ -59,11 +59,11 @@ class DaliLoader:
         require_dali()
         if shards.encoding != "png":
             raise UsageError(
-                f"--loader dali: {shards.root} is encoded {shards.encoding}, which needs no decoder; use --loader files"
+                f"--loader dali: {shards.root} is encoded {shards.encoding}, which needs no decoder; use --loader mapped"
             )
         self._shards = shards
         self._config = config
-        self._labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64))
+        self._labels = Labels(labels, config.device)
         self._reader = _ReadAhead(shards, max(config.num_workers, 1))
         self._pipeline: Any = _build_pipeline(config, self._reader.next_batch)
 
@@ -110,11 +110,7 @@ class DaliLoader:
         return str(self._shards.root)
 
     def _batch(self, images: torch.Tensor, numbers: np.ndarray) -> Batch:
-        index = torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int64))
-        labels = self._labels[index]
-        if self._config.device.type == "cuda":
-            labels = labels.pin_memory().to(self._config.device, non_blocking=True)
-        return Batch(images.to(self._config.dtype).permute(0, 3, 1, 2), labels, index)
+        return self._labels.batch(images.to(self._config.dtype).permute(0, 3, 1, 2), numbers)
 
     def _drain(self) -> None:
         """Let DALI finish what it has begun, so that the next epoch starts with an empty queue."""
@@ -208,6 +204,8 @@ def _build_pipeline(config: LoaderConfig, source: Any) -> Any:
         decoded = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False)
         size = (config.image_size, config.image_size)
         resized = fn.resize(decoded, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+        if config.dtype == torch.uint8:
+            return resized
         return fn.crop_mirror_normalize(
             resized,
             dtype=types.FLOAT16 if config.dtype == torch.float16 else types.FLOAT,  # DALI has no bfloat16 here

@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from quaclrs.errors import DataError, QuaclrsError, UsageError
+from quaclrs.errors import DataError, QuaclrsError
 from quaclrs.imaging.normalise import normalise
 from quaclrs.imaging.png import decode_png, resize_rgb, to_rgb
-from quaclrs.loaders.base import Batch, LoaderConfig
+from quaclrs.loaders.base import Batch, Labels, LoaderConfig
+from quaclrs.loaders.drawing import check_image_size
 from quaclrs.shards.read import ShardSet
 
 
@@ -48,15 +49,10 @@ class TreePictures:
 
 
 class ShardPictures:
-    """``png`` or ``rgb`` shards."""
+    """Shards of any encoding."""
 
     def __init__(self, shards: ShardSet, image_size: int) -> None:
-        stored = shards.manifest.image_size
-        if stored is not None and stored != image_size:
-            raise UsageError(
-                f"--image_size {image_size}: {shards.root} holds pictures already resized to {stored}; "
-                f"use --image_size {stored}, or pack anew with --image_size {image_size} (or --encoding png, which serves all sizes)"
-            )
+        check_image_size(shards, image_size)
         self._shards = shards
         self._size = image_size
 
@@ -64,7 +60,10 @@ class ShardPictures:
         """As :class:`Pictures`."""
         if self._shards.encoding == "rgb":
             return self._shards.array(number)
-        picture = to_rgb(self._shards.payload(number).tobytes(), self._shards.name(number))
+        if self._shards.encoding == "indexed":
+            picture = self._shards.picture(number)
+        else:
+            picture = to_rgb(self._shards.payload(number).tobytes(), self._shards.name(number))
         return resize_rgb(Image.fromarray(picture), self._size)
 
 
@@ -75,7 +74,7 @@ class FilesLoader:
 
     def __init__(self, pictures: Pictures, labels: np.ndarray, config: LoaderConfig) -> None:
         self._config = config
-        self._labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64))
+        self._labels = Labels(labels, config.device)
         self._plan = _Plan()
         self._epoch: Iterator[torch.Tensor | QuaclrsError] | None = None
         self._loader: DataLoader[torch.Tensor | QuaclrsError] | None = DataLoader(
@@ -85,6 +84,7 @@ class FilesLoader:
             num_workers=config.num_workers,
             persistent_workers=config.num_workers > 0,
             pin_memory=config.device.type == "cuda",
+            generator=torch.Generator(),  # it draws a seed for its workers, which must not come out of the training's random numbers
         )
 
     def load(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
@@ -118,13 +118,11 @@ class FilesLoader:
         return pictures
 
     def _batch(self, pictures: torch.Tensor, numbers: np.ndarray) -> Batch:
-        device = self._config.device
-        index = torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int64))
-        labels = self._labels[index]
-        if device.type == "cuda":  # pinned by the DataLoader (pictures) or small (labels): no host synchronisation
-            pictures = pictures.to(device, non_blocking=True)
-            labels = labels.pin_memory().to(device, non_blocking=True)
-        return Batch(normalise(pictures, self._config.dtype), labels.to(device), index)
+        if self._config.device.type == "cuda":  # pinned by the DataLoader: no host synchronisation
+            pictures = pictures.to(self._config.device, non_blocking=True)
+        if self._config.dtype == torch.uint8:
+            return self._labels.batch(pictures.permute(0, 3, 1, 2), numbers)
+        return self._labels.batch(normalise(pictures, self._config.dtype), numbers)
 
 
 class _Plan(Sampler[np.ndarray]):

@@ -34,13 +34,20 @@ MANIFEST_FILE = "manifest.json"
 METADATA_FILE = "metadata.csv"
 SAMPLES_FILE = "samples.npy"
 
-PAYLOAD_EXTENSION = {"png": "png", "rgb": "npy"}
-"""Encoding to the payload's file extension: ``png`` original bytes, ``rgb`` an (S, S, 3) uint8 .npy, resized as Pillow does."""
+PAYLOAD_EXTENSION = {"png": "png", "indexed": "npy", "rgb": "npy"}
+"""Encoding to the payload's file extension.
+
+- ``png``: the original bytes.
+- ``indexed``: a (rows, columns) uint8 .npy, the picture's grid of palette indices; palettes and layouts are in the manifest.
+- ``rgb``: an (S, S, 3) uint8 .npy, resized as Pillow does.
+"""
 
 FLAG_NOT_PLAIN = 1
 """The picture is not 8-bit RGB or RGBA (palette, grey, 16 bit): decode it with Pillow, other decoders convert otherwise."""
 FLAG_TRANSPARENT = 2
 """Some pixel is not opaque; its alpha is dropped."""
+FLAG_ALPHA = 4
+"""The picture has an alpha channel, so that an export restores one."""
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -53,6 +60,9 @@ SAMPLE_DTYPE = np.dtype(
         ("size", "<u8"),  # of the payload in bytes
         ("width", "<u4"),  # of the original picture, in pixels
         ("height", "<u4"),
+        ("layout", "<u2"),  # indexed: position in the manifest's layouts
+        ("palette", "<u2"),  # indexed: position in the manifest's palettes
+        ("pixels", "<u8"),  # indexed: pixel_digest of the original picture in RGB; else 0
     ]
 )
 
@@ -104,6 +114,10 @@ class Manifest:
     samples_sha256: str
     shards: tuple[ShardEntry, ...]
     skipped: tuple[SkippedRow, ...] = ()
+    layouts: tuple[dict[str, Any], ...] = ()
+    """``indexed``: :meth:`quaclrs.imaging.layout.Layout.to_dict` of each."""
+    palettes: tuple[str, ...] = ()
+    """``indexed``: each palette's RGB triples, in hexadecimal."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Counts found while packing: picture sizes, modes, transparent pictures."""
 
@@ -135,7 +149,8 @@ class Manifest:
         try:
             document["shards"] = tuple(ShardEntry(**entry) for entry in document["shards"])
             document["skipped"] = tuple(SkippedRow(**entry) for entry in document["skipped"])
-            document["classes"], document["folds"] = tuple(document["classes"]), tuple(document["folds"])
+            for part in ("classes", "folds", "layouts", "palettes"):
+                document[part] = tuple(document[part])
             return cls(**document)
         except (KeyError, TypeError) as error:
             raise ShardError(f"{name}: damaged manifest ({error}); pack the shards anew") from None
@@ -165,6 +180,11 @@ def members(key: str, encoding: str, payload: bytes, label: int, row: dict[str, 
     """The (name, content) pairs of one sample, in the order of the tar."""
     document = json.dumps(row, ensure_ascii=False, sort_keys=True).encode()
     return [(f"{key}.{PAYLOAD_EXTENSION[encoding]}", payload), (f"{key}.cls", b"%d" % label), (f"{key}.json", document)]
+
+
+def pixel_digest(rgb: np.ndarray) -> int:
+    """The first 8 bytes of SHA-256 over a picture's pixels, (H, W, 3) uint8, as a little-endian number."""
+    return int.from_bytes(hashlib.sha256(np.ascontiguousarray(rgb).data).digest()[:8], "little")
 
 
 def stored_bytes(content_bytes: int) -> int:

@@ -13,10 +13,10 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -24,11 +24,14 @@ from tqdm import tqdm
 from quaclrs.config import PackConfig
 from quaclrs.errors import DataError, ShardError, StorageError
 from quaclrs.files import TEMPORARY_SUFFIX, make_folder, storage_error, write_bytes
-from quaclrs.metadata import Audit, Metadata, read_metadata
-from quaclrs.order import storage_order
+from quaclrs.imaging.canonical import Plan
+from quaclrs.imaging.canonical import plan as plan_canonical
+from quaclrs.metadata import Audit, Metadata
 from quaclrs.parallel import run_tasks
 from quaclrs.shards import format as fmt
-from quaclrs.shards.write import PACKING_FOLDER, Receipt, SampleSource, ShardPlan, finished_receipt, npy_bytes, write_shard
+from quaclrs.shards.plan import Source, open_source, plan_shards, sample_bytes
+from quaclrs.shards.scan import indexed_fingerprint, scan_shard, write_indexed_shard
+from quaclrs.shards.write import PACKING_FOLDER, RECORDED, Receipt, ShardPlan, finished_receipt, npy_bytes, write_shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +53,10 @@ def pack(config: PackConfig, *, progress: bool = False) -> PackSummary:
     of other data or settings, :class:`StorageError` for the disk.
     """
     started = time.monotonic()
-    metadata = read_metadata(config.csv_file, config.columns)
-    plans, source_fingerprint = plan_shards(metadata, config)
-    manifest = _empty_manifest(metadata, config, source_fingerprint)
+    source = open_source(config)
+    metadata = source.metadata
+    plans, source_fingerprint = plan_shards(source, config)
+    manifest = _empty_manifest(source, config, source_fingerprint)
     with _only_one_packs(config.output_dir):
         existing = _existing_manifest(config.output_dir)
         if existing is not None:
@@ -60,8 +64,8 @@ def pack(config: PackConfig, *, progress: bool = False) -> PackSummary:
             manifest, images_packed = existing, 0
         else:
             _check_free_space(plans, config)
-            receipts, images_packed = _write_shards(plans, config, progress)
-            manifest = _finish(manifest, metadata, receipts, config)
+            receipts, images_packed, shared = _write_shards(plans, config, progress)
+            manifest = _finish(_with_shared(manifest, shared), metadata, receipts, config)
     return PackSummary(
         manifest=manifest,
         audit=metadata.audit(),
@@ -71,90 +75,16 @@ def pack(config: PackConfig, *, progress: bool = False) -> PackSummary:
     )
 
 
-def plan_shards(metadata: Metadata, config: PackConfig) -> tuple[list[ShardPlan], str]:
-    """Every shard to be written, and the source fingerprint; only names and sizes of the pictures are read.
-
-    Raises :class:`DataError` naming the first row whose picture is missing, unless those are to be skipped.
-    """
-    plans: list[ShardPlan] = []
-    source_hash = hashlib.sha256()
-    sources: list[SampleSource] = []
-    shard_bytes = position = number = 0
-
-    def close_shard(fold: int) -> None:
-        nonlocal shard_bytes, number
-        plans.append(
-            ShardPlan(
-                file=fmt.shard_file(fold, number),
-                fold=fold,
-                encoding=config.encoding,
-                image_size=config.image_size,
-                skip_bad=config.on_error == "skip",
-                sources=tuple(sources),
-            )
-        )
-        sources.clear()
-        shard_bytes, number = 0, number + 1
-
-    fold = 0
-    for row in storage_order(metadata.fold, config.seed).tolist():
-        if fold != metadata.fold[row]:
-            if sources:
-                close_shard(fold)
-            fold, position, number = int(metadata.fold[row]), 0, 0
-        source = _source(metadata, row, fmt.sample_key(fold, position), config)
-        source_hash.update(f"{metadata.relative_path(row)}\t{source.size}\n".encode())
-        sample_bytes = _sample_bytes(source, config)
-        if sources and shard_bytes + sample_bytes > config.shard_size:
-            close_shard(fold)
-        sources.append(source)
-        shard_bytes += sample_bytes
-        position += 1
-    close_shard(fold)
-    return plans, source_hash.hexdigest()
-
-
-def _source(metadata: Metadata, row: int, key: str, config: PackConfig) -> SampleSource:
-    path = metadata.path(row, config.spectrograms_dir)
-    try:
-        stat = path.stat()
-        size, mtime_ns = stat.st_size, stat.st_mtime_ns
-    except OSError as error:
-        if config.on_error == "stop":
-            raise DataError(
-                f"{metadata.csv_file}: row {row + 1}: no picture at {path} ({error.strerror}); check --spectrograms_dir, restore the "
-                "file, or pack with --on_error skip to leave it out"
-            ) from None
-        size, mtime_ns = -1, 0
-    return SampleSource(
-        row=row,
-        key=key,
-        label=int(metadata.label[row]),
-        path=str(path),
-        file=metadata.relative_path(row),
-        size=size,
-        mtime_ns=mtime_ns,
-        csv_row=metadata.row_json(row),
-    )
-
-
-def _sample_bytes(source: SampleSource, config: PackConfig) -> int:
-    payload_bytes = max(source.size, 0)
-    if config.encoding == "rgb":
-        payload_bytes = 128 + 3 * config.image_size**2  # a .npy header is 128 bytes
-    contents = fmt.members(source.key, config.encoding, b"", source.label, source.csv_row)
-    return fmt.stored_bytes(payload_bytes) + sum(fmt.stored_bytes(len(content)) for _, content in contents[1:])
-
-
-def _empty_manifest(metadata: Metadata, config: PackConfig, source_fingerprint: str) -> fmt.Manifest:
+def _empty_manifest(source: Source, config: PackConfig, source_fingerprint: str) -> fmt.Manifest:
+    metadata = source.metadata
     return fmt.Manifest(
         encoding=config.encoding,
         image_size=config.image_size if config.encoding == "rgb" else None,
         seed=config.seed,
         shard_size=config.shard_size,
         csv_fingerprint=metadata.fingerprint,
-        csv_name=metadata.csv_file.name,
-        columns=asdict(config.columns),
+        csv_name=source.csv_name,
+        columns=asdict(source.columns),
         source_fingerprint=source_fingerprint,
         classes=metadata.classes,
         folds=metadata.fold_numbers,
@@ -229,7 +159,7 @@ def _open_lock(lock_file: Path) -> BinaryIO:
 
 def _check_free_space(plans: list[ShardPlan], config: PackConfig) -> None:
     needed = sum(
-        _sample_bytes(source, config) for plan in plans if not (config.output_dir / plan.file).is_file() for source in plan.sources
+        sample_bytes(source, config) for plan in plans if not (config.output_dir / plan.file).is_file() for source in plan.sources
     )
     free = shutil.disk_usage(config.output_dir).free
     if needed > free:
@@ -239,16 +169,45 @@ def _check_free_space(plans: list[ShardPlan], config: PackConfig) -> None:
         )
 
 
-def _write_shards(plans: list[ShardPlan], config: PackConfig, progress: bool) -> tuple[list[Receipt], int]:
-    receipts = {plan.file: finished_receipt(plan, config.output_dir) for plan in plans}
+def _write_shards(plans: list[ShardPlan], config: PackConfig, progress: bool) -> tuple[list[Receipt], int, Plan | None]:
+    """Write the shards that are not there yet; returns all receipts, the pictures packed now, and what ``indexed`` shards share."""
+    if config.encoding != "indexed":
+        return *_run(write_shard, plans, {plan.file: plan.fingerprint for plan in plans}, config, progress), None
+    with _bar(sum(len(plan.sources) for plan in plans), "looking", progress) as bar:
+        scan = functools.partial(scan_shard, output_dir=config.output_dir)
+        seen = run_tasks(scan, plans, num_workers=config.num_workers, on_progress=bar.update)
+    shared = plan_canonical(set().union(*seen))
+    work = functools.partial(write_indexed_shard, shared=shared)
+    return *_run(work, plans, {plan.file: indexed_fingerprint(plan, shared) for plan in plans}, config, progress), shared
+
+
+def _run(
+    work: Callable[..., Receipt], plans: list[ShardPlan], fingerprints: dict[str, str], config: PackConfig, progress: bool
+) -> tuple[list[Receipt], int]:
+    """``work`` for every plan whose shard is not there yet; returns all receipts and the pictures packed now."""
+    receipts = {plan.file: finished_receipt(plan, config.output_dir, fingerprints[plan.file]) for plan in plans}
     missing = [plan for plan in plans if receipts[plan.file] is None]
     total, to_do = (sum(len(plan.sources) for plan in chosen) for chosen in (plans, missing))
-    # `disable=None` shows the bar only where stderr is a terminal
-    with tqdm(total=total, initial=total - to_do, unit="image", desc="packing", disable=None if progress else True) as bar:
-        work = functools.partial(write_shard, output_dir=config.output_dir)
+    with _bar(total, "packing", progress, done=total - to_do) as bar:
+        work = functools.partial(work, output_dir=config.output_dir)
         for receipt in run_tasks(work, missing, num_workers=config.num_workers, on_progress=bar.update):
             receipts[receipt.entry.file] = receipt
     return [receipt for receipt in receipts.values() if receipt is not None], to_do
+
+
+def _bar(total: int, what: str, progress: bool, done: int = 0) -> tqdm[NoReturn]:
+    # `disable=None` shows the bar only where stderr is a terminal
+    return tqdm(total=total, initial=done, unit="image", desc=what, disable=None if progress else True)
+
+
+def _with_shared(manifest: fmt.Manifest, shared: Plan | None) -> fmt.Manifest:
+    if shared is None:
+        return manifest
+    return replace(
+        manifest,
+        layouts=tuple(layout.to_dict() for layout in shared.layouts),
+        palettes=tuple(palette.tobytes().hex() for palette in shared.palettes),
+    )
 
 
 def _finish(manifest: fmt.Manifest, metadata: Metadata, receipts: list[Receipt], config: PackConfig) -> fmt.Manifest:
@@ -297,7 +256,7 @@ def _samples_table(receipts: list[Receipt]) -> np.ndarray:
         part = table[start : start + receipt.entry.samples]
         part["shard"], part["fold"] = shard, receipt.entry.fold
         columns = np.array(receipt.samples, dtype=np.uint64).T
-        for name, column in zip(("row", "label", "flags", "offset", "size", "width", "height"), columns, strict=True):
+        for name, column in zip(RECORDED, columns, strict=True):
             part[name] = column
         start += len(part)
     return table

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import math
 import mmap
+import os
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +16,8 @@ import numpy as np
 
 from quaclrs.config import Columns
 from quaclrs.errors import ShardError
+from quaclrs.imaging.indexed import IndexedPicture, decode
+from quaclrs.imaging.layout import Layout
 from quaclrs.metadata import Metadata, parse_metadata
 from quaclrs.shards import format as fmt
 
@@ -29,6 +34,7 @@ class ShardSet:
         self.samples = self._read_samples()
         """(N,) of :data:`format.SAMPLE_DTYPE`"""
         self._maps: dict[int, mmap.mmap] = {}
+        self._descriptors: dict[int, int] = {}
         for entry in self.manifest.shards:
             self._check_size(entry)
 
@@ -37,7 +43,7 @@ class ShardSet:
 
     @property
     def encoding(self) -> str:
-        """``png`` or ``rgb``."""
+        """``png``, ``indexed`` or ``rgb``."""
         return self.manifest.encoding
 
     def name(self, number: int) -> str:
@@ -51,12 +57,47 @@ class ShardSet:
         return np.frombuffer(self._map(int(record["shard"])), np.uint8, int(record["size"]), int(record["offset"]))
 
     def array(self, number: int) -> np.ndarray:
-        """The .npy payload of sample ``number`` as an array, nothing copied (``rgb``: (S, S, 3) uint8)."""
-        payload = self.payload(number)
-        header = io.BytesIO(payload[:128].tobytes())
-        np.lib.format.read_magic(header)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(header)
-        return payload[header.tell() :].view(dtype).reshape(shape)
+        """The .npy payload of sample ``number`` as an array, nothing copied: ``rgb`` (S, S, 3), ``indexed`` (rows, columns) uint8."""
+        shape = self.shape(number)
+        return self.payload(number)[-math.prod(shape) :].reshape(shape)
+
+    def shape(self, number: int) -> tuple[int, ...]:
+        """Of the array of sample ``number``."""
+        if self.encoding == "rgb":
+            assert self.manifest.image_size is not None
+            return (self.manifest.image_size, self.manifest.image_size, 3)
+        layout = self.layouts[int(self.samples["layout"][number])]
+        return (layout.rows, layout.columns)
+
+    @cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        """``indexed``: where cells lie, by the ``layout`` of :attr:`samples`."""
+        try:
+            return tuple(Layout.from_dict(layout) for layout in self.manifest.layouts)
+        except ValueError as error:
+            raise ShardError(f"{self.root / fmt.MANIFEST_FILE}: damaged layouts ({error}); pack the shards anew") from None
+
+    @cached_property
+    def palettes(self) -> tuple[np.ndarray, ...]:
+        """``indexed``: (1..256, 3) uint8 each, by the ``palette`` of :attr:`samples`."""
+        return tuple(np.frombuffer(bytes.fromhex(palette), np.uint8).reshape(-1, 3) for palette in self.manifest.palettes)
+
+    def picture(self, number: int) -> np.ndarray:
+        """``indexed``: the original picture of sample ``number``, (H, W, 3) uint8."""
+        record = self.samples[number]
+        palette, layout = self.palettes[int(record["palette"])], self.layouts[int(record["layout"])]
+        return decode(IndexedPicture(self.array(number), palette, layout))
+
+    def read_array_into(self, number: int, buffer: memoryview) -> None:
+        """Read the array of sample ``number`` into ``buffer``, of its size in bytes.
+
+        Unlike :meth:`array` it maps nothing: memory does not grow with the data that were read, and threads can read side by side.
+        """
+        record = self.samples[number]
+        shard = int(record["shard"])
+        offset = int(record["offset"]) + int(record["size"]) - len(buffer)  # behind the .npy header
+        if os.preadv(self._descriptor(shard), [buffer], offset) != len(buffer):
+            raise ShardError(f"{self.name(number)}: cannot be read whole; the file was cut after it was opened")
 
     def metadata(self) -> Metadata:
         """The CSV that the shards carry. Raises :class:`ShardError` when it is not the one they were packed from."""
@@ -72,6 +113,8 @@ class ShardSet:
             with contextlib.suppress(BufferError):  # an array still points into it; the map goes with the array
                 mapped.close()
         self._maps.clear()
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
 
     def __enter__(self) -> ShardSet:
         return self
@@ -80,7 +123,7 @@ class ShardSet:
         self.close()
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_maps": {}}
+        return self.__dict__ | {"_maps": {}, "_descriptors": {}}
 
     def _map(self, shard: int) -> mmap.mmap:
         if shard not in self._maps:
@@ -91,6 +134,19 @@ class ShardSet:
             except OSError as error:
                 raise ShardError(f"{path}: cannot be read ({error.strerror}); restore it or pack anew") from None
         return self._maps[shard]
+
+    def _descriptor(self, shard: int) -> int:
+        descriptor = self._descriptors.get(shard)
+        if descriptor is None:
+            path = self.root / self.manifest.shards[shard].file
+            try:
+                opened = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise ShardError(f"{path}: cannot be read ({error.strerror}); restore it or pack anew") from None
+            descriptor = self._descriptors.setdefault(shard, opened)
+            if descriptor != opened:  # another thread was quicker
+                os.close(opened)
+        return descriptor
 
     def _read_samples(self) -> np.ndarray:
         path = self.root / fmt.SAMPLES_FILE

@@ -43,7 +43,8 @@ def verify(root: Path, *, progress: bool = False) -> int:
 def export(root: Path, output_dir: Path, *, progress: bool = False) -> int:
     """Restore the CSV and the pictures below ``output_dir``; returns the number of files written.
 
-    ``png``: the original files, byte for byte. ``rgb``: the resized pictures as PNG. Rows that share a file restore one file. Files that
+    ``png``: the original files, byte for byte. ``indexed``: PNGs with the original pixels (of a transparent one, its colours).
+    ``rgb``: the resized pictures as PNG. Rows that share a file restore one file. Files that
     exist are left alone when they are equal, and refused (:class:`DataError`) when not.
     """
     written = 0
@@ -59,8 +60,12 @@ def export(root: Path, output_dir: Path, *, progress: bool = False) -> int:
 def _restore(path: Path, shards: ShardSet, number: int) -> bool:
     if shards.encoding == "png":
         return _restore_bytes(path, shards.payload(number).tobytes())
+    rgb = shards.array(number) if shards.encoding == "rgb" else shards.picture(number)
+    image = Image.fromarray(rgb)
+    if shards.encoding == "indexed" and shards.samples["flags"][number] & fmt.FLAG_ALPHA:
+        image.putalpha(255)
     buffer = io.BytesIO()
-    Image.fromarray(shards.array(number)).save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return _restore_bytes(path, buffer.getvalue())
 
 
@@ -166,7 +171,26 @@ def _verify_payload(shards: ShardSet, sample: int, payload: bytes, where: str) -
             raise ShardError(f"{where}: is {facts.width}x{facts.height}, not {record['width']}x{record['height']}; pack anew")
         if flags_of(facts) != int(record["flags"]):
             raise ShardError(f"{where}: mode {facts.mode} or its transparency is not what {fmt.SAMPLES_FILE} says; pack anew")
-    else:
-        array, size = shards.array(sample), shards.manifest.image_size
-        if array.shape != (size, size, 3) or array.dtype != np.uint8:
-            raise ShardError(f"{where}: holds {array.shape} {array.dtype}, not ({size}, {size}, 3) uint8; pack anew")
+        return
+    array, shape = _load_npy(payload), shards.shape(sample)
+    if array is None or array.shape != shape or array.dtype != np.uint8:
+        held = "no array" if array is None else f"{array.shape} {array.dtype}"
+        raise ShardError(f"{where}: holds {held}, not {shape} uint8; pack anew")
+    if shards.encoding == "indexed":
+        _verify_pixels(shards, sample, array, where)
+
+
+def _verify_pixels(shards: ShardSet, sample: int, grid: np.ndarray, where: str) -> None:
+    """Redraw the picture and compare it with the original's digest: lossless, proven again."""
+    record = shards.samples[sample]
+    if int(grid.max()) >= len(shards.palettes[int(record["palette"])]):
+        raise ShardError(f"{where}: names colour {grid.max()}, which its palette does not have; pack anew")
+    if fmt.pixel_digest(shards.picture(sample)) != int(record["pixels"]):
+        raise ShardError(f"{where}: redrawn, its pixels are not the original's; pack anew")
+
+
+def _load_npy(payload: bytes) -> np.ndarray | None:
+    try:
+        return np.asarray(np.load(io.BytesIO(payload), allow_pickle=False))
+    except (ValueError, EOFError, OSError):
+        return None

@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +21,8 @@ from quaclrs.files import atomic_writer, write_bytes
 from quaclrs.imaging.png import PngFacts, check_png, decode_png, resize_rgb
 from quaclrs.parallel import Tick
 from quaclrs.shards import format as fmt
+
+Made = TypeVar("Made")
 
 PACKING_FOLDER = ".packing"
 """Receipts and the lock of a packing that is not finished."""
@@ -35,7 +39,9 @@ class SampleSource:
     file: str
     """The picture as the CSV names it."""
     size: int
-    """Bytes of the file when the shard was planned."""
+    """Bytes of the picture when the shard was planned."""
+    offset: int = 0
+    """Where the picture begins in ``path``: in a tar of ``png`` shards; a file of its own begins at 0."""
     mtime_ns: int
     csv_row: dict[str, str]
 
@@ -68,6 +74,21 @@ class ShardPlan:
         return digest.hexdigest()
 
 
+RECORDED = ("row", "label", "flags", "offset", "size", "width", "height", "layout", "palette", "pixels")
+"""The fields of format.SAMPLE_DTYPE that a shard's writer knows; the others follow from where the shard stands."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """One sample ready to be stored."""
+
+    payload: bytes
+    facts: PngFacts
+    layout: int = 0
+    palette: int = 0
+    pixels: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
     """What a finished shard is; kept on disk until the manifest is written."""
@@ -76,7 +97,7 @@ class Receipt:
     """The plan's fingerprint."""
     entry: fmt.ShardEntry
     samples: list[list[int]]
-    """Per sample: row, label, flags, offset, size, width, height."""
+    """Per sample: the values of :data:`RECORDED`."""
     modes: dict[str, int]
     skipped: list[fmt.SkippedRow]
 
@@ -97,10 +118,10 @@ def receipt_file(plan: ShardPlan, output_dir: Path) -> Path:
     return output_dir / PACKING_FOLDER / (Path(plan.file).stem + ".json")
 
 
-def finished_receipt(plan: ShardPlan, output_dir: Path) -> Receipt | None:
+def finished_receipt(plan: ShardPlan, output_dir: Path, fingerprint: str | None = None) -> Receipt | None:
     """The receipt of ``plan``'s shard if it was written from the same input and still stands whole, else None."""
     receipt = Receipt.load(receipt_file(plan, output_dir))
-    if receipt is None or receipt.plan != plan.fingerprint or (receipt.skipped and not plan.skip_bad):
+    if receipt is None or receipt.plan != (fingerprint or plan.fingerprint) or (receipt.skipped and not plan.skip_bad):
         return None
     tar, index = output_dir / plan.file, output_dir / fmt.index_file(plan.file)
     whole = index.is_file() and tar.is_file() and tar.stat().st_size == receipt.entry.bytes
@@ -108,26 +129,35 @@ def finished_receipt(plan: ShardPlan, output_dir: Path) -> Receipt | None:
 
 
 def write_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> Receipt:
-    """Write ``plan``'s tar, its index and then its receipt below ``output_dir``; one tick a picture.
+    """Write ``plan``'s tar (``png`` or ``rgb``), its index and then its receipt below ``output_dir``; one tick a picture.
 
     Raises :class:`DataError` naming row and file for a bad picture (unless the plan skips those), :class:`StorageError` for the disk.
     """
+    prepared = ((source, attempt(source, plan, _prepare)) for source in plan.sources)
+    return write_samples(plan, prepared, tick, output_dir=output_dir, fingerprint=plan.fingerprint)
+
+
+def write_samples(
+    plan: ShardPlan,
+    prepared: Iterable[tuple[SampleSource, Prepared | fmt.SkippedRow]],
+    tick: Tick,
+    *,
+    output_dir: Path,
+    fingerprint: str,
+) -> Receipt:
+    """Write what ``prepared`` yields, in its order, as ``plan``'s shard; ``fingerprint`` goes into the receipt."""
     samples: list[list[int]] = []
     modes: dict[str, int] = {}
     skipped: list[fmt.SkippedRow] = []
     with atomic_writer(output_dir / plan.file) as file:
         writer = fmt.ShardWriter(file)
-        for source in plan.sources:
-            try:
-                payload, facts = _payload(source, plan)
-            except DataError as error:
-                if not plan.skip_bad:
-                    raise
-                skipped.append(fmt.SkippedRow(row=source.row, file=source.file, reason=_reason(error, source)))
+        for source, sample in prepared:
+            if isinstance(sample, fmt.SkippedRow):
+                skipped.append(sample)
             else:
-                offset = writer.add_sample(fmt.members(source.key, plan.encoding, payload, source.label, source.csv_row))
-                samples.append([source.row, source.label, flags_of(facts), offset, len(payload), facts.width, facts.height])
-                modes[facts.mode] = modes.get(facts.mode, 0) + 1
+                offset = writer.add_sample(fmt.members(source.key, plan.encoding, sample.payload, source.label, source.csv_row))
+                samples.append(_record(source, sample, offset))
+                modes[sample.facts.mode] = modes.get(sample.facts.mode, 0) + 1
             tick()
         sha256 = writer.finish()
     write_bytes(output_dir / fmt.index_file(plan.file), writer.index())
@@ -139,26 +169,29 @@ def write_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> Receipt:
         sha256=sha256,
         index_sha256=hashlib.sha256(writer.index()).hexdigest(),
     )
-    receipt = Receipt(plan=plan.fingerprint, entry=entry, samples=samples, modes=modes, skipped=skipped)
+    receipt = Receipt(plan=fingerprint, entry=entry, samples=samples, modes=modes, skipped=skipped)
     write_bytes(receipt_file(plan, output_dir), json.dumps(asdict(receipt)).encode())
     return receipt
 
 
-def _reason(error: DataError, source: SampleSource) -> str:
-    return str(error).removeprefix(f"{source.name}: ")  # the manifest must not depend on where the tree lies
-
-
-def _payload(source: SampleSource, plan: ShardPlan) -> tuple[bytes, PngFacts]:
-    data = _read(source)
-    if plan.encoding == "png":
-        return data, check_png(data, source.name)
-    image, facts = decode_png(data, source.name)
-    return npy_bytes(resize_rgb(image, plan.image_size)), facts
-
-
-def _read(source: SampleSource) -> bytes:
+def attempt(source: SampleSource, plan: ShardPlan, work: Callable[[SampleSource, ShardPlan], Made]) -> Made | fmt.SkippedRow:
+    """``work``'s result, or why the plan skips the row; without skipping, its :class:`DataError`."""
     try:
-        data = Path(source.path).read_bytes()
+        return work(source, plan)
+    except DataError as error:
+        if not plan.skip_bad:
+            raise
+        reason = str(error).removeprefix(f"{source.name}: ")  # the manifest must not depend on where the tree lies
+        return fmt.SkippedRow(row=source.row, file=source.file, reason=reason)
+
+
+def read_source(source: SampleSource) -> bytes:
+    """The picture's bytes. Raises :class:`DataError` when they cannot be read or are not as many as planned."""
+    try:
+        with Path(source.path).open("rb") as file:
+            file.seek(source.offset)
+            # of a file of its own everything, to notice one that has grown
+            data = file.read(max(source.size, 0)) if source.offset else file.read()
     except OSError as error:
         raise DataError(f"{source.name}: cannot read the file ({error.strerror}); restore it or take the row out") from None
     if len(data) != source.size:
@@ -175,4 +208,23 @@ def npy_bytes(array: np.ndarray) -> bytes:
 
 def flags_of(facts: PngFacts) -> int:
     """The FLAG_ bits of samples.npy for a picture."""
-    return (0 if facts.plain else fmt.FLAG_NOT_PLAIN) | (fmt.FLAG_TRANSPARENT if facts.transparent else 0)
+    flags = (
+        (fmt.FLAG_NOT_PLAIN, not facts.plain),
+        (fmt.FLAG_TRANSPARENT, facts.transparent),
+        (fmt.FLAG_ALPHA, facts.mode.endswith("A")),
+    )
+    return sum(flag for flag, is_set in flags if is_set)
+
+
+def _prepare(source: SampleSource, plan: ShardPlan) -> Prepared:
+    data = read_source(source)
+    if plan.encoding == "png":
+        return Prepared(payload=data, facts=check_png(data, source.name))
+    image, facts = decode_png(data, source.name)
+    return Prepared(payload=npy_bytes(resize_rgb(image, plan.image_size)), facts=facts)
+
+
+def _record(source: SampleSource, sample: Prepared, offset: int) -> list[int]:
+    facts = sample.facts
+    place = (source.row, source.label, flags_of(facts), offset, len(sample.payload))
+    return [*place, facts.width, facts.height, sample.layout, sample.palette, sample.pixels]

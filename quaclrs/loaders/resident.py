@@ -1,0 +1,157 @@
+"""All samples in device memory, once for all folds and epochs: a batch is a gather and a redraw, the host sends only its order.
+
+``indexed`` shards are kept as grids (2.8 GB for 57,918 spectrograms), ``rgb`` shards as pixels. ``png`` shards can be decoded once
+through another loader and are then kept as pixels of one size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from quaclrs.environment import free_memory
+from quaclrs.errors import ShardError, UsageError
+from quaclrs.imaging.redraw import Grids, check_grids
+from quaclrs.loaders.base import Batch, BatchMemory, Labels, Loader, LoaderConfig, one_ahead, to_device
+from quaclrs.loaders.drawing import GridDrawer, PixelDrawer, array_bytes, check_image_size
+from quaclrs.order import evaluation_batches
+from quaclrs.shards.read import ShardSet
+
+FREE_SHARE = 0.9
+"""Of the free memory that the data may take; the model needs the rest, and more."""
+
+
+def resident_bytes(shards: ShardSet, image_size: int) -> int:
+    """What the data of ``shards`` take in device memory."""
+    if shards.encoding == "png":
+        return len(shards) * 3 * image_size**2
+    return int(array_bytes(shards).sum())
+
+
+class ResidentLoader:
+    """Batches from device memory, with the bits of Pillow's path (from ``png``: with those of ``decoder``).
+
+    ``decoder`` makes uint8 batches of ``png`` shards; it is used while loading, and closed. Raises :class:`UsageError` when the
+    data do not fit in the device's free memory, :class:`ShardError` when a shard is not what the manifest says.
+    """
+
+    name = "resident"
+
+    def __init__(self, shards: ShardSet, labels: np.ndarray, config: LoaderConfig, decoder: Loader | None = None) -> None:
+        check_image_size(shards, config.image_size)
+        self._config = config
+        self._labels = Labels(labels, config.device)
+        self._pixels = PixelDrawer(config)
+        self._pixel_memory = BatchMemory(config.image_size, torch.uint8)
+        _refuse_too_little_memory(resident_bytes(shards, config.image_size), config.device)
+        self._grids: Grids | None = None
+        self._drawer: GridDrawer | None = None
+        self._pictures: torch.Tensor | None = None
+        if shards.encoding == "png":
+            assert decoder is not None
+            self._pictures = _decode_all(shards, decoder, config)
+        elif shards.encoding == "rgb":
+            size = config.image_size
+            self._pictures = _load_all(shards, config).view(-1, size, size, 3)
+        else:
+            self._load_grids(shards)
+
+    def load(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
+        """As :class:`~quaclrs.loaders.base.Loader`."""
+        if self._grids is None and self._pictures is None:
+            raise ValueError("the loader is closed")
+        return one_ahead(self._make, batches, self._config.device)
+
+    def close(self) -> None:
+        """As :class:`~quaclrs.loaders.base.Loader`."""
+        self._grids = self._pictures = self._drawer = None
+
+    def _load_grids(self, shards: ShardSet) -> None:
+        device = self._config.device
+        self._drawer = GridDrawer(shards, self._config)
+        sizes = array_bytes(shards)
+        offsets = torch.from_numpy(np.cumsum(sizes) - sizes)
+        flat = _load_all(shards, self._config)
+        self._grids = Grids(flat, offsets.to(device), self._drawer.layouts.to(device), self._drawer.palettes.to(device))
+        check_grids(self._grids, self._drawer.tables)  # once, so that no batch has to
+
+    def _make(self, numbers: np.ndarray) -> Batch:
+        index = to_device(torch.from_numpy(np.array(numbers, dtype=np.int64)), self._config.device)
+        if self._grids is not None and self._drawer is not None:
+            return self._labels.batch(self._drawer.draw(self._grids, index), numbers)
+        if self._pictures is None:
+            raise ValueError("the loader is closed")
+        if self._config.device.type == "cpu":
+            gathered = self._pixel_memory.take(len(index)).permute(0, 2, 3, 1)
+            torch.index_select(self._pictures, 0, index, out=gathered)
+        else:
+            gathered = self._pictures[index]
+        return self._labels.batch(self._pixels.draw(gathered), numbers)
+
+
+def _refuse_too_little_memory(needed: int, device: torch.device) -> None:
+    free = free_memory(device)
+    if free is not None and needed > FREE_SHARE * free:
+        raise UsageError(
+            f"--loader resident: the data take {needed / 1e9:.2f} GB and {device} has {free / 1e9:.2f} GB free; use --loader mapped"
+        )
+
+
+def _load_all(shards: ShardSet, config: LoaderConfig) -> torch.Tensor:
+    """(bytes,) uint8 on the device: all arrays one after another, read shard by shard with their hashes checked."""
+    sizes = array_bytes(shards)
+    ends = np.cumsum(sizes)
+    flat = torch.empty(int(ends[-1]), dtype=torch.uint8, device=config.device)
+    first = np.searchsorted(shards.samples["shard"], np.arange(len(shards.manifest.shards) + 1))
+
+    def load(shard: int) -> int:
+        numbers = np.arange(first[shard], first[shard + 1])
+        start, stop = int(ends[numbers[0]] - sizes[numbers[0]]), int(ends[numbers[-1]])
+        target = flat[start:stop] if config.device.type == "cpu" else torch.empty(stop - start, dtype=torch.uint8, pin_memory=True)
+        _read_shard(shards, shard, numbers, sizes, target.numpy())
+        if config.device.type != "cpu":
+            flat[start:stop].copy_(target)
+        return stop - start
+
+    progress = tqdm(total=len(flat), unit="B", unit_scale=True, desc="loading", disable=None)
+    with ThreadPoolExecutor(max(config.num_workers, 1), thread_name_prefix="quaclrs-load") as threads, progress:
+        for loaded in threads.map(load, range(len(shards.manifest.shards))):
+            progress.update(loaded)
+    return flat
+
+
+def _read_shard(shards: ShardSet, shard: int, numbers: np.ndarray, sizes: np.ndarray, target: np.ndarray) -> None:
+    """Copy the arrays of the samples ``numbers``, all of ``shard``, into ``target`` (bytes,) uint8, and check the tar's hash."""
+    entry = shards.manifest.shards[shard]
+    path = shards.root / entry.file
+    try:
+        tar = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read ({error.strerror}); restore it or pack anew") from None
+    if hashlib.sha256(tar.data).hexdigest() != entry.sha256:
+        raise ShardError(f"{path}: SHA-256 differs from the manifest's, the file has changed; restore it or pack anew")
+    position = 0
+    for number in numbers:
+        record, size = shards.samples[number], int(sizes[number])
+        end = int(record["offset"]) + int(record["size"])
+        target[position : position + size] = tar[end - size : end]
+        position += size
+
+
+def _decode_all(shards: ShardSet, decoder: Loader, config: LoaderConfig) -> torch.Tensor:
+    """(N, S, S, 3) uint8 on the device, as ``decoder`` makes them."""
+    size = config.image_size
+    pictures = torch.empty((len(shards), size, size, 3), dtype=torch.uint8, device=config.device)
+    try:
+        with tqdm(total=len(shards), unit="image", desc="decoding", disable=None) as progress:
+            for batch in decoder.load(evaluation_batches(np.arange(len(shards)), config.max_batch)):
+                pictures[batch.index.to(config.device)] = batch.images.permute(0, 2, 3, 1)
+                progress.update(len(batch))
+    finally:
+        decoder.close()
+    return pictures

@@ -1,0 +1,540 @@
+"""Contract of reading, checking and exporting: nothing damaged passes for whole, and the way back gives the very files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import RGB_IMAGE_SIZE
+from packing import call_tool, content_of, manifest_of, members_of, pack_tree, run_tool, samples_of
+from PIL import Image
+from png_trees import CLASSES, PngTree, grid_picture, make_row, make_rows, write_csv, write_tree
+
+from quaclrs.errors import DataError, ShardError, StorageError
+from quaclrs.shards.format import FORMAT_VERSION
+from quaclrs.shards.read import ShardSet
+from quaclrs.shards.verify import export, verify
+
+TAR, INDEX = "fold02/fold02-000001.tar", "fold02/fold02-000001.idx"
+
+
+@pytest.fixture
+def copy(png_shards: Path, tmp_path: Path) -> Path:
+    """Good shards, to be damaged at will."""
+    return Path(shutil.copytree(png_shards, tmp_path / "shards"))
+
+
+@pytest.fixture
+def rgb_copy(rgb_shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(rgb_shards, tmp_path / "shards"))
+
+
+def complaint(shards: Path) -> str:
+    """The message of verify about damaged shards, which must be one line."""
+    with pytest.raises(ShardError) as caught:
+        verify(shards)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def edit_manifest(folder: Path, **values: Any) -> None:
+    (folder / "manifest.json").write_text(json.dumps(manifest_of(folder) | values))
+
+
+def edit_entry(folder: Path, shard: str, **values: Any) -> None:
+    """Change what the manifest says of one shard."""
+    entries = [entry | values if entry["file"] == shard else entry for entry in manifest_of(folder)["shards"]]
+    edit_manifest(folder, shards=entries)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def bless(shards: Path, file: str = TAR) -> None:
+    """Let the manifest agree with a changed tar and index, so that only a look at their content can tell."""
+    tar = shards / file
+    edit_entry(shards, file, bytes=tar.stat().st_size, sha256=sha256(tar), index_sha256=sha256(tar.with_suffix(".idx")))
+
+
+def rewrite_samples(shards: Path, change: Callable[[np.ndarray], None]) -> None:
+    """Change samples.npy, and let the manifest agree."""
+    samples = samples_of(shards)
+    change(samples)
+    np.save(shards / "samples.npy", samples)
+    edit_manifest(shards, samples_sha256=sha256(shards / "samples.npy"))
+
+
+# ---- good shards ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_good_shards_pass(png_shards: Path, rgb_shards: Path) -> None:
+    assert verify(png_shards) == 270
+    assert verify(rgb_shards) == 270
+
+
+def test_shards_with_every_oddity_pass(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "tree", make_rows(CLASSES[:3], (2, 5)))
+    grid_picture("police", 1).convert("RGB").quantize(64).save(tree.path(1))
+    grid_picture("police", 1).convert("L").save(tree.path(2), transparency=5)
+    clear = grid_picture("police", 3, width=64)
+    clear.putpixel((0, 0), (1, 2, 3, 0))
+    clear.save(tree.path(3))
+    tree.path(4).unlink()
+    pack_tree(tree, tmp_path / "shards", on_error="skip")
+    assert verify(tmp_path / "shards") == 11
+    pack_tree(tree, tmp_path / "rgb", on_error="skip", encoding="rgb", image_size=8)
+    assert verify(tmp_path / "rgb") == 11
+
+
+def test_verify_reads_every_byte_but_changes_none(copy: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    verify(copy)
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
+# ---- damage that a hash or a size shows -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.6, 0.999])
+def test_a_flipped_bit_in_a_tar(place: float, copy: Path) -> None:
+    flip(copy / TAR, int((copy / TAR).stat().st_size * place))
+    assert complaint(copy) == f"{copy / TAR}: SHA-256 differs from the manifest's, the file has changed; restore it or pack anew"
+
+
+def test_a_tar_that_was_cut(copy: Path) -> None:
+    size = (copy / TAR).stat().st_size
+    os.truncate(copy / TAR, size - 512)
+    assert complaint(copy).startswith(f"{copy / TAR}: has {size - 512} bytes, the manifest says {size}")
+
+
+def test_a_missing_tar(copy: Path) -> None:
+    (copy / TAR).unlink()
+    assert complaint(copy).startswith(f"{copy / TAR}: missing; ")
+
+
+def test_a_flipped_bit_in_an_index(copy: Path) -> None:
+    flip(copy / INDEX, 30)
+    assert complaint(copy).startswith(f"{copy / INDEX}: SHA-256 differs")
+
+
+def test_a_missing_index(copy: Path) -> None:
+    (copy / INDEX).unlink()
+    assert complaint(copy).startswith(f"{copy / INDEX}: missing; ")
+
+
+@pytest.mark.parametrize("place", [20, 1000, -1])
+def test_a_flipped_bit_in_the_samples_table(place: int, copy: Path) -> None:
+    flip(copy / "samples.npy", place)
+    assert complaint(copy).startswith(f"{copy / 'samples.npy'}: does not match the manifest (SHA-256 differs)")
+
+
+@pytest.mark.parametrize("name", ["samples.npy", "metadata.csv", "manifest.json"])
+def test_a_missing_table(name: str, copy: Path) -> None:
+    (copy / name).unlink()
+    assert complaint(copy).startswith(f"{copy / name}: ")
+
+
+def test_an_edited_csv(copy: Path) -> None:
+    path = copy / "metadata.csv"
+    path.write_bytes(path.read_bytes().replace(b"police", b"Police", 1))
+    assert complaint(copy) == f"{path}: is not the CSV these shards were packed from; pack them anew"
+
+
+@pytest.mark.parametrize("name", ["fold02/notes.txt", "fold02/fold02-000099.tar", "fold02/fold02-000000.tar.tmp", "fold77/x.idx"])
+def test_a_stray_file(name: str, copy: Path) -> None:
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_bytes(b"")
+    assert complaint(copy).startswith(f"{copy / name}: not in the manifest; delete it")
+
+
+def test_a_packing_that_was_stopped_here(copy: Path) -> None:
+    (copy / ".packing").mkdir()
+    assert complaint(copy).startswith(f"{copy / '.packing'}: a packing is running or was stopped here")
+
+
+# ---- manifests ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"not json"])
+def test_a_manifest_that_is_not_json(content: bytes, copy: Path) -> None:
+    (copy / "manifest.json").write_bytes(content)
+    message = complaint(copy)
+    assert message.startswith(f"{copy / 'manifest.json'}: not JSON (")
+    assert message.endswith("; pack the shards anew")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"format": "webdataset"}'])
+def test_a_manifest_of_something_else(content: str, copy: Path) -> None:
+    (copy / "manifest.json").write_text(content)
+    assert complaint(copy).startswith(f"{copy / 'manifest.json'}: not a manifest of quaclrs-shards; point --shards at a folder of")
+
+
+@pytest.mark.parametrize(
+    ("version", "step"),
+    [
+        (FORMAT_VERSION + 1, "update quaclrs"),
+        (99, "update quaclrs"),
+        (0, "pack the shards anew"),
+        ("x", "pack the shards anew"),
+    ],
+)
+def test_a_manifest_of_another_version(version: object, step: str, copy: Path) -> None:
+    edit_manifest(copy, version=version)
+    assert (
+        complaint(copy)
+        == f"{copy / 'manifest.json'}: format version {version!r}, this quaclrs reads version {FORMAT_VERSION}; {step}"
+    )
+
+
+@pytest.mark.parametrize("encoding", ["jpeg2000", "", None, ["png"]])
+def test_a_manifest_of_an_unknown_encoding(encoding: object, copy: Path) -> None:
+    edit_manifest(copy, encoding=encoding)
+    message = complaint(copy)
+    assert message.startswith(f"{copy / 'manifest.json'}: unknown encoding {encoding!r} (known: png, ")
+    assert message.endswith("; update quaclrs or pack anew")
+
+
+@pytest.mark.parametrize("name", ["classes", "shards", "samples_sha256", "skipped", "seed"])
+def test_a_manifest_with_a_part_missing(name: str, copy: Path) -> None:
+    document = manifest_of(copy)
+    del document[name]
+    (copy / "manifest.json").write_text(json.dumps(document))
+    message = complaint(copy)
+    assert message.startswith(f"{copy / 'manifest.json'}: damaged manifest (")
+    assert name in message
+
+
+def test_a_manifest_with_a_part_too_many(copy: Path) -> None:
+    edit_manifest(copy, surprise=1)
+    assert "damaged manifest (" in complaint(copy)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"num_samples": 271}, "samples.npy: has (270,) records"),
+        ({"classes": ["x", *sorted(CLASSES)[1:]]}, "samples.npy: labels differ from the CSV's"),
+        ({"classes": sorted(CLASSES, reverse=True)}, "samples.npy: labels differ from the CSV's"),
+        ({"folds": [1, 2, 3]}, "samples.npy: folds differ from the CSV's"),
+        ({"seed": 1}, "samples.npy: does not hold every row of metadata.csv exactly once, in the order of seed 1"),
+        ({"skipped": [{"row": 3, "file": "a", "reason": "b"}]}, "samples.npy: does not hold every row"),
+        ({"csv_fingerprint": "0" * 64}, "metadata.csv: is not the CSV these shards were packed from"),
+        ({"encoding": "rgb", "image_size": 32}, "fold01/fold01-000000.tar"),
+    ],
+)
+def test_a_manifest_that_says_something_else_than_the_files(values: dict[str, object], named: str, copy: Path) -> None:
+    edit_manifest(copy, **values)
+    assert complaint(copy).startswith(f"{copy}/{named}")
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"samples": 1}, "samples.npy: sample counts per shard differ from the manifest's"),
+        ({"bytes": 1}, f"{TAR}: has "),
+        ({"sha256": "0" * 64}, f"{TAR}: SHA-256 differs"),
+        ({"index_sha256": "0" * 64}, f"{INDEX}: SHA-256 differs"),
+        ({"file": "fold02/fold02-000077.tar"}, "fold02/fold02-000077.tar: missing"),
+    ],
+)
+def test_a_manifest_that_says_something_else_of_a_shard(values: dict[str, object], named: str, copy: Path) -> None:
+    edit_entry(copy, TAR, **values)
+    assert complaint(copy).startswith(f"{copy}/{named}")
+
+
+def test_a_shard_dropped_from_the_manifest(copy: Path) -> None:
+    edit_manifest(copy, shards=[entry for entry in manifest_of(copy)["shards"] if entry["file"] != TAR])
+    assert complaint(copy).startswith(f"{copy / 'samples.npy'}: sample counts per shard differ")
+
+
+# ---- damage with matching hashes: only a look at the content can tell -------------------------------------------------------------------
+
+
+def test_a_changed_label_in_a_tar(copy: Path) -> None:
+    tar = copy / TAR
+    info, label = next((info, label) for info, label in members_of(tar) if info.name.endswith(".cls"))
+    content = bytearray(tar.read_bytes())
+    content[info.offset_data : info.offset_data + len(label)] = b"9" * len(label)
+    tar.write_bytes(content)
+    bless(copy)
+    message = complaint(copy)
+    assert message.startswith(f"{tar}: {info.name.removesuffix('.cls')} (sample ")
+    assert "key, label or row differ from the CSV's" in message
+
+
+def test_a_changed_row_in_a_tar(copy: Path) -> None:
+    tar = copy / TAR
+    content = tar.read_bytes()
+    assert b'"augmentation": "original"' in content
+    tar.write_bytes(content.replace(b'"augmentation": "original"', b'"augmentation": "0riginal"', 1))
+    bless(copy)
+    assert "key, label or row differ from the CSV's" in complaint(copy)
+
+
+def test_a_damaged_picture_in_a_tar(copy: Path) -> None:
+    flip(copy / TAR, (copy / TAR).read_bytes().index(b"IDAT") + 40)
+    bless(copy)
+    with pytest.raises(DataError, match="truncated or damaged") as caught:
+        verify(copy)
+    assert str(caught.value).startswith(f"{copy / TAR}: fold02-")
+
+
+def test_an_index_of_other_offsets(copy: Path) -> None:
+    index = copy / INDEX
+    index.write_text(index.read_text().replace("png 512 ", "png 1024 ", 1))
+    bless(copy)
+    assert "the DALI index says otherwise" in complaint(copy)
+
+
+def test_an_index_of_another_count(copy: Path) -> None:
+    index = copy / INDEX
+    index.write_text("\n".join(index.read_text().splitlines()[:-1]) + "\n")
+    bless(copy)
+    assert complaint(copy).startswith(f"{index}: not an index of ")
+
+
+def test_a_tar_that_ends_early(copy: Path) -> None:
+    tar = copy / TAR
+    last = members_of(tar)[-3][0].offset
+    tar.write_bytes(tar.read_bytes()[:last] + bytes(10240))
+    bless(copy)
+    assert complaint(copy).startswith(f"{tar}: ends before sample ")
+
+
+def test_a_samples_table_of_other_offsets(copy: Path) -> None:
+    def move(samples: np.ndarray) -> None:
+        samples["offset"][100] += 512
+
+    rewrite_samples(copy, move)
+    assert "lies elsewhere than samples.npy says" in complaint(copy)
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("label", "labels differ from the CSV's"),
+        ("fold", "folds differ from the CSV's"),
+        ("width", "is 100x40, not 101x40"),
+        ("flags", "mode RGBA or its transparency is not what samples.npy says"),
+        ("row", "does not hold every row of metadata.csv exactly once"),
+    ],
+)
+def test_a_samples_table_of_other_values(field: str, words: str, copy: Path) -> None:
+    def change(samples: np.ndarray) -> None:
+        samples[field][100] += 1
+
+    rewrite_samples(copy, change)
+    assert words in complaint(copy)
+
+
+def test_a_samples_table_in_another_order(copy: Path) -> None:
+    def swap(samples: np.ndarray) -> None:
+        samples[[0, 1]] = samples[[1, 0]]
+
+    rewrite_samples(copy, swap)
+    assert "in the order of seed 0" in complaint(copy)
+
+
+def test_rgb_pixels_of_another_shape(rgb_copy: Path) -> None:
+    edit_manifest(rgb_copy, image_size=16)
+    assert f"holds ({RGB_IMAGE_SIZE}, {RGB_IMAGE_SIZE}, 3) uint8, not (16, 16, 3) uint8" in complaint(rgb_copy)
+
+
+# ---- opening --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_manifest(tmp_path: Path) -> None:
+    with pytest.raises(ShardError) as caught:
+        ShardSet(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'manifest.json'}: no such file (a packing was begun here: run ")
+    with pytest.raises(ShardError) as caught:
+        ShardSet(tmp_path / "nowhere")
+    assert str(caught.value) == f"{tmp_path / 'nowhere' / 'manifest.json'}: no such file; make shards with tools/shard_dataset.py"
+
+
+def test_shards_travel_to_worker_processes(png_shards: Path) -> None:
+    with ShardSet(png_shards) as shards:
+        first = shards.payload(0).tobytes()  # its tar is mapped now, and a map cannot be pickled
+        with pickle.loads(pickle.dumps(shards)) as travelled:
+            assert travelled.payload(0).tobytes() == first
+
+
+def test_arrays_outlive_their_shards(rgb_shards: Path) -> None:
+    with ShardSet(rgb_shards) as shards:
+        array = shards.array(5)
+        before = array.copy()
+    np.testing.assert_array_equal(array, before)
+
+
+def test_payloads_cannot_be_written_to(png_shards: Path) -> None:
+    with ShardSet(png_shards) as shards:
+        payload = shards.payload(0)
+        with pytest.raises(ValueError, match="read-only"):
+            payload[0] = 1
+        with pytest.raises(ValueError, match="read-only"):
+            shards.samples["row"][0] = 1
+
+
+# ---- export ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_export_restores_the_tree_byte_for_byte(png_shards: Path, png_tree: PngTree, tmp_path: Path) -> None:
+    assert export(png_shards, tmp_path / "out") == 261  # 270 rows name 260 pictures; and the CSV
+    assert content_of(tmp_path / "out") == content_of(png_tree.csv_file.parent)
+
+
+def test_exported_trees_pack_into_the_same_shards(png_shards: Path, png_tree: PngTree, tmp_path: Path) -> None:
+    export(png_shards, tmp_path / "out")
+    pack_tree(PngTree(tmp_path / "out" / "data.csv", tmp_path / "out" / "spectrograms", png_tree.rows), tmp_path / "shards")
+    assert content_of(tmp_path / "shards") == content_of(png_shards)
+
+
+def test_export_of_rgb_gives_pillows_resize(rgb_shards: Path, png_tree: PngTree, tmp_path: Path) -> None:
+    assert export(rgb_shards, tmp_path / "out") == 261
+    for row in range(0, 270, 7):
+        with Image.open(png_tree.path(row)) as image:
+            expected = np.asarray(image.convert("RGB").resize((RGB_IMAGE_SIZE, RGB_IMAGE_SIZE), Image.BILINEAR))
+        with Image.open(tmp_path / "out" / png_tree.path(row).relative_to(png_tree.csv_file.parent)) as restored:
+            assert (restored.format, restored.mode) == ("PNG", "RGB")
+            np.testing.assert_array_equal(np.asarray(restored), expected)
+    assert (tmp_path / "out" / "data.csv").read_bytes() == png_tree.csv_file.read_bytes()
+
+
+@pytest.mark.parametrize("encoding", ["png", "rgb"])
+def test_export_into_what_is_there_already(encoding: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    shards = request.getfixturevalue(f"{encoding}_shards")
+    export(shards, tmp_path / "out")
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    assert export(shards, tmp_path / "out") == 0  # equal files are left alone
+    changed = next((tmp_path / "out" / "spectrograms" / "fold3").iterdir())
+    changed.write_bytes(b"something of the user's")
+    with pytest.raises(DataError) as caught:
+        export(shards, tmp_path / "out")
+    assert str(caught.value) == f"{changed}: exists with other content; export into an empty folder"
+    assert changed.read_bytes() == b"something of the user's"
+    assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
+
+
+def test_export_refuses_to_replace_another_csv(png_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("mine")
+    with pytest.raises(DataError, match=r"data\.csv: exists with other content"):
+        export(png_shards, tmp_path)
+    assert (tmp_path / "data.csv").read_text() == "mine"
+
+
+def test_export_of_what_was_skipped(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "tree", make_rows(CLASSES[:2], (1,)))
+    tree.path(0).write_bytes(b"")
+    pack_tree(tree, tmp_path / "shards", on_error="skip")
+    assert export(tmp_path / "shards", tmp_path / "out") == 4
+    tree.path(0).unlink()
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "tree")
+
+
+def test_export_to_a_place_that_cannot_be_written(png_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="choose a folder that can be written"):
+        export(png_shards, tmp_path / "file")
+
+
+# ---- the tool -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Printed:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def inspect(capsys: pytest.CaptureFixture[str]) -> Callable[..., Printed]:
+    def call(*arguments: object) -> Printed:
+        code = call_tool("inspect_shards", [str(argument) for argument in arguments])
+        return Printed(code, *capsys.readouterr())
+
+    return call
+
+
+def test_info(png_shards: Path, png_tree: PngTree, inspect: Callable[..., Printed]) -> None:
+    printed = inspect("info", png_shards)
+    assert (printed.code, printed.err) == (0, "")
+    lines = printed.out.splitlines()
+    assert lines[0] == f"{png_shards}: quaclrs-shards version {FORMAT_VERSION}, encoding png, seed 0"
+    kept = sum(path.stat().st_size for path in map(png_tree.path, range(270))) / 270 / 1e3
+    assert lines[1].startswith("samples 270, shards ")
+    assert lines[1].endswith(f"{kept:.1f} kB per picture")
+    assert f"packed from data.csv (SHA-256 {sha256(png_tree.csv_file)[:16]}…)" in lines[2]
+    assert lines[4].split() == ["air_conditioner", *["2"] * 10, "20"]
+    assert lines[8].split() == ["dog_bark", *["3"] * 10, "30"]
+    assert lines[17].split() == ["total", *["27"] * 10, "270"]
+    assert "pictures: size 100x40 (270); mode RGBA (270)" in lines
+    assert "note: 20 rows share their picture with another row; each row is one sample" in lines
+
+
+def test_info_of_rgb_names_the_size(rgb_shards: Path, inspect: Callable[..., Printed]) -> None:
+    assert ", encoding rgb, 32x32, seed 0\n" in inspect("info", rgb_shards).out
+
+
+def test_info_warns_of_leakage(tmp_path: Path, inspect: Callable[..., Printed]) -> None:
+    tree = write_tree(tmp_path / "tree", [make_row("police", fold, recording=7) for fold in (1, 2)])
+    pack_tree(tree, tmp_path / "shards")
+    assert "warning: 1 recording(s) (fsID) lie in more than one fold" in inspect("info", tmp_path / "shards").out
+
+
+def test_the_tool_as_a_process(png_shards: Path, png_tree: PngTree, tmp_path: Path) -> None:
+    verified = run_tool("inspect_shards", ["verify", str(png_shards)])
+    assert (verified.returncode, verified.stderr) == (0, "")
+    assert verified.stdout == f"{png_shards}: all promises kept by 270 samples\n"
+    exported = run_tool("inspect_shards", ["export", str(png_shards), str(tmp_path / "out")])
+    assert (exported.returncode, exported.stderr) == (0, "")
+    assert exported.stdout == f"{tmp_path / 'out'}: 261 files written\n"
+    assert content_of(tmp_path / "out") == content_of(png_tree.csv_file.parent)
+
+
+@pytest.mark.parametrize("action", ["info", "verify", "export"])
+def test_damage_is_one_line_and_exit_code_2(action: str, copy: Path, tmp_path: Path, inspect: Callable[..., Printed]) -> None:
+    (copy / TAR).unlink()
+    printed = inspect(action, copy, *([tmp_path / "out"] if action == "export" else []))
+    assert (printed.code, printed.out) == (2, "")
+    (line,) = printed.err.splitlines()
+    assert line == f"inspect_shards.py: error: {copy / TAR}: missing; restore it or pack the shards anew"
+
+
+def test_an_unknown_action_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        call_tool("inspect_shards", ["destroy", "shards"])
+    assert caught.value.code == 2
+    assert "destroy" in capsys.readouterr().err
+
+
+def test_shards_of_other_columns_verify_and_export(tmp_path: Path) -> None:
+    from quaclrs.config import Columns
+
+    rows = [{"part": "1", "genre": "rock", "path": "a/b.png"}, {"part": "2", "genre": "jazz", "path": "c.png"}]
+    tree = PngTree(write_csv(tmp_path / "tree.csv", rows), tmp_path / "pictures", rows)
+    for row in rows:
+        path = tree.spectrograms_dir / f"fold{row['part']}" / row["path"]
+        path.parent.mkdir(parents=True)
+        grid_picture("police", 1).save(path)
+    pack_tree(tree, tmp_path / "shards", columns=Columns(file="path", label="genre", fold="part"))
+    assert verify(tmp_path / "shards") == 2
+    export(tmp_path / "shards", tmp_path / "out")
+    assert content_of(tmp_path / "out" / "spectrograms") == content_of(tree.spectrograms_dir)
