@@ -335,7 +335,7 @@ def test_shards_that_do_not_fit(
     shutil.copytree(png_shards, changed)
     manifest = json.loads((changed / "manifest.json").read_text())
     for change, expected in (
-        ({"version": 2}, "format version 2, this quaclrs reads version 1; update quaclrs"),
+        ({"version": 99}, "format version 99, this quaclrs reads version "),
         ({"encoding": "webp"}, "unknown encoding 'webp' (known: "),
     ):
         (changed / "manifest.json").write_text(json.dumps(manifest | change))

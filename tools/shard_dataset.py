@@ -28,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     def command() -> None:
         from quaclrs.shards.pack import pack
-        from quaclrs.shards.summary import describe_packing
+        from quaclrs.shards.read import ShardSet
+        from quaclrs.shards.summary import describe_packing, indexing_advice
 
         config = PackConfig(
             csv_file=options.csv_file,
@@ -44,6 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
             columns=columns_of(options),
         )
         print(describe_packing(pack(config, progress=True), config.output_dir))
+        with ShardSet(config.output_dir) as shards:
+            advice = indexing_advice(shards)
+        if advice:
+            print(advice)
 
     return run_command(command, parser.prog)
 

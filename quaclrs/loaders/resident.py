@@ -88,7 +88,8 @@ class ResidentLoader:
             raise ValueError("the loader is closed")
         if self._config.device.type == "cpu":
             gathered = self._pixel_memory.take(len(index)).permute(0, 2, 3, 1)
-            torch.index_select(self._pictures, 0, index, out=gathered)
+            # "clip" lets NumPy copy straight to `out`; a number out of range fails at its label
+            np.take(self._pictures.numpy(), numbers, axis=0, out=gathered.numpy(), mode="clip")
         else:
             gathered = self._pictures[index]
         return self._labels.batch(self._pixels.draw(gathered), numbers)

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from quaclrs.imaging.indexed import NotIndexable, find_cells
+from quaclrs.imaging.png import to_rgb
 from quaclrs.metadata import Audit
 from quaclrs.shards import format as fmt
 from quaclrs.shards.pack import PackSummary
 from quaclrs.shards.read import ShardSet
 
 _NAMED = 5
+_LOOKED_AT = 64
 
 
 def describe_packing(summary: PackSummary, output_dir: Path) -> str:
@@ -28,6 +31,26 @@ def describe_packing(summary: PackSummary, output_dir: Path) -> str:
             f"{manifest.encoding}; packed {summary.images_packed} pictures in {summary.seconds:.1f} s ({rate:.0f} images/s)"
         )
     return "\n".join([counts_table(manifest, summary.audit), *_facts(manifest), *_warnings(summary.audit, manifest), done])
+
+
+def indexing_advice(shards: ShardSet) -> str | None:
+    """Whether ``png`` shards could be kept as grids, and what that would save: by a sample, since looking at all costs a packing."""
+    if shards.encoding != "png":
+        return None
+    chosen = np.unique(np.linspace(0, len(shards) - 1, _LOOKED_AT).astype(int))
+    grid_bytes = []
+    for number in chosen:
+        try:
+            picture = find_cells(to_rgb(shards.payload(number).tobytes(), shards.name(number)))
+        except NotIndexable as error:
+            return f"note: {shards.name(number)} is no colour-mapped grid ({error}); --encoding indexed would refuse it"
+        grid_bytes.append(picture.layout.cells)
+    share = sum(grid_bytes) / shards.samples["size"][chosen].sum()
+    total = share * shards.samples["size"].sum()
+    return (
+        f"note: all of {len(chosen)} pictures looked at are colour-mapped grids: --encoding indexed would keep them without loss in about "
+        f"{_megabytes(int(total))} ({share:.0%} of the PNGs), with nothing left to decode (--from_shards {shards.root})"
+    )
 
 
 def describe_shards(shards: ShardSet) -> str:
