@@ -79,7 +79,7 @@ def grid_picture(label: str, seed: int, width: int = WIDTH, height: int = HEIGHT
     level[CLASSES.index(label) * rows // len(CLASSES)] += 120  # levels: (rows, columns) in 0..239
     pixels = np.kron(level, np.ones((CELL_PIXELS, CELL_PIXELS), dtype=int))[:height, :width]
     colours = np.stack([np.arange(256), np.arange(256) ** 2 // 255, 255 - np.arange(256), np.full(256, 255)], axis=1)
-    return Image.fromarray(colours.astype(np.uint8)[pixels], "RGBA")
+    return Image.fromarray(colours.astype(np.uint8)[pixels])
 
 
 def write_csv(csv_file: Path, rows: list[dict[str, str]]) -> Path:

@@ -62,7 +62,7 @@ def saved(image: Image.Image, **options: object) -> bytes:
 def picture(mode: str) -> Image.Image:
     pixels = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
     pixels[0, 0, 3] = 128
-    image = Image.fromarray(pixels, "RGBA")
+    image = Image.fromarray(pixels)
     return image.convert("RGB").quantize(16) if mode == "P" else image.convert(mode)
 
 

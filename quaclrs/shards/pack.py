@@ -57,15 +57,19 @@ def pack(config: PackConfig, *, progress: bool = False) -> PackSummary:
     metadata = source.metadata
     plans, source_fingerprint = plan_shards(source, config)
     manifest = _empty_manifest(source, config, source_fingerprint)
-    with _only_one_packs(config.output_dir):
-        existing = _existing_manifest(config.output_dir)
-        if existing is not None:
-            _refuse_other_shards(existing, manifest, config)
-            manifest, images_packed = existing, 0
-        else:
-            _check_free_space(plans, config)
-            receipts, images_packed, shared = _write_shards(plans, config, progress)
-            manifest = _finish(_with_shared(manifest, shared), metadata, receipts, config)
+    images_packed = 0
+    existing = _existing_manifest(config.output_dir)
+    # a finished folder needs no lock, and may be read-only; one that was killed while tidying up is tidied up again
+    if existing is None or (config.output_dir / PACKING_FOLDER).is_dir():
+        with _only_one_packs(config.output_dir):
+            existing = _existing_manifest(config.output_dir)  # of a process that was waited for
+            if existing is None:
+                _check_free_space(plans, config)
+                receipts, images_packed, shared = _write_shards(plans, config, progress)
+                manifest = _finish(_with_shared(manifest, shared), metadata, receipts, config)
+    if existing is not None:
+        _refuse_other_shards(existing, manifest, config)
+        manifest = existing
     return PackSummary(
         manifest=manifest,
         audit=metadata.audit(),

@@ -1,0 +1,82 @@
+"""Packing in tests: through the library, through the tools' own ``main``, and as a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from png_trees import PngTree
+
+from quaclrs.config import PackConfig
+from quaclrs.shards.pack import PackSummary, pack
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+TIMEOUT_S = 60
+
+
+def pack_tree(tree: PngTree, output_dir: Path, **options: Any) -> PackSummary:
+    """In this process, which with one worker takes no time for starting another."""
+    defaults: dict[str, Any] = {"num_workers": 1, "shard_size": 32 * 1024}
+    return pack(
+        PackConfig(csv_file=tree.csv_file, spectrograms_dir=tree.spectrograms_dir, output_dir=output_dir, **(defaults | options))
+    )
+
+
+def pack_flags(tree: PngTree, output_dir: Path, **flags: object) -> list[str]:
+    """The command line of :func:`pack_tree`."""
+    chosen = {
+        "csv_file": tree.csv_file,
+        "spectrograms_dir": tree.spectrograms_dir,
+        "output_dir": output_dir,
+        "num_workers": 1,
+        "shard_size": "32KiB",
+    }
+    return [str(part) for name, value in (chosen | flags).items() for part in (f"--{name}", value)]
+
+
+def call_tool(name: str, arguments: list[str]) -> int:
+    """``tools/{name}.py``'s main in this process; returns the exit code."""
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", TOOLS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    code: int = module.main(arguments)
+    return code
+
+
+def tool_command(name: str, arguments: list[str]) -> list[str]:
+    return [sys.executable, "-W", "error", str(TOOLS / f"{name}.py"), *arguments]
+
+
+def run_tool(name: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """``tools/{name}.py`` as a process of its own."""
+    return subprocess.run(tool_command(name, arguments), capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder``."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def manifest_of(shards: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((shards / "manifest.json").read_text())
+    return document
+
+
+def samples_of(shards: Path) -> np.ndarray:
+    """(N,) records of samples.npy, by NumPy alone."""
+    samples: np.ndarray = np.load(shards / "samples.npy")
+    return samples
+
+
+def members_of(tar: Path) -> list[tuple[tarfile.TarInfo, bytes]]:
+    """Members and their contents, by the standard library alone."""
+    with tarfile.open(tar, "r:") as archive:
+        return [(info, archive.extractfile(info).read()) for info in archive]  # type: ignore[union-attr]
