@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,15 @@ class Contender:
         return statistics.median(self.rates)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Contenders that do the same work, and the one they are compared with."""
+
+    name: str
+    contenders: list[Contender]
+    baseline: Contender
+
+
 def race(contenders: Sequence[Contender], repeats: int) -> None:
     """Warm every contender up once, then run all of them in turn, ``repeats`` times: A B C A B C ..., so that a drift of the
     machine meets all alike."""
@@ -52,19 +61,19 @@ def ratio(contender: Contender, baseline: Contender) -> float:
     return statistics.median(a / b for a, b in zip(contender.rates, baseline.rates, strict=True))
 
 
-def table(contenders: Sequence[Contender], baseline: Contender) -> str:
-    """One line per contender: median, spread and ratio to ``baseline``."""
-    width = max(len(contender.name) for contender in contenders)
-    lines = [f"{'':{width}}  {'images/s':>10}  {'min':>10}  {'max':>10}  {'ratio':>7}"]
+def table(group: Group) -> str:
+    """One line per contender: median, spread and ratio to the baseline."""
+    width = max(len(name) for name in (group.name, *(contender.name for contender in group.contenders)))
+    lines = [f"{group.name:{width}}  {'images/s':>10}  {'min':>10}  {'max':>10}  {'ratio':>7}"]
     lines += [
         f"{contender.name:{width}}  {contender.median:>10,.0f}  {min(contender.rates):>10,.0f}  {max(contender.rates):>10,.0f}  "
-        f"{ratio(contender, baseline):>7.2f}"
-        for contender in contenders
+        f"{ratio(contender, group.baseline):>7.2f}"
+        for contender in group.contenders
     ]
-    return "\n".join([*lines, f"ratio: to {baseline.name}, median of the pairs"])
+    return "\n".join([*lines, f"ratio: to {group.baseline.name}, median of the pairs", ""])
 
 
-def save(what: str, contenders: Sequence[Contender], baseline: Contender, setting: dict[str, Any], device: torch.device) -> Path:
+def save(what: str, groups: Sequence[Group], setting: dict[str, Any], device: torch.device) -> Path:
     """Write ``<what>_<hardware>_torch<version>_<date>.json`` below benchmarks/results and return its path."""
     import torch
 
@@ -74,16 +83,23 @@ def save(what: str, contenders: Sequence[Contender], baseline: Contender, settin
     hardware = environment["gpu"]["name"] if "gpu" in environment else f"{environment['cpus_usable']}cores"
     name = "_".join([what, hardware, f"torch{torch.__version__.partition('+')[0]}", date.today().isoformat()])
     rows = [
-        {key: value for key, value in asdict(contender).items() if key != "run"}
-        | {"median_images_per_s": contender.median, "ratio_to_baseline": ratio(contender, baseline)}
-        for contender in contenders
+        {
+            "group": group.name,
+            "name": contender.name,
+            "median_images_per_s": contender.median,
+            "ratio_to_baseline": ratio(contender, group.baseline),
+            "baseline": group.baseline.name,
+            "images_per_s": contender.rates,
+            "facts": contender.facts,
+        }
+        for group in groups
+        for contender in group.contenders
     ]
     document = {
         "what": what,
         "date": date.today().isoformat(),
         "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
         "setting": setting,
-        "baseline": baseline.name,
         "rows": rows,
         "environment": environment,
     }

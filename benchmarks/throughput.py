@@ -2,13 +2,16 @@
 """Images per second of packing and of loading, each beside its yardstick, in one run.
 
     python benchmarks/throughput.py pack     packing png shards, against bare decoding of the same files on the same cores
-    python benchmarks/throughput.py load     every loader, against a bare DALI pipeline with DALI's own WebDataset reader
+    python benchmarks/throughput.py load     every loader: those that decode against a bare DALI pipeline with DALI's own WebDataset
+                                             reader, the others against FFCV (--peers) or a memory-mapped array with torch
 
 Without --csv_file it makes its own synthetic data. Every batch is touched; one warm-up, then interleaved repeats.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import shutil
 import sys
@@ -18,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from measure import Contender, race, save, table
+from measure import Contender, Group, race, save, table
 
 from quaclrs.arguments import Parser, add_dataset_arguments, columns_of
-from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, PackConfig, TrainConfig, default_num_workers
+from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, ENCODINGS, PackConfig, TrainConfig, default_num_workers
 from quaclrs.errors import run_command
 from quaclrs.parallel import Tick, run_tasks
 
@@ -43,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num_workers", type=int, default=default_num_workers())
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--peers", type=Path, metavar="DIR", help="measure FFCV too, in an environment made in DIR if it is not there"
+    )
     options = parser.parse_args(arguments)
     return run_command(lambda: _run(options), parser.prog)
 
@@ -69,14 +75,12 @@ def _make_data(options: Any, folder: Path) -> None:
     options.csv_file, options.spectrograms_dir = folder / DEFAULT_CSV_FILE, folder / DEFAULT_SPECTROGRAMS_DIR
 
 
-def _finish(
-    what: str, contenders: list[Contender], baseline: Contender, options: Any, device: torch.device, **setting: Any
-) -> None:
-    race(contenders, options.repeats)
+def _finish(what: str, groups: list[Group], options: Any, device: torch.device, **setting: Any) -> None:
+    for group in groups:
+        race(group.contenders, options.repeats)
+        print(table(group), flush=True)
     setting |= {"num_workers": options.num_workers, "repeats": options.repeats}
-    path = save(what, contenders, baseline, setting, device)
-    print(table(contenders, baseline))
-    print(f"written to {path}")
+    print(f"written to {save(what, groups, setting, device)}")
 
 
 def _pack_config(options: Any, output_dir: Path, encoding: str) -> PackConfig:
@@ -111,8 +115,9 @@ def _measure_packing(options: Any, work_dir: Path) -> None:
         return pack(_pack_config(options, output_dir, encoding)).images_packed
 
     bare = Contender(name="bare decoding (Pillow open + load)", run=decode_all)
-    contenders = [bare, *(Contender(name=f"pack {name}", run=functools.partial(pack_all, name)) for name in ("png", "rgb"))]
-    _finish("pack", contenders, bare, options, torch.device("cpu"), images=len(files))
+    contenders = [bare, *(Contender(name=f"pack {name}", run=functools.partial(pack_all, name)) for name in ENCODINGS)]
+    group = Group(name="packing", contenders=contenders, baseline=bare)
+    _finish("pack", [group], options, torch.device("cpu"), images=len(files))
 
 
 def _decode(files: list[str], tick: Tick) -> int:
@@ -133,7 +138,7 @@ def _measure_loading(options: Any, work_dir: Path) -> None:
     from quaclrs.loaders.base import LoaderConfig
 
     device = pick_device(options.device)
-    datasets = {name: _packed(options, work_dir, name) for name in ("png", "rgb")}
+    datasets = {name: _packed(options, work_dir, name) for name in ENCODINGS}
     tree = open_dataset(
         TrainConfig(csv_file=options.csv_file, spectrograms_dir=options.spectrograms_dir), want_shards=False, log=print
     )
@@ -145,14 +150,52 @@ def _measure_loading(options: Any, work_dir: Path) -> None:
         num_workers=options.num_workers,
     )
     bare = Contender(name="bare DALI, its own reader", run=_bare_dali(datasets["png"], config))
-    contenders = [
-        bare,
-        _loading("dali", datasets["png"], config, "png shards"),
-        _loading("files", tree, config, "PNG tree"),
-        _loading("files", datasets["rgb"], config, "rgb shards"),
+    decoding = [bare, _loading("dali", datasets["png"], config, "png shards"), _loading("files", tree, config, "PNG tree")]
+    groups = [Group(name="decoding, float32", contenders=decoding, baseline=bare)]
+    with contextlib.ExitStack() as stack:
+        for dtype in (torch.float32, torch.uint8):
+            peers = _peers(options, work_dir, datasets["rgb"], dtype, stack)
+            ours = [
+                _loading(name, datasets[encoding], dataclasses.replace(config, dtype=dtype), f"{encoding} shards")
+                for name in ("mapped", "resident")
+                for encoding in ("indexed", "rgb")
+            ]
+            groups.append(Group(name=f"nothing to decode, {_short(dtype)}", contenders=[*peers, *ours], baseline=peers[-1]))
+        setting = {"images": len(tree), "batch_size": options.batch_size, "image_size": options.image_size}
+        _finish("load", groups, options, device, **setting)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _peers(options: Any, work_dir: Path, rgb: Dataset, dtype: torch.dtype, stack: contextlib.ExitStack) -> list[Contender]:
+    """The peers that can run here, on the pixels of ``rgb``; the last one is the yardstick."""
+    from peers.client import HERE, Peer, PeerError, make_environment, read_requirements
+
+    pixels = work_dir / "pixels.npy"
+    if not pixels.exists():
+        assert rgb.shards is not None
+        np.save(pixels, np.stack([rgb.shards.array(number) for number in range(len(rgb))]))
+    arguments = [
+        "--pixels",
+        pixels,
+        "--batch_size",
+        options.batch_size,
+        "--num_workers",
+        options.num_workers,
+        "--dtype",
+        _short(dtype),
     ]
-    setting = {"images": len(tree), "batch_size": options.batch_size, "image_size": options.image_size, "dtype": "float32"}
-    _finish("load", contenders, bare, options, device, **setting)
+    peers = [Peer("memory map + torch", Path(sys.executable), HERE / "memmap_torch.py", [*arguments, "--work_dir", work_dir])]
+    if options.peers is not None:
+        try:
+            python = make_environment("ffcv", read_requirements(HERE / "requirements-ffcv.txt"), options.peers.resolve())
+            peers.append(Peer("FFCV, raw", python, HERE / "ffcv_raw.py", [*arguments, "--work_dir", work_dir]))
+        except PeerError as error:
+            print(f"left out: {error}")
+    entered = [stack.enter_context(peer) for peer in peers]
+    return [Contender(name=peer.name, run=peer.run, facts=dict(peer.versions)) for peer in entered]
 
 
 def _packed(options: Any, work_dir: Path, encoding: str) -> Dataset:

@@ -69,6 +69,7 @@ class Run:
             "fold": fold,
             "num_folds": config.num_folds,
             "data": self.dataset.fingerprint,
+            "pixels": self.loader.pixels,
         }
 
 
@@ -102,12 +103,15 @@ def run_cross_validation(config: TrainConfig, log: Log = print, hooks: engine.Ho
                 log=log,
                 hooks=hooks or engine.Hooks(),
             )
-            results = [run_fold(run, fold) for fold in folds]
+            results: list[dict[str, Any]] = []
+            for fold in folds:
+                results.append(run_fold(run, fold))
+                summary = write_summary(run, results)  # after each fold, so that a later failure does not cost it
         finally:
             loader.close()
     finally:
         dataset.close()
-    return write_summary(run, results)
+    return summary
 
 
 def pick_device(wanted: str) -> torch.device:

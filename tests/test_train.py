@@ -64,6 +64,13 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> PngTree:
     return write_tree(tmp_path_factory.mktemp("train"), make_rows(CLASSES, (1, 2, 3)))
 
 
+@pytest.fixture(autouse=True)
+def tidy(tmp_path: Path) -> Iterator[None]:
+    """Checkpoints are large (VGG16 with Adam: 1.6 GB), and pytest would keep those of its last three runs."""
+    yield
+    shutil.rmtree(tmp_path)
+
+
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most tests look at numbers, and matplotlib takes longer than the training."""
@@ -123,30 +130,27 @@ def fold_files(per_class: dict[str, int], epochs: int) -> set[str]:
 @pytest.mark.parametrize("name", SIZES)
 def test_every_architecture_leaves_the_full_result_tree(name: str, use_amp: bool, tree: PngTree, tmp_path: Path) -> None:
     amp = ["--use_amp"] if use_amp else []
-    try:
-        more = ["--model_name", name, "--image_size", SIZES[name], "--fold", 1, "--epochs", 1, "--gradcam_per_class", 2, *amp]
-        assert main(flags(tree, tmp_path, *more)) == 0
-        root = tmp_path / name
-        expected = {f"fold_1/{file}" for file in fold_files(dict.fromkeys(CLASSES, 2), epochs=1)}
-        assert files_below(tmp_path) == {f"{name}/{file}" for file in (*expected, "summary.json")}
-        metrics, summary = read_json(root / "fold_1" / "metrics.json"), read_json(root / "summary.json")
-        assert set(metrics) >= METRICS
-        assert set(summary) >= SUMMARY
-        assert (metrics["model_name"], metrics["fold"], metrics["config"]["use_amp"]) == (name, 1, use_amp)
-        assert summary["fold_accuracies"] == {"fold_1": metrics["test_accuracy"]}
-        (entry,) = metrics["history"]
-        assert set(entry) == HISTORY
-        assert all(math.isfinite(value) for value in entry.values())
-        report = read_json(root / "fold_1" / "classification_report.json")
-        assert {name: report[name]["support"] for name in CLASSES} == {"dog_bark": 3, "drilling": 2, "traffic": 2}
-        weights = torch.load(root / "fold_1" / "best_model.pth", weights_only=True)
-        assert all(isinstance(value, torch.Tensor) and not value.isnan().any() for value in weights.values())
-        assert {value.dtype for value in weights.values()} <= {torch.float32, torch.int64}  # AMP computes, but does not keep
-        for picture in root.rglob("*.png"):
-            with Image.open(picture) as opened:
-                opened.verify()
-    finally:
-        shutil.rmtree(tmp_path / name, ignore_errors=True)  # VGG16 with Adam leaves 2 GB
+    more = ["--model_name", name, "--image_size", SIZES[name], "--fold", 1, "--epochs", 1, "--gradcam_per_class", 2, *amp]
+    assert main(flags(tree, tmp_path, *more)) == 0
+    root = tmp_path / name
+    expected = {f"fold_1/{file}" for file in fold_files(dict.fromkeys(CLASSES, 2), epochs=1)}
+    assert files_below(tmp_path) == {f"{name}/{file}" for file in (*expected, "summary.json")}
+    metrics, summary = read_json(root / "fold_1" / "metrics.json"), read_json(root / "summary.json")
+    assert set(metrics) >= METRICS
+    assert set(summary) >= SUMMARY
+    assert (metrics["model_name"], metrics["fold"], metrics["config"]["use_amp"]) == (name, 1, use_amp)
+    assert summary["fold_accuracies"] == {"fold_1": metrics["test_accuracy"]}
+    (entry,) = metrics["history"]
+    assert set(entry) == HISTORY
+    assert all(math.isfinite(value) for value in entry.values())
+    report = read_json(root / "fold_1" / "classification_report.json")
+    assert {name: report[name]["support"] for name in CLASSES} == {"dog_bark": 3, "drilling": 2, "traffic": 2}
+    weights = torch.load(root / "fold_1" / "best_model.pth", weights_only=True)
+    assert all(isinstance(value, torch.Tensor) and not value.isnan().any() for value in weights.values())
+    assert {value.dtype for value in weights.values()} <= {torch.float32, torch.int64}  # AMP computes, but does not keep
+    for picture in root.rglob("*.png"):
+        with Image.open(picture) as opened:
+            opened.verify()
 
 
 @pytest.mark.usefixtures("no_plots")

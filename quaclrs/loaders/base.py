@@ -46,6 +46,8 @@ class Loader(Protocol):
     """Makes batches of one dataset; lives as long as the run, over all folds, epochs and phases."""
 
     name: str
+    pixels: str
+    """Whose resize the images have: ``Pillow``, bit for bit, or ``DALI``."""
 
     def load(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
         """One :class:`Batch` for each array of sample numbers, in that order.

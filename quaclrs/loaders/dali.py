@@ -54,6 +54,7 @@ class DaliLoader:
     """
 
     name = "dali"
+    pixels = "DALI"
 
     def __init__(self, shards: ShardSet, labels: np.ndarray, config: LoaderConfig) -> None:
         require_dali()

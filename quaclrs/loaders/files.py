@@ -71,6 +71,7 @@ class FilesLoader:
     """Batches made by Pillow in DataLoader's worker processes, which live from the first epoch to :meth:`close`."""
 
     name = "files"
+    pixels = "Pillow"
 
     def __init__(self, pictures: Pictures, labels: np.ndarray, config: LoaderConfig) -> None:
         self._config = config

@@ -62,6 +62,7 @@ class MappedLoader:
     """
 
     name = "mapped"
+    pixels = "Pillow"
 
     def __init__(self, shards: ShardSet, labels: np.ndarray, config: LoaderConfig) -> None:
         refuse_encoded(shards.encoding, str(shards.root))

@@ -44,6 +44,7 @@ class ResidentLoader:
 
     def __init__(self, shards: ShardSet, labels: np.ndarray, config: LoaderConfig, decoder: Loader | None = None) -> None:
         check_image_size(shards, config.image_size)
+        self.pixels = "Pillow" if decoder is None else decoder.pixels
         self._config = config
         self._labels = Labels(labels, config.device)
         self._pixels = PixelDrawer(config)
