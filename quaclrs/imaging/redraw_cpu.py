@@ -16,8 +16,6 @@ Why it looks as it does, with times per 128×376 grid at 224 pixels on one core:
 
 from __future__ import annotations
 
-import itertools
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +27,7 @@ from numpy.typing import NDArray
 from quaclrs.imaging.normalise import normalisation_table
 from quaclrs.imaging.redraw import Grids, RedrawTables, check_grids, checked_out
 from quaclrs.imaging.resample import HALF, WEIGHT_BITS
+from quaclrs.imaging.threads import on_threads
 
 _BLOCK_LINES = 128
 """Lines of cells on their side at once: 128 × 376 colours are 192 KB, at home in a second-level cache."""
@@ -56,38 +55,16 @@ def redraw_cpu(
     line_taps = (tables.line_first.numpy(), _in_pairs(tables.line_weights.numpy()))
     taps = (*(tensor.numpy() for tensor in shapes), *cell_taps, *line_taps)
     if dtype == torch.uint8:
-        _on_threads(lambda start, stop: _draw_levels(start, stop, cells, taps, pixels), len(batch))
+        on_threads(lambda start, stop: _draw_levels(start, stop, cells, taps, pixels), len(batch))
     else:
         values = normalisation_table().to(dtype).view(_INTEGER_OF_SIZE[dtype.itemsize]).numpy()
-        _on_threads(lambda start, stop: _draw_values(start, stop, cells, taps, values, pixels), len(batch))
+        on_threads(lambda start, stop: _draw_values(start, stop, cells, taps, values, pixels), len(batch))
     return out
 
 
 def _in_pairs(weights: NDArray[np.int32]) -> NDArray[np.int32]:
     """(L, K, S) with K made even by a tap of weight 0."""
     return np.pad(weights, ((0, 0), (0, weights.shape[1] % 2), (0, 0)))
-
-
-def _on_threads(work: Callable[[int, int], None], items: int) -> None:
-    """Run ``work(start, stop)`` over equal parts of ``items``, one here and each other on a thread that ends with this call."""
-    parts = max(1, min(torch.get_num_threads(), items))
-    bounds = [items * part // parts for part in range(parts + 1)]
-    failures: list[BaseException] = []
-
-    def guarded(start: int, stop: int) -> None:
-        try:
-            work(start, stop)
-        except BaseException as error:  # raised again below, in the caller's thread
-            failures.append(error)
-
-    helpers = [threading.Thread(target=guarded, args=part) for part in itertools.pairwise(bounds[1:])]
-    for helper in helpers:
-        helper.start()
-    guarded(0, bounds[1])
-    for helper in helpers:
-        helper.join()
-    if failures:
-        raise failures[0]
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
@@ -230,7 +207,7 @@ def normalise_cpu(levels: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     values = normalisation_table().to(out.dtype).view(width).numpy()
     sources = levels.numpy().reshape(len(levels), -1)
     targets = out.permute(0, 2, 3, 1).view(width).numpy().reshape(len(levels), -1)
-    _on_threads(lambda start, stop: _look_up_all(start, stop, sources, values, targets), len(levels))
+    on_threads(lambda start, stop: _look_up_all(start, stop, sources, values, targets), len(levels))
     return out
 
 

@@ -159,13 +159,13 @@ class MappedLoader:
 
     def _read_into(self, numbers: np.ndarray, target: np.ndarray, offsets: np.ndarray) -> None:
         assert self._threads is not None
-        view = target.data
+        view, asked, ends = target.data, numbers.tolist(), offsets[1:].tolist()
         parts = max(1, min(self._config.num_workers, len(numbers) // _MIN_PER_THREAD))
         bounds = [len(numbers) * part // parts for part in range(parts + 1)]
 
         def read(start: int, stop: int) -> None:
-            for i in range(start, stop):
-                self._shards.read_array_into(int(numbers[i]), view[offsets[i] : offsets[i + 1]])
+            begin = int(offsets[start])
+            self._shards.read_arrays_into(asked[start:stop], view[begin:], [end - begin for end in ends[start:stop]])
 
         helpers = [self._threads.submit(read, start, stop) for start, stop in itertools.pairwise(bounds[1:])]
         try:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from quaclrs.environment import free_memory
 from quaclrs.errors import ShardError, UsageError
 from quaclrs.imaging.redraw import Grids, check_grids
+from quaclrs.imaging.threads import on_threads
 from quaclrs.loaders.base import Batch, BatchMemory, Labels, Loader, LoaderConfig, one_ahead, to_device
 from quaclrs.loaders.drawing import GridDrawer, PixelDrawer, array_bytes, check_image_size
 from quaclrs.order import evaluation_batches
@@ -89,8 +90,13 @@ class ResidentLoader:
             raise ValueError("the loader is closed")
         if self._config.device.type == "cpu":
             gathered = self._pixel_memory.take(len(index)).permute(0, 2, 3, 1)
-            # "clip" lets NumPy copy straight to `out`; a number out of range fails at its label
-            np.take(self._pictures.numpy(), numbers, axis=0, out=gathered.numpy(), mode="clip")
+            source, target = self._pictures.numpy(), gathered.numpy()
+
+            def gather(start: int, stop: int) -> None:
+                # "clip" lets NumPy copy straight to `out`; a number out of range fails at its label
+                np.take(source, numbers[start:stop], axis=0, out=target[start:stop], mode="clip")
+
+            on_threads(gather, len(numbers))
         else:
             gathered = self._pictures[index]
         return self._labels.batch(self._pixels.draw(gathered), numbers)

@@ -88,16 +88,25 @@ class ShardSet:
         palette, layout = self.palettes[int(record["palette"])], self.layouts[int(record["layout"])]
         return decode(IndexedPicture(self.array(number), palette, layout))
 
-    def read_array_into(self, number: int, buffer: memoryview) -> None:
-        """Read the array of sample ``number`` into ``buffer``, of its size in bytes.
+    def read_arrays_into(self, numbers: list[int], buffer: memoryview, ends: list[int]) -> None:
+        """Read the arrays of the samples ``numbers`` into ``buffer``, one after another; ``ends`` says where each one ends.
 
         Unlike :meth:`array` it maps nothing: memory does not grow with the data that were read, and threads can read side by side.
         """
-        record = self.samples[number]
-        shard = int(record["shard"])
-        offset = int(record["offset"]) + int(record["size"]) - len(buffer)  # behind the .npy header
-        if os.preadv(self._descriptor(shard), [buffer], offset) != len(buffer):
-            raise ShardError(f"{self.name(number)}: cannot be read whole; the file was cut after it was opened")
+        shard_of, array_end = self._places
+        start = 0
+        for number, end in zip(numbers, ends, strict=True):
+            shard = shard_of[number]
+            size = end - start
+            # a numpy record would cost more to look at than a record to read
+            if os.preadv(self._descriptors.get(shard) or self._open(shard), [buffer[start:end]], array_end[number] - size) != size:
+                raise ShardError(f"{self.name(number)}: cannot be read whole; the file was cut after it was opened")
+            start = end
+
+    @cached_property
+    def _places(self) -> tuple[list[int], list[int]]:
+        """Each sample's shard, and where its payload, whose last part the array is, ends in it."""
+        return self.samples["shard"].tolist(), (self.samples["offset"] + self.samples["size"]).tolist()
 
     def metadata(self) -> Metadata:
         """The CSV that the shards carry. Raises :class:`ShardError` when it is not the one they were packed from."""
@@ -135,17 +144,15 @@ class ShardSet:
                 raise ShardError(f"{path}: cannot be read ({error.strerror}); restore it or pack anew") from None
         return self._maps[shard]
 
-    def _descriptor(self, shard: int) -> int:
-        descriptor = self._descriptors.get(shard)
-        if descriptor is None:
-            path = self.root / self.manifest.shards[shard].file
-            try:
-                opened = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise ShardError(f"{path}: cannot be read ({error.strerror}); restore it or pack anew") from None
-            descriptor = self._descriptors.setdefault(shard, opened)
-            if descriptor != opened:  # another thread was quicker
-                os.close(opened)
+    def _open(self, shard: int) -> int:
+        path = self.root / self.manifest.shards[shard].file
+        try:
+            opened = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ShardError(f"{path}: cannot be read ({error.strerror}); restore it or pack anew") from None
+        descriptor = self._descriptors.setdefault(shard, opened)
+        if descriptor != opened:  # another thread was quicker
+            os.close(opened)
         return descriptor
 
     def _read_samples(self) -> np.ndarray:
