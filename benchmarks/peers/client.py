@@ -109,8 +109,12 @@ class Peer:
         except queue.Empty:
             raise PeerError(self.name, f"no answer within {self.deadline_s:g} s") from None
         if line is None:
+            assert self._process is not None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(10)
             self._complaints.seek(0)
-            raise PeerError(self.name, f"ended early: {_reason(self._complaints.read())}")
+            reason = _reason(self._complaints.read())
+            raise PeerError(self.name, f"ended early with exit code {self._process.returncode}: {reason}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -10,20 +10,27 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from peers.serving import IMAGENET_MEAN, IMAGENET_STD, check_batch, parse_arguments, serve
+from peers.serving import IMAGENET_MEAN, IMAGENET_STD, KeptBuffer, check_batch, make_parser, serve
 
 
 def main() -> None:
-    options = parse_arguments(__doc__)
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--keep_buffer", action="store_true", help="float32: normalise into one buffer, by rows; 2 to 4 times faster"
+    )
+    options = parser.parse_args()
     torch.set_num_threads(options.num_workers)
     pixels = np.load(options.pixels, mmap_mode="r")
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    kept = KeptBuffer(options.batch_size, pixels.shape[1]) if options.keep_buffer else None
     random = np.random.default_rng(options.seed)
 
     def batches(order: np.ndarray) -> Iterator[torch.Tensor]:
         for start in range(0, len(order), options.batch_size):
             batch = torch.from_numpy(pixels[order[start : start + options.batch_size]])
-            if options.dtype == "float32":
+            if options.dtype == "float32" and kept is not None:
+                batch = kept.normalise(batch)
+            elif options.dtype == "float32":
                 batch = batch.to(torch.float32).div_(255).sub_(mean).div_(std)
             yield batch.permute(0, 3, 1, 2)
 

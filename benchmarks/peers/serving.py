@@ -23,7 +23,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 """As in quaclrs/imaging/normalise.py, which a peer's environment does not have."""
 
 
-def parse_arguments(description: str | None) -> argparse.Namespace:
+def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pixels", type=Path, required=True, help="(N, S, S, 3) uint8 .npy, all pictures")
     parser.add_argument("--work_dir", type=Path, required=True, help="for the peer's own files; kept from run to run")
@@ -31,7 +31,26 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--dtype", choices=("uint8", "float32"), default="float32", help="float32: with ImageNet normalisation")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser
+
+
+class KeptBuffer:
+    """ImageNet normalisation by torch into one buffer used again for every batch: each batch is overwritten by the next.
+
+    The fastest that plain torch has on a CPU: no fresh pages, and whole rows instead of three channels to broadcast.
+    """
+
+    def __init__(self, batch_size: int, size: int) -> None:
+        import torch
+
+        self._values = torch.empty(batch_size, size, 3 * size)
+        self._mean, self._std = (torch.tensor(values).repeat(size) for values in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def normalise(self, pictures: Any) -> Any:
+        """(B, S, S, 3) uint8 to the same in float32."""
+        rows = self._values[: len(pictures)]
+        rows.copy_(pictures.view(rows.shape)).div_(255).sub_(self._mean).div_(self._std)
+        return rows.view(pictures.shape)
 
 
 def check_batch(batch: Any, pixels: np.ndarray, dtype: str) -> None:
