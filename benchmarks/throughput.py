@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_dataset_arguments(parser)
     parser.add_argument("--work_dir", type=Path, help="where data and shards are made; a temporary folder if not given")
     parser.add_argument("--samples_per_class", type=int, default=8, help="of the synthetic data, per fold")
+    parser.add_argument("--encodings", nargs="+", default=ENCODINGS, choices=ENCODINGS, help="to pack")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=default_num_workers())
@@ -90,7 +91,6 @@ def _pack_config(options: Any, output_dir: Path, encoding: str) -> PackConfig:
         output_dir=output_dir,
         encoding=encoding,
         image_size=options.image_size,
-        shard_size=32 * 2**20,  # enough shards for all workers on a small dataset too
         num_workers=options.num_workers,
         columns=columns_of(options),
     )
@@ -115,7 +115,7 @@ def _measure_packing(options: Any, work_dir: Path) -> None:
         return pack(_pack_config(options, output_dir, encoding)).images_packed
 
     bare = Contender(name="bare decoding (Pillow open + load)", run=decode_all)
-    contenders = [bare, *(Contender(name=f"pack {name}", run=functools.partial(pack_all, name)) for name in ENCODINGS)]
+    contenders = [bare, *(Contender(name=f"pack {name}", run=functools.partial(pack_all, name)) for name in options.encodings)]
     group = Group(name="packing", contenders=contenders, baseline=bare)
     _finish("pack", [group], options, torch.device("cpu"), images=len(files))
 
