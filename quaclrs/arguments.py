@@ -13,7 +13,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but not those of flags that are off or not given."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,17 +42,15 @@ class Parser(argparse.ArgumentParser):
         return "--" + flag[2:].replace("-", "_") + equals + value
 
 
-def add_dataset_arguments(group: Any, *, required: bool = False) -> None:
+def add_dataset_arguments(group: Any, *, show_defaults: bool = False) -> None:
     """``--csv_file --spectrograms_dir`` and the names of the CSV's columns.
 
-    Where they are not required they default to None: the caller fills in DEFAULT_CSV_FILE and DEFAULT_SPECTROGRAMS_DIR, knowing
-    whether the user named them.
+    They default to None: the caller decides what that means, knowing whether the user named them. ``show_defaults`` tells of
+    DEFAULT_CSV_FILE and DEFAULT_SPECTROGRAMS_DIR in the help.
     """
-    csv_default, folder_default = ("", "") if required else (f" [{DEFAULT_CSV_FILE}]", f" [{DEFAULT_SPECTROGRAMS_DIR}]")
-    group.add_argument("--csv_file", type=Path, metavar="CSV", required=required, help=f"one row per sample{csv_default}")
-    group.add_argument(
-        "--spectrograms_dir", type=Path, metavar="DIR", required=required, help=f"holds fold1/, fold2/, ...{folder_default}"
-    )
+    csv_default, folder_default = (f" [{DEFAULT_CSV_FILE}]", f" [{DEFAULT_SPECTROGRAMS_DIR}]") if show_defaults else ("", "")
+    group.add_argument("--csv_file", type=Path, metavar="CSV", help=f"one row per sample{csv_default}")
+    group.add_argument("--spectrograms_dir", type=Path, metavar="DIR", help=f"holds fold1/, fold2/, ...{folder_default}")
     names = Columns()
     group.add_argument("--file_column", default=names.file, metavar="NAME", help="CSV column with the picture's file name")
     group.add_argument("--label_column", default=names.label, metavar="NAME", help="CSV column with the class name")

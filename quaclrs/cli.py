@@ -74,7 +74,7 @@ def _parser() -> Parser:
     parser = Parser(prog=PROGRAM, description="Train and test a spectrogram classifier by k-fold cross-validation.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--demo", action="store_true", help="make a small synthetic dataset, pack it, and train on it")
-    add_dataset_arguments(parser.add_argument_group("data"))
+    add_dataset_arguments(parser.add_argument_group("data"), show_defaults=True)
     _add_data_arguments(parser.add_argument_group("reading"))
     _add_model_arguments(parser.add_argument_group("model"))
     _add_training_arguments(parser.add_argument_group("training"))
@@ -96,7 +96,7 @@ def _add_data_arguments(group: Any) -> None:
         type=Path,
         metavar="DIR",
     )
-    _add(group, "loader", "auto, files (Pillow) or dali")
+    _add(group, "loader", "auto, resident, mapped, dali or files (Pillow)")
     _add(group, "num_workers", "processes or threads that read and decode", type=int, metavar="N")
     _add(group, "image_size", "pixels; the model's own size if not given", type=int, metavar="S")
 

@@ -18,7 +18,7 @@ from quaclrs.config import TrainConfig, default_num_workers
 from quaclrs.dataset import Dataset, open_dataset
 from quaclrs.environment import describe_environment
 from quaclrs.errors import TrainingError, UsageError
-from quaclrs.files import make_folder, write_json
+from quaclrs.files import folder_lock, make_folder, write_json
 from quaclrs.folds import class_weights, select, split_for
 from quaclrs.loaders import build_loader, choose_loader, fit_in
 from quaclrs.loaders.base import Loader, LoaderConfig
@@ -65,6 +65,7 @@ class Run:
             "weight_decay": config.weight_decay,
             "scheduler": config.scheduler,
             "use_amp": config.use_amp,
+            "compute_dtype": str(engine.amp_dtype(self.device, config.use_amp)),
             "seed": config.seed,
             "fold": fold,
             "num_folds": config.num_folds,
@@ -129,7 +130,9 @@ def pick_device(wanted: str) -> torch.device:
         if (device.index or 0) >= found:
             raise UsageError(f"--device {wanted}: torch sees {found} CUDA device(s) here; use --device auto or cpu")
         torch.backends.cudnn.benchmark = True  # batches keep one shape, so trying out algorithms pays
-        return torch.device("cuda", device.index or 0)
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)  # for what asks nobody which device is meant: events, pinned memory, kernels
+        return device
     return device
 
 
@@ -305,7 +308,12 @@ def _write_gradcams(run: Run, training: engine.Training, tested: engine.Evaluati
 
 
 def write_summary(run: Run, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write ``summary.json`` over all folds that have results in the run's folder, those of earlier runs included."""
+    """Write ``summary.json`` over all folds that have results in the run's folder, those of other processes included."""
+    with folder_lock(run.folder):
+        return _write_summary(run, results)
+
+
+def _write_summary(run: Run, results: list[dict[str, Any]]) -> dict[str, Any]:
     by_fold = {int(result["fold"]): result for result in results}
     for fold in range(1, run.config.num_folds + 1):
         path = run.folder / f"fold_{fold}" / METRICS_FILE

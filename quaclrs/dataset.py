@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, PackConfig, TrainConfig
-from quaclrs.errors import DataError, ShardError
+from quaclrs.errors import DataError, ShardError, StorageError
 from quaclrs.metadata import Metadata, read_metadata
 from quaclrs.order import storage_order
 from quaclrs.shards.pack import pack
 from quaclrs.shards.read import ShardSet
+from quaclrs.shards.summary import data_warnings
 
 CACHE_FOLDER = "quaclrs_shards"
 _STORAGE_SEED = 0
@@ -54,7 +56,7 @@ def open_dataset(config: TrainConfig, *, want_shards: bool, log: Callable[[str],
     Raises :class:`DataError` for the CSV or a picture, :class:`ShardError` for the shards.
     """
     if config.shards is not None:
-        dataset = _from_shards(config.shards)
+        dataset = _from_shards(config.shards, log)
         if config.csv_file is not None:
             _refuse_other_csv(dataset, config.shards, config.csv_file, config)
         return dataset
@@ -62,26 +64,38 @@ def open_dataset(config: TrainConfig, *, want_shards: bool, log: Callable[[str],
     spectrograms_dir = config.spectrograms_dir or DEFAULT_SPECTROGRAMS_DIR
     metadata = read_metadata(csv_file, config.columns)
     if not want_shards:
+        for warning in data_warnings(metadata.audit()):
+            log(warning)
         return _from_tree(metadata, spectrograms_dir)
     cache = cache_folder(metadata)
     log(f"shards: {cache} (packed once, then reused)")
-    pack(
-        PackConfig(
-            csv_file=csv_file, spectrograms_dir=spectrograms_dir, output_dir=cache, seed=_STORAGE_SEED, columns=config.columns
-        ),
-        progress=True,
+    packing = PackConfig(
+        csv_file=csv_file,
+        spectrograms_dir=spectrograms_dir,
+        output_dir=cache,
+        seed=_STORAGE_SEED,
+        columns=config.columns,
+        num_workers=max(1, config.num_workers),
     )
-    return _from_shards(cache)
+    try:
+        pack(packing, progress=True)
+    except StorageError as error:
+        raise StorageError(f"{error}, or pack elsewhere with tools/shard_dataset.py and give --shards") from None
+    return _from_shards(cache, log)
 
 
 def cache_folder(metadata: Metadata) -> Path:
-    """Where the shards of ``metadata``'s CSV are kept: beside it, one folder per content of the CSV."""
-    return metadata.csv_file.parent / CACHE_FOLDER / f"{metadata.csv_file.stem}-{metadata.fingerprint[:12]}-png"
+    """Where the shards of ``metadata``'s CSV are kept: beside it, one folder per content of the CSV and columns used."""
+    content = hashlib.sha256("\0".join([metadata.fingerprint, *metadata.columns]).encode()).hexdigest()
+    return metadata.csv_file.parent / CACHE_FOLDER / f"{metadata.csv_file.stem}-{content[:12]}-png"
 
 
-def _from_shards(folder: Path) -> Dataset:
+def _from_shards(folder: Path, log: Callable[[str], None]) -> Dataset:
     shards = ShardSet(folder)
-    return _dataset(shards.metadata(), shards.samples["row"].astype(np.int64), str(folder), shards=shards)
+    metadata = shards.metadata()
+    for warning in data_warnings(metadata.audit(), shards.manifest):
+        log(warning)
+    return _dataset(metadata, shards.samples["row"].astype(np.int64), str(folder), shards=shards)
 
 
 def _from_tree(metadata: Metadata, spectrograms_dir: Path) -> Dataset:

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, TrainConfig, default_num_workers
+from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, Columns, TrainConfig, default_num_workers
+from quaclrs.errors import UsageError
 from quaclrs.synthesize import SynthesisConfig, synthesize_dataset
 
 DEMO_DEFAULTS: dict[str, Any] = {
@@ -27,7 +28,15 @@ def cache_root() -> Path:
 
 
 def prepare_demo(config: TrainConfig) -> TrainConfig:
-    """Make the demo's dataset unless it is there already; returns ``config`` pointed at it."""
+    """Make the demo's dataset unless it is there already; returns ``config`` pointed at it.
+
+    Raises :class:`UsageError` when ``config`` names other data: the demo brings its own.
+    """
+    for flag in ("csv_file", "spectrograms_dir", "shards"):
+        if getattr(config, flag) is not None:
+            raise UsageError(f"--{flag} {getattr(config, flag)}: --demo brings its own data; leave out one of the two")
+    if config.columns != Columns():
+        raise UsageError("--file_column, --label_column, --fold_column: --demo brings its own CSV; leave them out")
     folder = cache_root() / "demo"
     print(f"demo: a synthetic dataset in {folder} (made once, then reused)")
     synthesize_dataset(SynthesisConfig(output_dir=folder, num_workers=config.num_workers or 1), progress=True)

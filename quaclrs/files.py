@@ -61,6 +61,22 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Let one process at a time into the block, among those that lock the same existing folder; it leaves nothing behind."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def storage_error(path: Path, error: OSError) -> StorageError:
     """The one-line :class:`StorageError` for ``error`` met while writing ``path``."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

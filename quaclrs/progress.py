@@ -67,6 +67,4 @@ class StepMeter:
 def _event(batch: Batch) -> torch.cuda.Event | None:
     if batch.images.device.type != "cuda":
         return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
+    return torch.cuda.current_stream(batch.images.device).record_event()

@@ -27,6 +27,12 @@ def normalisation_table() -> torch.Tensor:
     return transforms.normalize(scaled, list(IMAGENET_MEAN), list(IMAGENET_STD)).reshape(3, 256)
 
 
+@functools.cache
+def _table_on(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The table, flat, and where each channel's part begins; sent once, since a copy from the host would be waited for."""
+    return normalisation_table().flatten().to(device), torch.arange(0, 3 * 256, 256, dtype=torch.int32, device=device)
+
+
 def normalise(pictures: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Normalise ``pictures`` (B, S, S, 3) uint8 to (B, 3, S, S) ``dtype`` in channels_last memory, on the same device.
 
@@ -39,7 +45,6 @@ def normalise(pictures: torch.Tensor, dtype: torch.dtype = torch.float32) -> tor
         mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
         values = pictures.to(torch.float32).div_(255).sub_(mean).div_(std)
     else:
-        table = normalisation_table().to(pictures.device)
-        offsets = torch.arange(0, 3 * 256, 256, dtype=torch.int32, device=pictures.device)
-        values = table.flatten()[pictures.to(torch.int32) + offsets]
+        table, offsets = _table_on(pictures.device)
+        values = table[pictures.to(torch.int32) + offsets]
     return values.to(dtype).permute(0, 3, 1, 2)

@@ -58,13 +58,18 @@ def choose_loader(wanted: str, encoding: str | None, resident: Fit | None = None
         if wanted == "mapped":
             from quaclrs.loaders.mapped import refuse_encoded
 
-            refuse_encoded(encoding, "the data")
-        return Choice(name=wanted, reason="as asked for")
+            refuse_encoded(encoding, "the PNG tree" if encoding is None else f"a shard folder of encoding {encoding}")
+        size = f"; the data take {resident}" if wanted == "resident" and resident is not None else ""
+        return Choice(name=wanted, reason=f"as asked for{size}")
     if encoding in ("indexed", "rgb"):
         what = "grids to redraw" if encoding == "indexed" else "ready pixels"
         if resident is not None and resident.fits:
             return Choice(name="resident", reason=f"{what}: {resident} fit in the device's memory")
-        why = f"{resident} do not fit in the device's memory" if resident is not None else "read as they come, from the page cache"
+        why = (
+            f"{resident} are more than half of the device's free memory"
+            if resident is not None
+            else "read as they come, from the page cache"
+        )
         return Choice(name="mapped", reason=f"{what}: {why}")
     missing = dali_missing()
     if missing is not None:

@@ -89,19 +89,26 @@ def one_ahead(make: Callable[[np.ndarray], Batch], batches: Sequence[np.ndarray]
         yield from map(make, batches)
         return
     stream, waiting = torch.cuda.Stream(device), iter(batches)
-    ready: deque[tuple[Batch, torch.cuda.Event]] = deque()
+    stream.wait_stream(torch.cuda.current_stream(device))  # the data may still be on their way
+    ready: deque[tuple[Batch, torch.cuda.Event] | Exception] = deque()
 
     def start_next() -> None:
         numbers = next(waiting, None)
         if numbers is not None:
-            with torch.cuda.stream(stream):
-                batch = make(numbers)
-                ready.append((batch, stream.record_event()))
+            try:
+                with torch.cuda.stream(stream):
+                    batch = make(numbers)
+                    ready.append((batch, stream.record_event()))
+            except Exception as error:  # raised when its batch is asked for, not with the one before
+                ready.append(error)
 
     start_next()
     while ready:
         start_next()
-        batch, made = ready.popleft()
+        begun = ready.popleft()
+        if isinstance(begun, Exception):
+            raise begun
+        batch, made = begun
         current = torch.cuda.current_stream(device)
         current.wait_event(made)  # on the device; the host goes on
         for tensor in (batch.images, batch.labels):

@@ -8,7 +8,7 @@ import torch
 from quaclrs.errors import UsageError
 from quaclrs.imaging.normalise import normalise
 from quaclrs.imaging.redraw import Grids, RedrawTables
-from quaclrs.imaging.redrawer import redraw, redraw_for
+from quaclrs.imaging.redrawer import redraw
 from quaclrs.loaders.base import BatchMemory, LoaderConfig
 from quaclrs.shards.read import ShardSet
 
@@ -40,7 +40,6 @@ class GridDrawer:
         self._memory = BatchMemory(config.image_size, config.dtype)
         self.layouts = torch.from_numpy(shards.samples["layout"].astype(np.int32))
         self.palettes = torch.from_numpy(shards.samples["palette"].astype(np.int32))
-        _, self.kernel = redraw_for(config.device.type)
 
     @property
     def tables(self) -> RedrawTables:
@@ -67,7 +66,7 @@ class PixelDrawer:
         if self._config.device.type == "cpu":
             try:
                 from quaclrs.imaging.redraw_cpu import normalise_cpu
-            except ImportError:  # no numba: redraw_for has said so where it matters more
+            except ImportError:  # no numba: the same values, more slowly
                 return normalise(pictures, self._config.dtype)
             return normalise_cpu(pictures, self._memory.take(len(pictures)))
         return normalise(pictures, self._config.dtype)

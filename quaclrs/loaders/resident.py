@@ -1,4 +1,4 @@
-"""All samples in device memory, once for all folds and epochs: a batch is a gather and a redraw, the host sends only its order.
+"""All samples in device memory, once for all folds and epochs: a batch is a gather and a redraw, the host sends only sample numbers.
 
 ``indexed`` shards are kept as grids (2.8 GB for 57,918 spectrograms), ``rgb`` shards as pixels. ``png`` shards can be decoded once
 through another loader and are then kept as pixels of one size.
@@ -18,7 +18,7 @@ from quaclrs.environment import free_memory
 from quaclrs.errors import ShardError, UsageError
 from quaclrs.imaging.redraw import Grids, check_grids
 from quaclrs.imaging.threads import on_threads
-from quaclrs.loaders.base import Batch, BatchMemory, Labels, Loader, LoaderConfig, one_ahead, to_device
+from quaclrs.loaders.base import Batch, BatchMemory, Loader, LoaderConfig, one_ahead, to_device
 from quaclrs.loaders.drawing import GridDrawer, PixelDrawer, array_bytes, check_image_size
 from quaclrs.order import evaluation_batches
 from quaclrs.shards.read import ShardSet
@@ -47,10 +47,10 @@ class ResidentLoader:
         check_image_size(shards, config.image_size)
         self.pixels = "Pillow" if decoder is None else decoder.pixels
         self._config = config
-        self._labels = Labels(labels, config.device)
+        self._labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)).to(config.device)
         self._pixels = PixelDrawer(config)
         self._pixel_memory = BatchMemory(config.image_size, torch.uint8)
-        _refuse_too_little_memory(resident_bytes(shards, config.image_size), config.device)
+        _refuse_too_little_memory(resident_bytes(shards, config.image_size), shards.encoding, config.device)
         self._grids: Grids | None = None
         self._drawer: GridDrawer | None = None
         self._pictures: torch.Tensor | None = None
@@ -71,6 +71,8 @@ class ResidentLoader:
 
     def close(self) -> None:
         """As :class:`~quaclrs.loaders.base.Loader`."""
+        if self._config.device.type == "cuda":
+            torch.cuda.synchronize(self._config.device)  # a batch that was begun and never taken may still read the data
         self._grids = self._pictures = self._drawer = None
 
     def _load_grids(self, shards: ShardSet) -> None:
@@ -83,9 +85,13 @@ class ResidentLoader:
         check_grids(self._grids, self._drawer.tables)  # once, so that no batch has to
 
     def _make(self, numbers: np.ndarray) -> Batch:
-        index = to_device(torch.from_numpy(np.array(numbers, dtype=np.int64)), self._config.device)
+        asked = torch.from_numpy(np.array(numbers, dtype=np.int64))
+        index = to_device(asked, self._config.device)
+        return Batch(self._images(index, numbers), self._labels[index], asked)
+
+    def _images(self, index: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
         if self._grids is not None and self._drawer is not None:
-            return self._labels.batch(self._drawer.draw(self._grids, index), numbers)
+            return self._drawer.draw(self._grids, index)
         if self._pictures is None:
             raise ValueError("the loader is closed")
         if self._config.device.type == "cpu":
@@ -99,14 +105,15 @@ class ResidentLoader:
             on_threads(gather, len(numbers))
         else:
             gathered = self._pictures[index]
-        return self._labels.batch(self._pixels.draw(gathered), numbers)
+        return self._pixels.draw(gathered)
 
 
-def _refuse_too_little_memory(needed: int, device: torch.device) -> None:
+def _refuse_too_little_memory(needed: int, encoding: str, device: torch.device) -> None:
     free = free_memory(device)
     if free is not None and needed > FREE_SHARE * free:
+        other = "dali" if encoding == "png" else "mapped"
         raise UsageError(
-            f"--loader resident: the data take {needed / 1e9:.2f} GB and {device} has {free / 1e9:.2f} GB free; use --loader mapped"
+            f"--loader resident: the data take {needed / 1e9:.2f} GB and {device} has {free / 1e9:.2f} GB free; use --loader {other}"
         )
 
 

@@ -30,7 +30,7 @@ def describe_packing(summary: PackSummary, output_dir: Path) -> str:
             f"{output_dir}: {manifest.num_samples} samples in {len(manifest.shards)} shards, {_megabytes(total_bytes)}, encoding "
             f"{manifest.encoding}; packed {summary.images_packed} pictures in {summary.seconds:.1f} s ({rate:.0f} images/s)"
         )
-    return "\n".join([counts_table(manifest, summary.audit), *_facts(manifest), *_warnings(summary.audit, manifest), done])
+    return "\n".join([counts_table(manifest, summary.audit), *_facts(manifest), *data_warnings(summary.audit, manifest), done])
 
 
 def indexing_advice(shards: ShardSet) -> str | None:
@@ -65,7 +65,7 @@ def describe_shards(shards: ShardSet) -> str:
         f"packed from {manifest.csv_name} (SHA-256 {manifest.csv_fingerprint[:16]}…), data fingerprint {manifest.data_fingerprint[:16]}…",
         counts_table(manifest, audit),
     ]
-    return "\n".join([*lines, *_facts(manifest), *_warnings(audit, manifest)])
+    return "\n".join([*lines, *_facts(manifest), *data_warnings(audit, manifest)])
 
 
 def counts_table(manifest: fmt.Manifest, audit: Audit) -> str:
@@ -93,7 +93,8 @@ def _facts(manifest: fmt.Manifest) -> Iterator[str]:
         yield f"note: {transparent} picture(s) have real transparency; training drops it, as Pillow's convert('RGB') does"
 
 
-def _warnings(audit: Audit, manifest: fmt.Manifest) -> Iterator[str]:
+def data_warnings(audit: Audit, manifest: fmt.Manifest | None = None) -> Iterator[str]:
+    """What to know about the data before trusting a score on them, a line each."""
     if audit.rows_sharing_a_file:
         yield f"note: {audit.rows_sharing_a_file} rows share their picture with another row; each row is one sample"
     if audit.conflicting_files:
@@ -105,7 +106,7 @@ def _warnings(audit: Audit, manifest: fmt.Manifest) -> Iterator[str]:
         )
     if audit.class_id_conflicts:
         yield f"warning: classID disagrees with the sorted class names in {audit.class_id_conflicts} row(s); labels follow the names"
-    if manifest.skipped:
+    if manifest is not None and manifest.skipped:
         skipped = [f"row {skipped.row + 1}: {skipped.file}: {skipped.reason}" for skipped in manifest.skipped]
         yield f"warning: {len(skipped)} row(s) were skipped: {_named(skipped)}"
 
