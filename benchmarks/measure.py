@@ -74,14 +74,7 @@ def table(group: Group) -> str:
 
 
 def save(what: str, groups: Sequence[Group], setting: dict[str, Any], device: torch.device) -> Path:
-    """Write ``<what>_<hardware>_torch<version>_<date>.json`` below benchmarks/results and return its path."""
-    import torch
-
-    from quaclrs.environment import describe_environment
-
-    environment = describe_environment(device) | {"commit": _commit()}
-    hardware = environment["gpu"]["name"] if "gpu" in environment else f"{environment['cpus_usable']}cores"
-    name = "_".join([what, hardware, f"torch{torch.__version__.partition('+')[0]}", date.today().isoformat()])
+    """Write the races of ``groups`` as a result file and return its path."""
     rows = [
         {
             "group": group.name,
@@ -95,18 +88,36 @@ def save(what: str, groups: Sequence[Group], setting: dict[str, Any], device: to
         for group in groups
         for contender in group.contenders
     ]
+    return write_result(what, rows, setting, device)
+
+
+def write_result(what: str, rows: list[dict[str, Any]], setting: dict[str, Any], device: torch.device) -> Path:
+    """Write ``<what>_<hardware>_torch<version>_<date>.json`` below benchmarks/results and return its path."""
+    import torch
+
+    from quaclrs.environment import describe_environment
+
+    environment = describe_environment(device) | {"commit": _commit()}
+    hardware = environment["gpu"]["name"] if "gpu" in environment else f"{environment['cpus_usable']}cores"
+    today = date.today().isoformat()
     document = {
         "what": what,
-        "date": date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": today,
+        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *map(_without_folder, sys.argv[1:])]),
         "setting": setting,
         "rows": rows,
         "environment": environment,
     }
+    name = "_".join([what, hardware, f"torch{torch.__version__.partition('+')[0]}", today])
     path = RESULTS / (name.replace(" ", "-") + ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path
+
+
+def _without_folder(argument: str) -> str:
+    """A command line says what was measured, not where it lay on one machine."""
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def _commit() -> str | None:

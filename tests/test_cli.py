@@ -413,3 +413,19 @@ def test_in_a_folder_that_holds_the_data(own_tree: PngTree) -> None:
     assert done.stdout.splitlines()[-1].endswith("results in results/mobilenet (start with summary.json and fold_*/plots)")
     assert "epoch 1/1: train loss" in done.stdout  # plain lines where there is no terminal
     assert "\r" not in done.stdout
+
+
+def test_training_tells_what_packing_found(own_tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows that share a picture, and a recording in two folds, which leaks training data into the test."""
+    rows = [dict(row) for row in own_tree.rows]
+    rows[0]["fsID"] = next(row["fsID"] for row in rows if row["fold"] != rows[0]["fold"])
+    write_csv(own_tree.csv_file, [*rows, rows[1]])
+    assert main([*data_flags(own_tree), *QUICK.split(), "--num_folds", "3", "--fold", "1", "--loader", "files"]) == 0
+    told = capsys.readouterr().out
+    assert "rows share their picture with another row" in told
+    assert f"recording(s) (fsID) lie in more than one fold, which leaks training data into the test: {rows[0]['fsID']}" in told
+
+
+@pytest.mark.parametrize("flag", ["--csv_file", "--spectrograms_dir", "--shards"])
+def test_the_demo_brings_its_own_data(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"{flag} mine: --demo brings its own data" in refused(capsys, "--demo", flag, "mine")
