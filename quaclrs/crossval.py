@@ -22,7 +22,7 @@ from quaclrs.files import folder_lock, make_folder, write_json
 from quaclrs.folds import class_weights, select, split_for
 from quaclrs.loaders import build_loader, choose_loader, fit_in
 from quaclrs.loaders.base import Loader, LoaderConfig
-from quaclrs.models import architecture, build_model, check_input_size
+from quaclrs.models import build_model, check_input_size, input_size
 from quaclrs.order import evaluation_batches
 from quaclrs.report.gradcam import pick_samples, write_gradcams
 from quaclrs.report.metrics import compute_metrics, to_json_safe
@@ -79,7 +79,7 @@ def run_cross_validation(config: TrainConfig, log: Log = print, hooks: engine.Ho
 
     Everything that can be refused is refused before the first fold starts. Raises the errors of quaclrs.errors.
     """
-    image_size = architecture(config.model_name).input_size if config.image_size is None else config.image_size
+    image_size = input_size(config.model_name) if config.image_size is None else config.image_size
     check_input_size(config.model_name, image_size)
     device = pick_device(config.device)
     wants_shards = config.shards is None and choose_loader(config.loader, "png").name != "files"

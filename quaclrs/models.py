@@ -43,8 +43,6 @@ class Architecture:
     """Side of the square input in pixels, where the user asks for no other."""
     min_input_size: int
     """Smallest side at which the network can be trained. Below it torch raises, or pooling leaves nothing."""
-    min_size_alone: int
-    """Smallest side at which a batch of one can be trained: BatchNorm needs more than one value per channel."""
     heads: tuple[str, ...]
     """The ``Linear`` modules that give class scores, main one first. They are replaced by fresh ones."""
     trainable: tuple[str, ...]
@@ -62,7 +60,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         constructor=models.alexnet,
         weights=models.AlexNet_Weights.IMAGENET1K_V1,
         min_input_size=63,
-        min_size_alone=63,
         heads=("classifier.6",),
         trainable=("classifier",),
         gradcam_layer="features.11",  # the last ReLU; the pooling after it would halve the map
@@ -71,7 +68,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         constructor=models.vgg16,
         weights=models.VGG16_Weights.IMAGENET1K_V1,
         min_input_size=32,
-        min_size_alone=32,
         heads=("classifier.6",),
         trainable=("classifier",),
         gradcam_layer="features.29",  # as in alexnet
@@ -80,7 +76,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         constructor=models.resnet18,
         weights=models.ResNet18_Weights.IMAGENET1K_V1,
         min_input_size=1,
-        min_size_alone=33,
         heads=("fc",),
         trainable=("fc",),
         gradcam_layer="layer4",
@@ -89,7 +84,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         constructor=models.mobilenet_v2,
         weights=models.MobileNet_V2_Weights.IMAGENET1K_V1,
         min_input_size=1,
-        min_size_alone=33,
         heads=("classifier.1",),
         trainable=("classifier.1",),
         gradcam_layer="features.18",
@@ -99,7 +93,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         weights=models.Inception_V3_Weights.IMAGENET1K_V1,
         input_size=299,
         min_input_size=299,  # of the auxiliary head's 5×5 convolution; without that head, as in evaluation, it is 75
-        min_size_alone=347,
         heads=("fc", "AuxLogits.fc"),
         trainable=("fc", "AuxLogits.fc"),
         gradcam_layer="Mixed_7c",
@@ -111,7 +104,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         constructor=models.efficientnet_b0,
         weights=models.EfficientNet_B0_Weights.IMAGENET1K_V1,
         min_input_size=1,
-        min_size_alone=33,
         heads=("classifier.1",),
         trainable=("classifier.1",),
         gradcam_layer="features.8",
@@ -120,7 +112,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         constructor=models.convnext_tiny,
         weights=models.ConvNeXt_Tiny_Weights.IMAGENET1K_V1,
         min_input_size=32,
-        min_size_alone=32,  # LayerNorm instead of BatchNorm
         heads=("classifier.2",),
         trainable=("classifier.2",),
         gradcam_layer="features.7",
@@ -146,11 +137,6 @@ def check_input_size(name: str, size: int) -> None:
     row = architecture(name)
     if size < row.min_input_size:
         raise UsageError(f"--image_size {size}: {name} needs at least {row.min_input_size} pixels (made for {row.input_size})")
-
-
-def can_train_on_one(name: str, size: int) -> bool:
-    """Whether the architecture ``name`` can be trained on a batch of one sample of ``size`` × ``size`` pixels."""
-    return size >= architecture(name).min_size_alone
 
 
 def gradcam_layer(model: nn.Module, name: str) -> nn.Module:

@@ -35,21 +35,16 @@ class GridDrawer:
     """Draws batches of ``indexed`` records on ``config.device``."""
 
     def __init__(self, shards: ShardSet, config: LoaderConfig) -> None:
-        self._tables = RedrawTables.build(shards.layouts, shards.palettes, config.image_size, config.device)
+        self.tables = RedrawTables.build(shards.layouts, shards.palettes, config.image_size, config.device)
         self._config = config
         self._memory = BatchMemory(config.image_size, config.dtype)
         self.layouts = torch.from_numpy(shards.samples["layout"].astype(np.int32))
         self.palettes = torch.from_numpy(shards.samples["palette"].astype(np.int32))
 
-    @property
-    def tables(self) -> RedrawTables:
-        """What the redraw needs besides the grids."""
-        return self._tables
-
     def draw(self, grids: Grids, index: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) of the pictures ``index`` (B,) int64 of ``grids``."""
         out = self._memory.take(len(index)) if self._config.device.type == "cpu" else None
-        return redraw(grids, index, self._tables, self._config.dtype, out)
+        return redraw(grids, index, self.tables, self._config.dtype, out)
 
 
 class PixelDrawer:
