@@ -1,4 +1,7 @@
-"""Checkpoints: whole or absent, versioned, loaded without running code, and refused when they belong to another run."""
+"""Checkpoints: whole or absent, versioned, loaded without running code, and refused when they belong to another run.
+
+After each epoch ``checkpoint_epoch_{epoch}.pth``; between two, where asked for, ``checkpoint_within_epoch.pth``.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ import torch
 from quaclrs.errors import TrainingError
 from quaclrs.files import atomic_writer
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 BEST_MODEL_FILE = "best_model.pth"
+WITHIN_EPOCH_FILE = "checkpoint_within_epoch.pth"
 _NAME = re.compile(r"checkpoint_epoch_(\d+)\.pth")
 
 
@@ -22,7 +26,7 @@ def checkpoint_file(folder: Path, epoch: int) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The regular checkpoints in ``folder``, oldest epoch first."""
+    """The checkpoints of finished epochs in ``folder``, oldest first."""
     numbered = [(int(match[1]), path) for path in folder.glob("checkpoint_epoch_*.pth") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(numbered)]
 
@@ -35,26 +39,39 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any], run: dict[str, Any], keep: int) -> None:
     """Write epoch ``epoch``'s checkpoint, then delete all but the last ``keep``; ``run`` says what it belongs to."""
-    save(checkpoint_file(folder, epoch), {"version": CHECKPOINT_VERSION, "epoch": epoch, "run": run, "state": state})
-    for old in checkpoints(folder)[:-keep]:
+    save(checkpoint_file(folder, epoch), _content(epoch, state, run))
+    for old in (folder / WITHIN_EPOCH_FILE, *checkpoints(folder)[:-keep]):
         old.unlink(missing_ok=True)
 
 
+def save_within_epoch(folder: Path, epoch: int, state: dict[str, Any], run: dict[str, Any]) -> None:
+    """Write the state in the middle of ``epoch``; it is of use until that epoch's own checkpoint is there."""
+    save(folder / WITHIN_EPOCH_FILE, _content(epoch, state, run))
+
+
+def _content(epoch: int, state: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    return {"version": CHECKPOINT_VERSION, "epoch": epoch, "run": run, "state": state}
+
+
 def load_checkpoint(folder: Path, run: dict[str, Any]) -> dict[str, Any] | None:
-    """The state of the last checkpoint in ``folder``; None when there is none.
+    """The most advanced state in ``folder``; None when there is none.
 
     Raises :class:`TrainingError` when it cannot be read, or belongs to a run that differs from ``run``, naming the differences.
     """
-    found = checkpoints(folder)
-    if not found:
-        return None
-    content = load(found[-1])
+    finished = checkpoints(folder)[-1:]
+    within = folder / WITHIN_EPOCH_FILE
+    loaded = [_load_checked(path, run) for path in (*finished, *([within] if within.is_file() else []))]
+    return max(loaded, key=lambda content: content["epoch"])["state"] if loaded else None
+
+
+def _load_checked(path: Path, run: dict[str, Any]) -> dict[str, Any]:
+    content = load(path)
     if content.get("version") != CHECKPOINT_VERSION:
         raise TrainingError(
-            f"{found[-1]}: checkpoint version {content.get('version')!r}, this quaclrs reads {CHECKPOINT_VERSION}; train without --resume"
+            f"{path}: checkpoint version {content.get('version')!r}, this quaclrs reads {CHECKPOINT_VERSION}; train without --resume"
         )
-    refuse_other_run(found[-1], content["run"], run)
-    return content["state"]
+    refuse_other_run(path, content["run"], run)
+    return content
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,9 @@ DEFAULT_IMAGE_SIZE = 224
 
 ENCODINGS = ("png", "indexed", "rgb")
 SCHEDULERS = ("plateau", "cosine", "none")
+AMP_DTYPES = ("float16", "bfloat16")
+COMPILERS = ("none", "inductor", "cudagraph")
+PARALLEL = ("folds",)
 ON_ERROR = ("stop", "skip")
 
 
@@ -40,6 +43,28 @@ def parse_bytes(text: str) -> int:
     if match is None or unit is None:
         raise UsageError(f"--shard_size {text!r}: not a size; write for example 256MiB or 1GB")
     return int(float(match[1]) * unit)
+
+
+def parse_folds(text: str) -> tuple[int, ...]:
+    """``3``, ``1,2,3`` or ``1-3,7`` → folds. Raises :class:`UsageError` for anything else."""
+    folds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?", part)
+        several = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        _require(len(several) > 0, f"--folds {text!r}: not a list of folds; write for example 3 or 1,2 or 1-3,7")
+        folds += several
+    return tuple(folds)
+
+
+def folds_text(folds: Iterable[int]) -> str:
+    """``folds`` in order and as short as :func:`parse_folds` reads them: ``1-3,7``."""
+    runs: list[list[int]] = []
+    for fold in sorted(set(folds)):
+        if runs and fold == runs[-1][-1] + 1:
+            runs[-1].append(fold)
+        else:
+            runs.append([fold])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +96,8 @@ class PackConfig:
     seed: int = 0
     num_workers: int = field(default_factory=default_num_workers)
     on_error: str = "stop"
+    folds: tuple[int, ...] | None = None
+    """Pack only these, beside other calls that pack the others into the same folder; None packs all that are not there yet."""
     columns: Columns = field(default_factory=Columns)
 
     def __post_init__(self) -> None:
@@ -86,6 +113,12 @@ class PackConfig:
         _require(self.shard_size >= 1, f"--shard_size {self.shard_size}: at least 1 byte")
         _require(self.seed >= 0, f"--seed {self.seed}: not negative")
         _require(self.num_workers >= 1, f"--num_workers {self.num_workers}: at least 1")
+        if self.folds is not None:
+            given = ",".join(map(str, self.folds))
+            twice = next((fold for fold in self.folds if self.folds.count(fold) > 1), None)
+            _require(len(self.folds) > 0, "--folds: names no fold; write for example 3 or 1,2 or 1-3,7")
+            _require(min(self.folds) >= 1, f"--folds {given}: folds count from 1")
+            _require(twice is None, f"--folds {given}: names fold {twice} twice; name each fold once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +134,14 @@ class TrainConfig:
     columns: Columns = field(default_factory=Columns)
 
     model_name: str = "resnet18"
+    """One, several with commas, or ``all``."""
     pretrained: bool = False
     freeze_features: bool = False
     image_size: int | None = None
     """Pixels; None takes the model's own (224, InceptionV3 299)."""
 
     batch_size: int = 32
+    """Of each process."""
     epochs: int = 30
     patience: int = 7
     """Epochs without a better validation accuracy before training stops."""
@@ -114,6 +149,11 @@ class TrainConfig:
     weight_decay: float = 1e-5
     scheduler: str = "plateau"
     use_amp: bool = False
+    amp_dtype: str | None = None
+    """None takes bfloat16 where the device is fast with it, else float16."""
+    tf32: bool = False
+    compile: str = "none"
+    sync_bn: bool = False
     seed: int = 42
 
     fold: int | None = None
@@ -121,11 +161,20 @@ class TrainConfig:
     num_folds: int = 10
     loader: str = "auto"
     num_workers: int = 4
+    prefetch: int = 2
+    """Batches made ahead by the loaders that read from disk."""
     device: str = "auto"
+    parallel: str | None = None
+    """``folds``: each process trains whole folds."""
+    nproc: int | None = None
+    """Processes of --distributed and --parallel; None takes one per GPU."""
     output_dir: Path = Path("results")
     keep_checkpoints: int = 1
     gradcam_per_class: int = 5
     resume: bool = False
+    checkpoint_minutes: float | None = None
+    """Between checkpoints within an epoch; None writes them after each epoch only."""
+    profile: bool = False
 
     def __post_init__(self) -> None:
         _require(
@@ -142,6 +191,19 @@ class TrainConfig:
         _require(self.num_workers >= 0, f"--num_workers {self.num_workers}: not negative")
         _require(self.keep_checkpoints >= 1, f"--keep_checkpoints {self.keep_checkpoints}: at least 1, the last one")
         _require(self.gradcam_per_class >= 0, f"--gradcam_per_class {self.gradcam_per_class}: not negative")
+        _require(
+            self.amp_dtype is None or self.amp_dtype in AMP_DTYPES,
+            f"--amp_dtype {self.amp_dtype}: choose one of {', '.join(AMP_DTYPES)}",
+        )
+        _require(self.amp_dtype is None or self.use_amp, f"--amp_dtype {self.amp_dtype}: is about --use_amp; give both, or neither")
+        _require(self.compile in COMPILERS, f"--compile {self.compile}: choose one of {', '.join(COMPILERS)}")
+        _require(self.prefetch >= 1, f"--prefetch {self.prefetch}: at least 1 batch")
+        _require(self.parallel is None or self.parallel in PARALLEL, f"--parallel {self.parallel}: choose {', '.join(PARALLEL)}")
+        _require(self.nproc is None or self.nproc >= 1, f"--nproc {self.nproc}: at least 1 process")
+        _require(
+            self.checkpoint_minutes is None or 0 < self.checkpoint_minutes < math.inf,
+            f"--checkpoint_minutes {self.checkpoint_minutes}: must be positive and finite",
+        )
         if self.fold is not None:
             _require(
                 1 <= self.fold <= self.num_folds,

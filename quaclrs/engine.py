@@ -1,4 +1,4 @@
-"""Train one epoch, evaluate, fit. One path with and without AMP; nothing is read back from the device within an epoch.
+"""Train one epoch, evaluate, fit. One path with and without AMP, on one rank and on many; nothing is read back within an epoch.
 
 The engine neither prints nor parses: progress goes through a callback, and errors are exceptions.
 """
@@ -8,62 +8,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 from quaclrs import checkpoint
 from quaclrs.config import TrainConfig
+from quaclrs.distributed import Agreement
 from quaclrs.errors import TrainingError
+from quaclrs.interruption import Watch, Wish
 from quaclrs.loaders.base import Batch, Loader
-from quaclrs.models import AUX_LOSS_WEIGHT, forward_logits
-from quaclrs.order import epoch_order, evaluation_batches, train_batches
-
-PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.5, 3
-COSINE_FLOOR = 1e-6
-"""Learning rate that the cosine schedule ends at."""
-
-
-def amp_dtype(device: torch.device, use_amp: bool) -> torch.dtype:
-    """What AMP computes in: float16 on GPUs below sm_80, which have no bfloat16 tensor cores, else bfloat16; float32 without AMP."""
-    if not use_amp:
-        return torch.float32
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return torch.float16
-    return torch.bfloat16
-
-
-class Totals:
-    """Sums over an epoch that stay on the device; :meth:`read` is a host synchronisation, meant for its end."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
-        self.samples = 0
-
-    def add(self, loss: torch.Tensor, weight: torch.Tensor, correct: torch.Tensor, samples: int) -> None:
-        """Add one batch: its summed loss, what to divide that by, and its right predictions; all scalars on the device."""
-        self._sums += torch.stack([loss.double(), weight.double(), correct.double()])
-        self.samples += samples
-
-    def read(self) -> tuple[float, float]:
-        """(mean loss, accuracy as a fraction)."""
-        loss, weight, correct = self._sums.tolist()
-        return loss / weight if weight else math.nan, correct / max(self.samples, 1)
-
-    def snapshot(self) -> torch.Tensor:
-        """The sums on their way to the host, not waited for; what is added later does not show in them."""
-        return self._sums.clone().to("cpu", non_blocking=True)
+from quaclrs.models import forward_logits
+from quaclrs.order import epoch_order, evaluation_batches, step_seeds, train_batches
+from quaclrs.training import Progress, Totals, Training
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One pass over some samples without learning."""
+    """One pass over some samples without learning; the same on every rank, but for the times."""
 
     loss: float
     """Class-weighted cross-entropy: Σ w·loss / Σ w over all samples, whatever the batches."""
@@ -84,105 +51,37 @@ class TrainedEpoch:
     """Mean over samples of what was minimised, the auxiliary loss included."""
     accuracy: float
     samples: int
+    """Of all ranks; a few more than there are where the last batch wraps round to be shared out."""
     seconds: float
     waited_s: float
-    """Time in which the training thread had no batch."""
+    """Time in which the training thread had no batch; of the rank that waited longest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochPlan:
+    """What one rank does in an epoch of learning, step by step; known before it begins."""
+
+    batches: Sequence[np.ndarray]
+    """Of sample numbers."""
+    samples: Sequence[int]
+    """In the global batch."""
+    shares: torch.Tensor
+    """(steps,) float32 on the device, see :meth:`Training.step`."""
+    seeds: np.ndarray
+    """(steps,) uint64"""
 
 
 OnStep = Callable[[Batch, Totals, float], None]
-"""Called after each step with its batch, the epoch's sums so far and the seconds waited for data so far."""
+"""Called after each step with its batch, the rank's sums so far and the seconds waited for data so far."""
+Nothing = Callable[[], None]
 
 
 def _ignore_step(batch: Batch, totals: Totals, waited_s: float) -> None:
     pass
 
 
-@dataclass(kw_only=True)
-class Training:
-    """A model being trained, and all of its state that a resume needs."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: ReduceLROnPlateau | CosineAnnealingLR | None
-    scaler: torch.amp.GradScaler
-    device: torch.device
-    dtype: torch.dtype
-    """float32, or what AMP computes in."""
-    class_weights: torch.Tensor
-    """(classes,) float32 on the device."""
-    history: list[dict[str, float | int]] = field(default_factory=list)
-    """One entry per finished epoch."""
-    best_epoch: int = 0
-    best_val_accuracy: float = -1.0
-
-    @classmethod
-    def begin(cls, model: nn.Module, class_weights: np.ndarray, device: torch.device, config: TrainConfig) -> Training:
-        """Move ``model`` to ``device`` and set up the original protocol's optimizer and schedule."""
-        model = model.to(device)
-        dtype = amp_dtype(device, config.use_amp)
-        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # the fused kernel also checks for overflow on the device, so that the scaler need not ask the host
-        optimizer = torch.optim.Adam(
-            learning, lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type == "cuda"
-        )
-        return cls(
-            model=model,
-            optimizer=optimizer,
-            scheduler=_scheduler(optimizer, config),
-            scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-            device=device,
-            dtype=dtype,
-            class_weights=torch.from_numpy(class_weights).to(device),
-        )
-
-    def autocast(self) -> torch.autocast:
-        """AMP's context, for training and evaluation alike; does nothing in float32."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
-    @property
-    def learning_rate(self) -> float:
-        """The learning rate of the epoch to come."""
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    @property
-    def epochs_without_improvement(self) -> int:
-        """Epochs since the best validation accuracy."""
-        return len(self.history) - self.best_epoch
-
-    def state(self) -> dict[str, Any]:
-        """Everything that the next epoch depends on, as tensors and plain values."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict() if self.scheduler else {},
-            "scaler": self.scaler.state_dict(),
-            "history": self.history,
-            "best_epoch": self.best_epoch,
-            "best_val_accuracy": self.best_val_accuracy,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state`."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler:
-            self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.history = list(state["history"])
-        self.best_epoch, self.best_val_accuracy = state["best_epoch"], state["best_val_accuracy"]
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-
-
-def _scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> ReduceLROnPlateau | CosineAnnealingLR | None:
-    if config.scheduler == "plateau":
-        return ReduceLROnPlateau(optimizer, mode="max", factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE)
-    if config.scheduler == "cosine":
-        return CosineAnnealingLR(optimizer, T_max=config.epochs, eta_min=COSINE_FLOOR)
-    return None
+def _go_on() -> None:
+    pass
 
 
 class _Timed:
@@ -193,71 +92,106 @@ class _Timed:
         self.waited_s = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
-        while True:
-            started = time.perf_counter()
-            batch = next(self._batches, None)
-            self.waited_s += time.perf_counter() - started
-            if batch is None:
-                return
+        while (batch := self._next()) is not None:
             yield batch
 
+    def _next(self) -> Batch | None:
+        started = time.perf_counter()
+        batch = next(self._batches, None)
+        self.waited_s += time.perf_counter() - started
+        return batch
 
-def train_epoch(training: Training, loader: Loader, batches: Sequence[np.ndarray], on_step: OnStep = _ignore_step) -> TrainedEpoch:
-    """One pass over ``batches`` (arrays of sample numbers) with one optimizer step each."""
+
+def plan_epoch(training: Training, samples: np.ndarray, label: np.ndarray, global_batch: int, seed: int, epoch: int) -> EpochPlan:
+    """This rank's part of ``epoch`` over ``samples`` (n,), given the ``label`` (N,) of every sample number."""
+    world = training.world
+    order = epoch_order(samples, seed, epoch)
+    of_ranks = [train_batches(order, global_batch, world.size, rank) for rank in range(world.size)]
+    mine = of_ranks[world.rank]
+    return EpochPlan(
+        batches=mine,
+        samples=[world.size * len(batch) for batch in mine],
+        shares=training.shares(label, of_ranks),
+        seeds=step_seeds(len(mine), seed, epoch, world.rank),
+    )
+
+
+def train_epoch(
+    training: Training, loader: Loader, plan: EpochPlan, on_step: OnStep = _ignore_step, after_step: Nothing = _go_on
+) -> TrainedEpoch:
+    """The steps of ``plan`` that ``training.progress`` has not done yet; ``after_step`` may raise to stop between two."""
     training.model.train()
-    started = time.perf_counter()
-    totals = Totals(training.device)
-    timed = _Timed(loader.load(batches))
+    progress = training.progress = training.progress or Progress(totals=Totals(training.device))
+    waited_before = progress.waited_s
+    timed = _Timed(loader.load(plan.batches[progress.step :]))
     for batch in timed:
-        training.optimizer.zero_grad(set_to_none=True)
-        with training.autocast():
-            logits, aux_logits = forward_logits(training.model, batch.images)
-            loss = functional.cross_entropy(logits, batch.labels, training.class_weights)
-            if aux_logits is not None:
-                loss = loss + AUX_LOSS_WEIGHT * functional.cross_entropy(aux_logits, batch.labels, training.class_weights)
-        training.scaler.scale(loss).backward()
-        training.scaler.step(training.optimizer)
-        training.scaler.update()
-        with torch.no_grad():
-            correct = (logits.argmax(1) == batch.labels).sum()
-            totals.add(loss.detach() * len(batch), torch.full_like(loss, len(batch)), correct, len(batch))
+        step = progress.step
+        torch.manual_seed(int(plan.seeds[step]))
+        loss, correct = training.step(batch.images, batch.labels, plan.shares[step])
+        # a rank's part of the sum over samples: the mean over ranks is the global batch's mean
+        progress.totals.add(
+            loss * (plan.samples[step] / training.world.size), torch.full_like(loss, len(batch)), correct, len(batch)
+        )
+        progress.step, progress.waited_s = step + 1, waited_before + timed.waited_s
+        on_step(batch, progress.totals, progress.waited_s)
+        after_step()
+    mean_loss, accuracy, samples = progress.totals.read(training.world)
+    waited_s = max(training.world.gather(progress.waited_s))
+    return TrainedEpoch(loss=mean_loss, accuracy=accuracy, samples=samples, seconds=progress.seconds, waited_s=waited_s)
+
+
+def evaluate(
+    training: Training,
+    loader: Loader,
+    samples: np.ndarray,
+    global_batch: int,
+    on_step: OnStep = _ignore_step,
+    after_step: Nothing = _go_on,
+) -> Evaluation:
+    """Loss, accuracy and class probabilities over ``samples`` (N,), each on one rank, once, in batches of ``global_batch`` together.
+
+    ``after_step`` is called equally often on every rank.
+    """
+    started = time.perf_counter()
+    training.share_buffers()
+    world = training.world
+    of_ranks = [evaluation_batches(np.arange(len(samples)), global_batch, world.size, rank) for rank in range(world.size)]
+    mine = of_ranks[world.rank]
+    totals, timed, probabilities = Totals(training.device), _Timed(loader.load([samples[batch] for batch in mine])), []
+    for batch in timed:
+        probabilities.append(_predict(training, batch, totals))
         on_step(batch, totals, timed.waited_s)
-    mean_loss, accuracy = totals.read()
-    return TrainedEpoch(
-        loss=mean_loss,
+        after_step()
+    for _ in range(max(map(len, of_ranks)) - len(mine)):
+        after_step()
+    loss, accuracy, _ = totals.read(world)
+    classes = len(training.class_weights)
+    own = torch.cat(probabilities).cpu().numpy() if probabilities else np.zeros((0, classes), np.float32)
+    everyones = np.zeros((len(samples), classes), np.float32)
+    for batches, rows in zip(of_ranks, world.gather(own), strict=True):
+        if batches:
+            everyones[np.concatenate(batches)] = rows
+    return Evaluation(
+        loss=loss,
         accuracy=accuracy,
-        samples=totals.samples,
+        index=samples,
+        probabilities=everyones,
         seconds=time.perf_counter() - started,
-        waited_s=timed.waited_s,
+        waited_s=max(world.gather(timed.waited_s)),
     )
 
 
 @torch.inference_mode()
-def evaluate(training: Training, loader: Loader, batches: Sequence[np.ndarray], on_step: OnStep = _ignore_step) -> Evaluation:
-    """Loss, accuracy and class probabilities over ``batches``; each sample counts once."""
+def _predict(training: Training, batch: Batch, totals: Totals) -> torch.Tensor:
+    """(B, classes) probabilities on the device; adds to ``totals``."""
     training.model.eval()
-    started = time.perf_counter()
-    totals = Totals(training.device)
-    probabilities = []
-    timed = _Timed(loader.load(batches))
-    for batch in timed:
-        with training.autocast():
-            logits, _ = forward_logits(training.model, batch.images)
-        logits = logits.float()
-        loss = functional.cross_entropy(logits, batch.labels, training.class_weights, reduction="sum")
-        weight = training.class_weights[batch.labels].sum()
-        totals.add(loss, weight, (logits.argmax(1) == batch.labels).sum(), len(batch))
-        probabilities.append(logits.softmax(1))
-        on_step(batch, totals, timed.waited_s)
-    mean_loss, accuracy = totals.read()
-    return Evaluation(
-        loss=mean_loss,
-        accuracy=accuracy,
-        index=np.concatenate(batches),
-        probabilities=torch.cat(probabilities).cpu().numpy(),
-        seconds=time.perf_counter() - started,
-        waited_s=timed.waited_s,
-    )
+    with training.autocast():
+        logits, _ = forward_logits(training.model, batch.images)
+    logits = logits.float()
+    loss = functional.cross_entropy(logits, batch.labels, training.class_weights, reduction="sum")
+    weight = training.class_weights[batch.labels].sum()
+    totals.add(loss, weight, (logits.argmax(1) == batch.labels).sum(), len(batch))
+    return logits.softmax(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +201,8 @@ class FoldSamples:
     train: np.ndarray
     validation: np.ndarray
     test: np.ndarray
+    label: np.ndarray
+    """(N,) int64, by sample number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,41 +213,110 @@ class Hooks:
     epoch_done: Callable[[dict[str, float | int]], None] = lambda entry: None
 
 
-def fit(
-    training: Training,
-    loader: Loader,
-    samples: FoldSamples,
-    config: TrainConfig,
-    folder: Path,
-    run: dict[str, Any],
-    hooks: Hooks | None = None,
-) -> bool:
-    """Train until ``config.epochs`` or until validation stops improving; returns whether it stopped early.
+class Fitting:
+    """One fold's training, from wherever it stands to its end, with what it leaves in ``folder``.
 
-    After each epoch ``folder`` holds its checkpoint, and ``best_model.pth`` the weights of the best validation accuracy so far; at
-    the end those weights are loaded. Raises :class:`TrainingError` when the training loss, or every validation loss, is not finite.
+    After each epoch ``folder`` holds its checkpoint, and ``best_model.pth`` the weights of the best validation accuracy so far. Only
+    rank 0 writes. ``run`` says what the checkpoints belong to.
     """
-    hooks = hooks or Hooks()
-    validation = evaluation_batches(samples.validation, config.batch_size)
-    while len(training.history) < config.epochs and training.epochs_without_improvement < config.patience:
-        epoch = len(training.history) + 1
-        batches = train_batches(epoch_order(samples.train, config.seed, epoch), config.batch_size)
+
+    def __init__(
+        self,
+        training: Training,
+        loader: Loader,
+        samples: FoldSamples,
+        config: TrainConfig,
+        global_batch: int,
+        folder: Path,
+        run: dict[str, Any],
+        watch: Watch | None = None,
+        hooks: Hooks | None = None,
+    ) -> None:
+        self._training, self._loader, self._samples = training, loader, samples
+        self._config, self._global_batch = config, global_batch
+        self._folder, self._run = folder, run
+        self._watch, self._hooks = watch or Watch(), hooks or Hooks()
+        self._agreement = Agreement(training.world)
+
+    def fit(self) -> bool:
+        """Train until ``config.epochs`` or until validation stops improving; returns whether it stopped early.
+
+        At the end the best weights are loaded. Raises :class:`TrainingError` when the training loss, or every validation loss, is not
+        finite, and :class:`Interrupted` once a checkpoint is written after a signal.
+        """
+        training, config = self._training, self._config
+        while len(training.history) < config.epochs and training.epochs_without_improvement < config.patience:
+            self._epoch(len(training.history) + 1)
+        if training.best_epoch == 0:
+            raise TrainingError(
+                f"the validation loss of no epoch is finite; lower --learning_rate (now {config.learning_rate:g})", everywhere=True
+            )
+        if training.world.is_main:
+            training.model.load_state_dict(checkpoint.load(self._folder / checkpoint.BEST_MODEL_FILE))
+        training.world.take_from_main(list(training.model.state_dict().values()))
+        return len(training.history) < config.epochs
+
+    def test(self) -> Evaluation:
+        """The best weights on the test samples. Raises :class:`Interrupted` after a signal; there is nothing to save."""
+        meter = self._hooks.step_meter("test", self._training.best_epoch, len(self._samples.test))
+        tested = evaluate(self._training, self._loader, self._samples.test, self._global_batch, meter, self._stop_testing)
+        self._stop_if_agreed(self._agreement.settle(), "its test")
+        return tested
+
+    def _epoch(self, epoch: int) -> None:
+        training, config, samples = self._training, self._config, self._samples
+        plan = plan_epoch(training, samples.train, samples.label, self._global_batch, config.seed, epoch)
         learning_rate = training.learning_rate
-        trained = train_epoch(training, loader, batches, hooks.step_meter("train", epoch, len(samples.train)))
+        meter = self._hooks.step_meter("train", epoch, sum(len(batch) for batch in plan.batches))
+        trained = train_epoch(training, self._loader, plan, meter, self._save_if_wished)
+        self._save_if_agreed(self._agreement.settle())
         _refuse_divergence(trained.loss, epoch, config)
-        validated = evaluate(training, loader, validation, hooks.step_meter("validate", epoch, len(samples.validation)))
+        meter = self._hooks.step_meter("validate", epoch, len(samples.validation))
+        validated = evaluate(training, self._loader, samples.validation, self._global_batch, meter, self._save_if_stopped)
+        self._save_if_agreed(self._agreement.settle())
         finite = math.isfinite(validated.loss)  # of NaN scores the first class is the prediction, and sometimes right
         _step_scheduler(training.scheduler, validated.accuracy if finite else 0.0)
+        training.progress = None
         training.history.append(_history_entry(epoch, learning_rate, trained, validated))
-        if finite and validated.accuracy > training.best_val_accuracy:
+        better = finite and validated.accuracy > training.best_val_accuracy
+        if better:
             training.best_epoch, training.best_val_accuracy = epoch, validated.accuracy
-            checkpoint.save(folder / checkpoint.BEST_MODEL_FILE, training.model.state_dict())
-        checkpoint.save_checkpoint(folder, epoch, training.state(), run, config.keep_checkpoints)
-        hooks.epoch_done(training.history[-1])
-    if training.best_epoch == 0:
-        raise TrainingError(f"the validation loss of no epoch is finite; lower --learning_rate (now {config.learning_rate:g})")
-    training.model.load_state_dict(checkpoint.load(folder / checkpoint.BEST_MODEL_FILE))
-    return len(training.history) < config.epochs
+        state = training.state()
+        if training.world.is_main:
+            if better:
+                checkpoint.save(self._folder / checkpoint.BEST_MODEL_FILE, state["model"])
+            checkpoint.save_checkpoint(self._folder, epoch, state, self._run, config.keep_checkpoints)
+        self._watch.saved()
+        self._hooks.epoch_done(training.history[-1])
+
+    # --- signals and the clock ---
+
+    def _save_if_wished(self) -> None:
+        self._save_if_agreed(self._agreement.exchange(self._watch.wish()))
+
+    def _save_if_stopped(self) -> None:
+        """In validation: the epoch's own checkpoint is near, so the clock has to wait."""
+        wish = self._watch.wish()
+        self._save_if_agreed(self._agreement.exchange(wish if wish == Wish.STOP else Wish.GO_ON))
+
+    def _save_if_agreed(self, agreed: int) -> None:
+        if agreed == Wish.GO_ON:
+            return
+        training = self._training
+        assert training.progress is not None
+        epoch, step = len(training.history) + 1, training.progress.step
+        state = training.state()
+        if training.world.is_main:
+            checkpoint.save_within_epoch(self._folder, epoch, state, self._run)
+        self._watch.saved()
+        self._stop_if_agreed(agreed, f"epoch {epoch}, after step {step}")
+
+    def _stop_testing(self) -> None:
+        self._stop_if_agreed(self._agreement.exchange(self._watch.wish()), "its test")
+
+    def _stop_if_agreed(self, agreed: int, where: str) -> None:
+        if agreed == Wish.STOP:
+            raise self._watch.interrupted(f"fold {self._run['fold']}, {where}")
 
 
 def _refuse_divergence(loss: float, epoch: int, config: TrainConfig) -> None:
@@ -319,7 +324,8 @@ def _refuse_divergence(loss: float, epoch: int, config: TrainConfig) -> None:
         amp = ", or train without --use_amp" if config.use_amp else ""
         kept = "; the checkpoint of the epoch before is kept" if epoch > 1 else ""
         raise TrainingError(
-            f"epoch {epoch}: the training loss is {loss}; lower --learning_rate (now {config.learning_rate:g}){amp}{kept}"
+            f"epoch {epoch}: the training loss is {loss}; lower --learning_rate (now {config.learning_rate:g}){amp}{kept}",
+            everywhere=True,
         )
 
 

@@ -5,14 +5,22 @@ A message is one line: what is wrong, the file, row or flag with its value, and 
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 
 
 class QuaclrsError(Exception):
-    """Root of all errors a user can cause and mend. ``str(error)`` is the line that is shown."""
+    """Root of all errors a user can cause and mend. ``str(error)`` is the line that is shown.
+
+    ``everywhere``: every process of a training raises it alike, so that one of them need say it.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, *, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 class UsageError(QuaclrsError):
@@ -39,8 +47,16 @@ class StorageError(QuaclrsError):
     """The output disk is full, read-only or otherwise refuses to be written."""
 
 
-INTERRUPTED_EXIT_CODE = 130
-"""What shells report for a process ended by Ctrl-C (128 + SIGINT)."""
+class Interrupted(QuaclrsError):
+    """A signal ended the work, which has been saved; not a failure."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message, everywhere=True)
+        self.exit_code = SIGNAL_EXIT_CODE + signal_number
+
+
+SIGNAL_EXIT_CODE = 128
+"""Shells report a process ended by a signal as this and the signal's number."""
 
 
 def run_command(command: Callable[[], int | None], program: str) -> int:
@@ -50,9 +66,12 @@ def run_command(command: Callable[[], int | None], program: str) -> int:
     """
     try:
         return command() or 0
+    except Interrupted as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return error.exit_code
     except QuaclrsError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
-        return INTERRUPTED_EXIT_CODE
+        return SIGNAL_EXIT_CODE + signal.SIGINT

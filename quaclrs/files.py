@@ -63,18 +63,34 @@ def make_folder(path: Path) -> Path:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time into the block, among those that lock the same existing folder; it leaves nothing behind."""
+    """Let one process at a time into the block, among those that lock the same existing folder; leaves an empty ``.lock`` in it."""
+    with file_lock(folder / ".lock"):
+        yield
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of ``path``, an empty file that is made if needed; without ``wait``, says False where another process holds it.
+
+    A file rather than its folder, since network file systems lock only what is open for writing. The lock of a process that ends,
+    however it does, frees itself. Raises :class:`StorageError` where the file cannot be made.
+    """
     try:
         import fcntl
     except ImportError:  # not a POSIX system
-        yield
+        yield True
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        file = path.open("ab")
+    except OSError as error:
+        raise storage_error(path, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-_STORAGE_STREAM, _EPOCH_STREAM = 0, 1
+_STORAGE_STREAM, _EPOCH_STREAM, _STEP_STREAM = 0, 1, 2
 """Separate random streams, so that no epoch repeats the order on disk."""
 
 
@@ -70,6 +70,14 @@ def train_batches(order: np.ndarray, global_batch: int, world: int = 1, rank: in
         first = start + rank * per_rank
         batches.append(order[np.arange(first, first + per_rank) % len(order)])
     return batches
+
+
+def step_seeds(steps: int, seed: int, epoch: int, rank: int = 0) -> np.ndarray:
+    """(steps,) uint64: what to seed the device's random numbers (dropout) with before each training step of ``epoch``.
+
+    So a resume needs no random state: the draws of a step do not depend on the steps before it. Ranks draw differently.
+    """
+    return np.random.Philox(np.random.SeedSequence((seed, _STEP_STREAM, epoch, rank))).random_raw(steps)
 
 
 def evaluation_batches(samples: np.ndarray, global_batch: int, world: int = 1, rank: int = 0) -> list[np.ndarray]:

@@ -84,11 +84,15 @@ def _interrupts_held() -> Iterator[None]:
 
 def _initialise(counter: Any, stop: Any) -> None:
     _shared.update(counter=counter, stop=stop)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    exit_with_parent()
 
 
-def _exit_with_parent() -> None:
-    """A killed parent cannot say goodbye; without this its idle workers would wait for work for ever."""
+def exit_with_parent() -> None:
+    """End this process when its parent is gone: a killed one cannot say goodbye, and workers would wait for work for ever."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -8,8 +8,9 @@ import time
 import torch
 from tqdm import tqdm
 
-from quaclrs.engine import Hooks, Totals
+from quaclrs.engine import Hooks
 from quaclrs.loaders.base import Batch
+from quaclrs.training import Totals
 
 _REFRESH_S = 0.5
 

@@ -37,9 +37,14 @@ FLAGS = {
     "loader": ("files", "files", "auto"),
     "image_size": ("96", 96, None),
     "seed": ("7", 7, 42),
+    "compile": ("inductor", "inductor", "none"),
+    "prefetch": ("4", 4, 2),
+    "parallel": ("folds", "folds", None),
+    "nproc": ("3", 3, None),
+    "checkpoint_minutes": ("2.5", 2.5, None),
 }
 """Flag to (text, value, default): the original's, then ours."""
-SWITCHES = ("pretrained", "freeze_features", "use_amp", "distributed", "resume", "demo")
+SWITCHES = ("pretrained", "freeze_features", "use_amp", "tf32", "sync_bn", "distributed", "resume", "profile", "demo")
 
 
 def config_of(*flags: str) -> TrainConfig:
@@ -187,7 +192,7 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
         ("--batch-size", "--batch_size: expected one argument"),
         ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
         ("--epoch 3", "unrecognized arguments: --epoch 3"),  # no abbreviations: a later flag could change their meaning
-        ("--distributed", "--distributed: training on several devices is not in this version"),
+        ("--distributed --device cpu", "--distributed: no GPU to be used here; give --nproc N for N processes on the CPU"),
         ("--loader dail", "--loader dail: choose one of auto, resident, mapped, dali, files"),
         ("--model_name resnet50", "--model_name resnet50: choose one of alexnet, vgg16, resnet18,"),
         ("--device gpu", "--device gpu: choose auto, cpu, cuda or cuda:N"),
@@ -212,9 +217,11 @@ def test_cuda_without_a_gpu(tree: PngTree, capsys: pytest.CaptureFixture[str]) -
     )
 
 
-def test_torchrun_is_refused(tree: PngTree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_an_environment_of_torchrun_is_refused(
+    tree: PngTree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "WORLD_SIZE=2 (torchrun): training on several devices" in refused(capsys, *training_flags(tree))
+    assert "sets WORLD_SIZE=2 but RANK=''; start with torchrun, or unset WORLD_SIZE" in refused(capsys, *training_flags(tree))
 
 
 def test_data_that_is_not_there(tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,7 +301,9 @@ def test_fewer_folds_than_ten(tree: PngTree, capsys: pytest.CaptureFixture[str])
     assert not Path("results").exists()
     assert main([*flags, "--fold", "2"]) == 0
     assert main([*flags, "--fold", "3"]) == 0
-    assert sorted(path.name for path in Path("results/mobilenet").iterdir()) == ["fold_2", "fold_3", "summary.json"]
+    assert sorted(path.name for path in Path("results/mobilenet").glob("[!.]*")) == [
+        *("fold_2", "fold_3", "ledger.json", "summary.json")
+    ]
 
 
 def test_no_rows_to_train_on(own_tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:

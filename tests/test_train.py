@@ -23,7 +23,8 @@ from torch import nn
 from torchvision import models as torchvision_models
 from torchvision import transforms
 
-from quaclrs import checkpoint, crossval, engine
+from quaclrs import checkpoint, engine
+from quaclrs import fold as fold_module
 from quaclrs.cli import main
 from quaclrs.config import TrainConfig
 from quaclrs.crossval import run_cross_validation
@@ -31,8 +32,9 @@ from quaclrs.dataset import open_dataset
 from quaclrs.engine import Hooks
 from quaclrs.errors import TrainingError
 from quaclrs.loaders.base import Batch
-from quaclrs.order import epoch_order
+from quaclrs.order import epoch_order, step_seeds
 from quaclrs.progress import StepMeter, epoch_line
+from quaclrs.training import Totals, Training
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")  # from 3.12
 
@@ -74,7 +76,7 @@ def tidy(tmp_path: Path) -> Iterator[None]:
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most tests look at numbers, and matplotlib takes longer than the training."""
-    monkeypatch.setattr(crossval, "write_plots", lambda *_: [])
+    monkeypatch.setattr(fold_module, "write_plots", lambda *_: [])
 
 
 def flags(tree: PngTree, output_dir: Path, *more: object) -> list[str]:
@@ -111,7 +113,8 @@ def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def files_below(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """Without the locks of those who share the folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")}
 
 
 # --- the whole road, for every architecture ---
@@ -120,7 +123,7 @@ def files_below(folder: Path) -> set[str]:
 def fold_files(per_class: dict[str, int], epochs: int) -> set[str]:
     """The original's names (dataset.md), with the last checkpoint only."""
     return {
-        *("best_model.pth", f"checkpoint_epoch_{epochs}.pth", "metrics.json", "classification_report.json"),
+        *("run.json", "best_model.pth", f"checkpoint_epoch_{epochs}.pth", "metrics.json", "classification_report.json"),
         *(f"plots/{name}.png" for name in ("loss_curves", "accuracy_curves", "confusion_matrix", "roc_curves")),
         *(f"grad_cam/gradcam_{name}_{i}.png" for name, count in per_class.items() for i in range(count)),
     }
@@ -134,7 +137,7 @@ def test_every_architecture_leaves_the_full_result_tree(name: str, use_amp: bool
     assert main(flags(tree, tmp_path, *more)) == 0
     root = tmp_path / name
     expected = {f"fold_1/{file}" for file in fold_files(dict.fromkeys(CLASSES, 2), epochs=1)}
-    assert files_below(tmp_path) == {f"{name}/{file}" for file in (*expected, "summary.json")}
+    assert files_below(tmp_path) == {f"{name}/{file}" for file in (*expected, "summary.json", "ledger.json")}
     metrics, summary = read_json(root / "fold_1" / "metrics.json"), read_json(root / "summary.json")
     assert set(metrics) >= METRICS
     assert set(summary) >= SUMMARY
@@ -262,18 +265,23 @@ def test_training_is_what_a_hand_written_loop_does(tree: PngTree, tmp_path: Path
     model.classifier[1] = nn.Linear(model.last_channel, 3)
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, weight_decay=1e-2)
-    criterion = nn.CrossEntropyLoss(weight=balanced_weights(load_rows(tree, rows_of_folds(tree, 2))[1]))
+    weights = balanced_weights(load_rows(tree, rows_of_folds(tree, 2))[1])
+    criterion = nn.CrossEntropyLoss(weights)
+    summed = nn.CrossEntropyLoss(weights, reduction="sum")
     val_images, val_labels = load_rows(tree, rows_of_folds(tree, 3))
     best, best_state = -1.0, {}
     for epoch in (1, 2, 3):
         order = epoch_order(numbers, config.seed, epoch)
         model.train()
         total = correct = 0.0
-        for batch in (order[:4], order[4:]):
+        for batch, dropout_seed in zip((order[:4], order[4:]), step_seeds(2, config.seed, epoch), strict=True):
+            torch.manual_seed(int(dropout_seed))
             images, labels = load_rows(tree, [rows[paths[number]] for number in batch])
             optimizer.zero_grad()
             logits = model(images.contiguous(memory_format=torch.channels_last))
-            loss = criterion(logits, labels)
+            # the weighted mean, rounded as the engine does it: the last digit of a step is the second one of the next epoch
+            loss = summed(logits, labels) * (1 / weights.double()[labels].sum()).float()
+            torch.testing.assert_close(loss, criterion(logits, labels))
             loss.backward()
             optimizer.step()
             total += loss.item() * len(batch)
@@ -333,12 +341,12 @@ def test_the_auxiliary_loss_counts_two_fifths_in_training_only() -> None:
     with torch.no_grad():
         main_loss, aux_loss = criterion(model.main(images.flatten(1)), labels), criterion(model.aux(images.flatten(1)), labels)
     config = TrainConfig(learning_rate=1e-30, weight_decay=0.0)
-    training = engine.Training.begin(model, weights, torch.device("cpu"), config)
-    loader = _Given(images, labels)
-    everything = [np.arange(8)]
-    assert engine.train_epoch(training, loader, everything).loss == pytest.approx((main_loss + 0.4 * aux_loss).item(), rel=1e-6)
-    for batches in (everything, [np.arange(3), np.arange(3, 8)]):  # the mean does not depend on how it is cut
-        assert engine.evaluate(training, loader, batches).loss == pytest.approx(main_loss.item(), rel=1e-6)
+    training = Training.begin(model, weights, torch.device("cpu"), config)
+    loader, everything = _Given(images, labels), np.arange(8)
+    plan = engine.plan_epoch(training, everything, labels.numpy(), global_batch=8, seed=0, epoch=1)
+    assert engine.train_epoch(training, loader, plan).loss == pytest.approx((main_loss + 0.4 * aux_loss).item(), rel=1e-6)
+    for batch_size in (8, 5):  # the mean does not depend on how it is cut
+        assert engine.evaluate(training, loader, everything, batch_size).loss == pytest.approx(main_loss.item(), rel=1e-6)
 
 
 # --- schedules and early stopping ---
@@ -556,11 +564,11 @@ def test_resume_in_the_middle_of_the_report(
     def fails(*_: object) -> None:
         raise _Interrupted
 
-    compute_metrics = crossval.compute_metrics
-    monkeypatch.setattr(crossval, "compute_metrics", fails)
+    compute_metrics = fold_module.compute_metrics
+    monkeypatch.setattr(fold_module, "compute_metrics", fails)
     with pytest.raises(_Interrupted):
         train(config_for(tree, tmp_path, **options))
-    monkeypatch.setattr(crossval, "compute_metrics", compute_metrics)
+    monkeypatch.setattr(fold_module, "compute_metrics", compute_metrics)
     train(config_for(tree, tmp_path, **options, resume=True))
     assert_same_run(tmp_path, uninterrupted(options))
 
@@ -613,7 +621,7 @@ def test_finished_folds_are_skipped(tree: PngTree, tmp_path: Path) -> None:
     folder = tmp_path / "mobilenet" / "fold_2"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     log: list[str] = []
-    summary = run_cross_validation(config_for(tree, tmp_path, epochs=1, fold=None, resume=True), log.append)
+    summary = run_cross_validation(config_for(tree, tmp_path, epochs=1, fold=None, resume=True), log.append)["mobilenet"]
     assert f"fold 2: finished before, test accuracy {metrics['test_accuracy']:.2%}" in log
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert list(summary["fold_accuracies"]) == ["fold_1", "fold_2", "fold_3"]
@@ -630,7 +638,7 @@ def test_an_earlier_run_is_set_aside(tree: PngTree, tmp_path: Path) -> None:
         kept.append(metrics)
         assert any("holds an earlier run, which is now" in line for line in log) == (run > 0)
     names = ("fold_1.previous", "fold_1.previous2", "fold_1")
-    assert sorted(path.name for path in root.iterdir()) == sorted([*names, "summary.json"])
+    assert sorted(path.name for path in root.glob("[!.]*")) == sorted([*names, "summary.json", "ledger.json"])
     assert [read_json(root / name / "metrics.json") for name in names] == kept
     assert files_below(root / "fold_1.previous") == files_below(root / "fold_1")
 
@@ -734,7 +742,7 @@ def test_the_bar_shows_sums_of_one_moment(monkeypatch: pytest.MonkeyPatch) -> No
     shown: list[str] = []
     meter = StepMeter("train", 1, 2, samples=12)
     monkeypatch.setattr(meter._bar, "set_postfix_str", lambda text, refresh: shown.append(text))
-    totals = engine.Totals(torch.device("cpu"))
+    totals = Totals(torch.device("cpu"))
     for step in range(3):
         totals.add(torch.tensor(8.0 * (step + 1)), torch.tensor(4.0), torch.tensor(3), samples=4)
         batch = Batch(torch.zeros(4, 3, 1, 1), torch.zeros(4, dtype=torch.int64), torch.arange(4))

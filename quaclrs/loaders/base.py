@@ -40,6 +40,8 @@ class LoaderConfig:
     """The largest batch that will be asked for."""
     num_workers: int
     """Processes or threads that read and decode; 0 does it in the caller."""
+    prefetch: int = 2
+    """Batches made ahead of the one in use, where a loader reads from disk; more need more memory."""
 
 
 class Loader(Protocol):

@@ -24,8 +24,6 @@ from quaclrs.loaders.base import Batch, Labels, LoaderConfig
 from quaclrs.shards.format import FLAG_NOT_PLAIN
 from quaclrs.shards.read import ShardSet
 
-_QUEUE_DEPTH = 2
-"""Batches that DALI works on ahead of the one in use."""
 _READ_AHEAD = 2
 """Batches read from disk ahead of DALI's queue."""
 
@@ -65,7 +63,7 @@ class DaliLoader:
         self._shards = shards
         self._config = config
         self._labels = Labels(labels, config.device)
-        self._reader = _ReadAhead(shards, max(config.num_workers, 1))
+        self._reader = _ReadAhead(shards, max(config.num_workers, 1), config.prefetch + _READ_AHEAD)
         self._pipeline: Any = _build_pipeline(config, self._reader.next_batch)
 
     def load(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
@@ -130,8 +128,9 @@ class DaliLoader:
 class _ReadAhead:
     """Reads the encoded records of the next batches in threads, so that a slow disk does not hold up the training thread."""
 
-    def __init__(self, shards: ShardSet, num_threads: int) -> None:
+    def __init__(self, shards: ShardSet, num_threads: int, ahead: int) -> None:
         self._shards = shards
+        self._ahead = ahead
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="quaclrs-read")
         self._waiting: Iterator[np.ndarray] = iter(())
         self._reading: deque[Future[list[np.ndarray]]] = deque()
@@ -142,7 +141,7 @@ class _ReadAhead:
         self._waiting = iter(batches)
         self._reading.clear()
         self.failure = None
-        for _ in range(_QUEUE_DEPTH + _READ_AHEAD):
+        for _ in range(self._ahead):
             self._submit()
 
     def next_batch(self) -> list[np.ndarray]:
@@ -197,7 +196,7 @@ def _build_pipeline(config: LoaderConfig, source: Any) -> Any:
         batch_size=config.max_batch,
         num_threads=max(config.num_workers, 1),
         device_id=(config.device.index or 0) if on_gpu else None,
-        prefetch_queue_depth=_QUEUE_DEPTH,
+        prefetch_queue_depth=config.prefetch,
     )
     def pictures() -> Any:
         encoded = fn.external_source(source=source, dtype=types.UINT8, ndim=1, batch=True)

@@ -84,6 +84,7 @@ class FilesLoader:
             batch_size=None,  # each element of the plan is a whole batch already
             num_workers=config.num_workers,
             persistent_workers=config.num_workers > 0,
+            prefetch_factor=config.prefetch if config.num_workers > 0 else None,  # of each worker
             pin_memory=config.device.type == "cuda",
             generator=torch.Generator(),  # it draws a seed for its workers, which must not come out of the training's random numbers
         )

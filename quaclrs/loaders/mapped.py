@@ -22,8 +22,6 @@ from quaclrs.loaders.base import Batch, BatchMemory, Labels, LoaderConfig, one_a
 from quaclrs.loaders.drawing import GridDrawer, PixelDrawer, array_bytes, check_image_size
 from quaclrs.shards.read import ShardSet
 
-_READ_AHEAD = 3
-"""Batches that are read, or being read, ahead of the one that is copied to a GPU."""
 _MIN_PER_THREAD = 8
 """Records; fewer are not worth waking a thread."""
 
@@ -75,9 +73,10 @@ class MappedLoader:
         self._pixels = PixelDrawer(config)
         self._pixel_memory = BatchMemory(config.image_size, torch.uint8)
         on_gpu = config.device.type == "cuda"
+        self._ahead = config.prefetch + 1  # read, or being read, while one is copied to the GPU
         most = int(self._bytes.max()) * config.max_batch
         self._buffers = deque(
-            _Buffer(torch.empty(most, dtype=torch.uint8, pin_memory=on_gpu)) for _ in range(_READ_AHEAD + 2 if on_gpu else 1)
+            _Buffer(torch.empty(most, dtype=torch.uint8, pin_memory=on_gpu)) for _ in range(self._ahead + 2 if on_gpu else 1)
         )
         self._threads: ThreadPoolExecutor | None = ThreadPoolExecutor(max(config.num_workers, 1), thread_name_prefix="quaclrs-read")
         self._batch_thread = ThreadPoolExecutor(1, thread_name_prefix="quaclrs-batch") if on_gpu else None
@@ -136,7 +135,7 @@ class MappedLoader:
         waiting = iter(batches)
         try:
             while True:
-                while len(reading) < _READ_AHEAD and (numbers := next(waiting, None)) is not None:
+                while len(reading) < self._ahead and (numbers := next(waiting, None)) is not None:
                     reading.append(self._batch_thread.submit(self._read, numbers))
                 if not reading:
                     return
