@@ -171,6 +171,11 @@ class Workplace:
         dataset, config = self._dataset, self._config
         encoding = dataset.shards.encoding if dataset.shards else None
         choice = choose_loader(config.loader, encoding, fit_in(dataset, image_size, self._device))
+        if config.compile == "cudagraph" and choice.name != "resident":
+            raise UsageError(
+                f"--compile cudagraph: takes its pictures from device memory, and --loader {choice.name} does not keep them there; "
+                "use --loader resident"
+            )
         self._log(f"loader: {choice.name} on {self._device} ({choice.reason})")
         self._loader = build_loader(choice, dataset, self._loader_config(image_size))
         self._loader_size = image_size

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from quaclrs import checkpoint
 from quaclrs.config import TrainConfig
 from quaclrs.distributed import Agreement
 from quaclrs.errors import TrainingError
+from quaclrs.graph import GraphedStep, graphed_steps
 from quaclrs.interruption import Watch, Wish
-from quaclrs.loaders.base import Batch, Loader
+from quaclrs.loaders.base import Batch, DeviceLoader, Loader
 from quaclrs.models import forward_logits
 from quaclrs.order import epoch_order, evaluation_batches, step_seeds, train_batches
 from quaclrs.training import Progress, Totals, Training
@@ -117,27 +118,44 @@ def plan_epoch(training: Training, samples: np.ndarray, label: np.ndarray, globa
 
 
 def train_epoch(
-    training: Training, loader: Loader, plan: EpochPlan, on_step: OnStep = _ignore_step, after_step: Nothing = _go_on
+    training: Training,
+    loader: Loader,
+    plan: EpochPlan,
+    on_step: OnStep = _ignore_step,
+    after_step: Nothing = _go_on,
+    graphed: GraphedStep | None = None,
 ) -> TrainedEpoch:
-    """The steps of ``plan`` that ``training.progress`` has not done yet; ``after_step`` may raise to stop between two."""
+    """The steps of ``plan`` that ``training.progress`` has not done yet; ``after_step`` may raise to stop between two.
+
+    ``graphed`` does them from its own loader's data instead of ``loader``'s batches.
+    """
     training.model.train()
     progress = training.progress = training.progress or Progress(totals=Totals(training.device))
-    waited_before = progress.waited_s
-    timed = _Timed(loader.load(plan.batches[progress.step :]))
-    for batch in timed:
-        step = progress.step
-        torch.manual_seed(int(plan.seeds[step]))
-        loss, correct = training.step(batch.images, batch.labels, plan.shares[step])
+    rest = slice(progress.step, None)
+    waited_before, timed = progress.waited_s, _Timed(iter(()) if graphed else loader.load(plan.batches[rest]))
+    if graphed:
+        steps = graphed_steps(graphed, plan.batches[rest], plan.shares[rest], plan.seeds[rest])
+    else:
+        steps = _eager_steps(training, timed, plan.shares[rest], plan.seeds[rest])
+    for batch, loss, correct in steps:
         # a rank's part of the sum over samples: the mean over ranks is the global batch's mean
-        progress.totals.add(
-            loss * (plan.samples[step] / training.world.size), torch.full_like(loss, len(batch)), correct, len(batch)
-        )
-        progress.step, progress.waited_s = step + 1, waited_before + timed.waited_s
+        of_samples = loss * (plan.samples[progress.step] / training.world.size)
+        progress.totals.add(of_samples, torch.full_like(loss, len(batch)), correct, len(batch))
+        progress.step, progress.waited_s = progress.step + 1, waited_before + timed.waited_s
         on_step(batch, progress.totals, progress.waited_s)
         after_step()
     mean_loss, accuracy, samples = progress.totals.read(training.world)
     waited_s = max(training.world.gather(progress.waited_s))
     return TrainedEpoch(loss=mean_loss, accuracy=accuracy, samples=samples, seconds=progress.seconds, waited_s=waited_s)
+
+
+def _eager_steps(
+    training: Training, batches: Iterable[Batch], shares: torch.Tensor, seeds: np.ndarray
+) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
+    """As :func:`quaclrs.graph.graphed_steps`, for batches that come ready made."""
+    for batch, share, seed in zip(batches, shares, seeds, strict=True):
+        torch.manual_seed(int(seed))
+        yield batch, *training.step(batch.images, batch.labels, share)
 
 
 def evaluate(
@@ -237,6 +255,10 @@ class Fitting:
         self._folder, self._run = folder, run
         self._watch, self._hooks = watch or Watch(), hooks or Hooks()
         self._agreement = Agreement(training.world)
+        self._graphed: GraphedStep | None = None
+        if config.compile == "cudagraph":
+            assert hasattr(loader, "on_device")  # the caller has seen to it
+            self._graphed = GraphedStep(training, cast(DeviceLoader, loader), global_batch)
 
     def fit(self) -> bool:
         """Train until ``config.epochs`` or until validation stops improving; returns whether it stopped early.
@@ -268,7 +290,7 @@ class Fitting:
         plan = plan_epoch(training, samples.train, samples.label, self._global_batch, config.seed, epoch)
         learning_rate = training.learning_rate
         meter = self._hooks.step_meter("train", epoch, sum(len(batch) for batch in plan.batches))
-        trained = train_epoch(training, self._loader, plan, meter, self._save_if_wished)
+        trained = train_epoch(training, self._loader, plan, meter, self._save_if_wished, self._graphed)
         self._save_if_agreed(self._agreement.settle())
         _refuse_divergence(trained.loss, epoch, config)
         meter = self._hooks.step_meter("validate", epoch, len(samples.validation))

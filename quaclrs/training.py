@@ -144,15 +144,16 @@ class Training:
         model = model.to(device)
         if config.compile == "inductor":
             model.compile()
+        graphs = config.compile == "cudagraph" and device.type == "cuda"
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # the fused kernel also checks for overflow on the device, so that the scaler need not ask the host
         optimizer = torch.optim.Adam(
             learning,
             # a captured graph reads its learning rate from the device, where the schedule can change it
-            lr=torch.tensor(config.learning_rate, device=device) if config.compile == "cudagraph" else config.learning_rate,
+            lr=torch.tensor(config.learning_rate, device=device) if graphs else config.learning_rate,
             weight_decay=config.weight_decay,
             fused=device.type == "cuda",
-            capturable=config.compile == "cudagraph",
+            capturable=graphs,
         )
         return cls(
             model=model,
@@ -234,7 +235,7 @@ class Training:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state`."""
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(self._with_own_kernels(state["optimizer"]))
         if self.scheduler:
             self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
@@ -242,6 +243,15 @@ class Training:
         self.best_epoch, self.best_val_accuracy = state["best_epoch"], state["best_val_accuracy"]
         progress = state["progress"]
         self.progress = None if progress is None else Progress.restored(progress, self.world, self.device)
+
+    def _with_own_kernels(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """``saved`` with this optimizer's way of computing the same thing: it may have been saved on another device."""
+        groups = []
+        for ours, group in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
+            ways = {name: ours[name] for name in ("fused", "foreach", "capturable")}
+            lr = float(group["lr"])
+            groups.append(group | ways | {"lr": ours["lr"].new_tensor(lr) if isinstance(ours["lr"], torch.Tensor) else lr})
+        return saved | {"param_groups": groups}
 
 
 def _with_synchronised_batchnorm(model: nn.Module, device: torch.device, world: World) -> nn.Module:

@@ -38,6 +38,7 @@ ROOMS = (
     "distributed",
     "checkpoint",
     "training",
+    "graph",
     "engine",
     "progress",
     "report",

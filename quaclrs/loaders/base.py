@@ -64,6 +64,17 @@ class Loader(Protocol):
         ...
 
 
+class DeviceLoader(Loader, Protocol):
+    """A loader whose data are on the device already, all of them."""
+
+    def on_device(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and labels, as :class:`Batch` has them, of the samples ``index`` (B,) int64 on the device.
+
+        All work is queued on the current stream and nothing is waited for, so that it can be captured in a CUDA graph.
+        """
+        ...
+
+
 class Labels:
     """The labels of all samples, (N,) int64; makes a :class:`Batch` of images."""
 

@@ -84,19 +84,22 @@ class ResidentLoader:
         self._grids = Grids(flat, offsets.to(device), self._drawer.layouts.to(device), self._drawer.palettes.to(device))
         check_grids(self._grids, self._drawer.tables)  # once, so that no batch has to
 
+    def on_device(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :class:`~quaclrs.loaders.base.DeviceLoader`."""
+        return self._images(index), self._labels[index]
+
     def _make(self, numbers: np.ndarray) -> Batch:
         asked = torch.from_numpy(np.array(numbers, dtype=np.int64))
-        index = to_device(asked, self._config.device)
-        return Batch(self._images(index, numbers), self._labels[index], asked)
+        return Batch(*self.on_device(to_device(asked, self._config.device)), asked)
 
-    def _images(self, index: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
+    def _images(self, index: torch.Tensor) -> torch.Tensor:
         if self._grids is not None and self._drawer is not None:
             return self._drawer.draw(self._grids, index)
         if self._pictures is None:
             raise ValueError("the loader is closed")
         if self._config.device.type == "cpu":
             gathered = self._pixel_memory.take(len(index)).permute(0, 2, 3, 1)
-            source, target = self._pictures.numpy(), gathered.numpy()
+            source, target, numbers = self._pictures.numpy(), gathered.numpy(), index.numpy()
 
             def gather(start: int, stop: int) -> None:
                 # "clip" lets NumPy copy straight to `out`; a number out of range fails at its label
