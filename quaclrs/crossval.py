@@ -14,12 +14,14 @@ from quaclrs import engine
 from quaclrs.config import TrainConfig, default_num_workers
 from quaclrs.dataset import Dataset, open_dataset
 from quaclrs.distributed import World
-from quaclrs.errors import UsageError
+from quaclrs.environment import free_memory
+from quaclrs.errors import UsageError, told_once
 from quaclrs.files import folder_lock, make_folder, write_json
 from quaclrs.fold import METRICS_FILE, Log, Run, agreed_global_batch, fold_samples, provenance, read_document, run_fold
 from quaclrs.interruption import Watch
-from quaclrs.loaders import build_loader, choose_loader, fit_in
+from quaclrs.loaders import Fit, build_loader, choose_loader
 from quaclrs.loaders.base import Loader, LoaderConfig
+from quaclrs.loaders.resident import resident_bytes
 from quaclrs.models import ARCHITECTURES, check_input_size, input_size
 from quaclrs.training import amp_dtype, set_tf32
 
@@ -77,10 +79,12 @@ class Workplace:
         self._hooks = hooks or engine.Hooks()
         self.summaries: dict[str, dict[str, Any]] = {}
         """By model, of the folds trained here and those found."""
-        self._device = pick_device(config.device, world)
+        with told_once():
+            self._device = pick_device(config.device, world)
+            _refuse_for_device(config, self._device, world)
+            names = dict.fromkeys(name for name, _ in tasks(config))
         set_tf32(config.tf32)
-        _refuse_compiler(config, self._device, world)
-        self._global_batches = {name: self._global_batch(name) for name in dict.fromkeys(name for name, _ in tasks(config))}
+        self._global_batches = {name: self._global_batch(name) for name in names}
         if world.size > 1:
             for name, batch in self._global_batches.items():
                 log(f"{name}: {world.size} processes, global batch {batch} ({batch // world.size} samples of each)")
@@ -96,13 +100,16 @@ class Workplace:
         """A workplace for the block. Checks all that the folds will need."""
         place = cls(config, log, hooks, world or World())
         try:
-            place.check_folds()
+            with told_once():
+                place.check_folds()
+            if place._world.is_main:
+                make_folder(config.output_dir)
             yield place
         finally:
             place.close()
 
     def check_folds(self) -> None:
-        """Raise what the dataset has against the folds of ``config``, and when the output folder cannot be made."""
+        """Raise what the dataset has against the folds of ``config``."""
         highest, config = int(self._dataset.fold.max()), self._config
         if highest > config.num_folds:
             raise UsageError(
@@ -111,8 +118,6 @@ class Workplace:
             )
         for fold in dict.fromkeys(fold for _, fold in tasks(config)):
             fold_samples(self._dataset, fold, config.num_folds)
-        if self._world.is_main:
-            make_folder(config.output_dir)
 
     def train(self, name: str, fold: int) -> dict[str, Any]:
         """Train and test one fold of the model ``name``; returns its metrics (on rank 0; other ranks get none).
@@ -170,19 +175,33 @@ class Workplace:
             self._loader = None
         dataset, config = self._dataset, self._config
         encoding = dataset.shards.encoding if dataset.shards else None
-        choice = choose_loader(config.loader, encoding, fit_in(dataset, image_size, self._device))
+        choice = choose_loader(config.loader, encoding, self._fit(image_size))
         if config.compile == "cudagraph" and choice.name != "resident":
             raise UsageError(
                 f"--compile cudagraph: takes its pictures from device memory, and --loader {choice.name} does not keep them there; "
                 "use --loader resident"
             )
         self._log(f"loader: {choice.name} on {self._device} ({choice.reason})")
-        self._loader = build_loader(choice, dataset, self._loader_config(image_size))
+        self._loader = build_loader(choice, dataset, self._loader_config(image_size, choice.parts))
         self._loader_size = image_size
         return self._loader
 
-    def _loader_config(self, image_size: int) -> LoaderConfig:
-        config, beside = self._config, self._world.local_size if self._config.nproc is None else self._config.nproc
+    def _fit(self, image_size: int) -> Fit | None:
+        """The data against the memory of the fullest device; None on the CPU, where the page cache keeps them anyway, unless asked for."""
+        shards, on_gpu = self._dataset.shards, self._device.type == "cuda"
+        if shards is None or not (on_gpu or self._config.loader == "resident"):
+            return None
+        free = free_memory(self._device) or 0
+        least = min(self._world.gather(free if on_gpu else free // self._beside))
+        return Fit(needed=resident_bytes(shards, image_size), free=least, ranks=self._world.size)
+
+    @property
+    def _beside(self) -> int:
+        """Processes like this one on this machine."""
+        return self._config.nproc or self._world.local_size
+
+    def _loader_config(self, image_size: int, parts: int) -> LoaderConfig:
+        config = self._config
         largest = max(self._global_batches.values()) // self._world.size
         return LoaderConfig(
             image_size=image_size,
@@ -190,8 +209,9 @@ class Workplace:
             dtype=amp_dtype(self._device, config),
             max_batch=largest + 1,  # a lone last sample joins its neighbour
             # more than there are processors only get in each other's way
-            num_workers=min(config.num_workers, max(1, default_num_workers() // beside)),
+            num_workers=min(config.num_workers, max(1, default_num_workers() // self._beside)),
             prefetch=config.prefetch,
+            part=(self._world.rank, parts) if parts > 1 else (0, 1),
         )
 
 
@@ -206,6 +226,11 @@ def pick_device(wanted: str, world: World | None = None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {wanted}: choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
+        if device.index is not None and world and world.size > 1:
+            raise UsageError(
+                f"--device {wanted}: names one GPU, and {world.size} processes take one each; use --device cuda, and CUDA_VISIBLE_DEVICES "
+                "to choose among them"
+            )
         index = device.index if device.index is not None else world.local_rank if world else 0
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if index >= found:
@@ -217,7 +242,9 @@ def pick_device(wanted: str, world: World | None = None) -> torch.device:
     return device
 
 
-def _refuse_compiler(config: TrainConfig, device: torch.device, world: World) -> None:
+def _refuse_for_device(config: TrainConfig, device: torch.device, world: World) -> None:
+    if config.sync_bn and device.type != "cuda":
+        raise UsageError("--sync_bn: torch synchronises BatchNorm between GPUs only; leave it out on the CPU")
     if config.compile == "cudagraph" and (device.type != "cuda" or world.size > 1):
         where = f"{world.size} processes" if world.size > 1 else str(device)
         raise UsageError(

@@ -19,13 +19,20 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 from quaclrs import checkpoint
 from quaclrs.config import TrainConfig
-from quaclrs.distributed import Agreement
+from quaclrs.distributed import Agreement, World
 from quaclrs.errors import TrainingError
 from quaclrs.graph import GraphedStep, graphed_steps
 from quaclrs.interruption import Watch, Wish
 from quaclrs.loaders.base import Batch, DeviceLoader, Loader
 from quaclrs.models import forward_logits
-from quaclrs.order import epoch_order, evaluation_batches, step_seeds, train_batches
+from quaclrs.order import (
+    epoch_order,
+    evaluation_batches,
+    part_batches,
+    part_evaluation_batches,
+    step_seeds,
+    train_batches,
+)
 from quaclrs.training import Progress, Totals, Training
 
 
@@ -103,11 +110,22 @@ class _Timed:
         return batch
 
 
-def plan_epoch(training: Training, samples: np.ndarray, label: np.ndarray, global_batch: int, seed: int, epoch: int) -> EpochPlan:
-    """This rank's part of ``epoch`` over ``samples`` (n,), given the ``label`` (N,) of every sample number."""
+def plan_epoch(
+    training: Training, samples: np.ndarray, label: np.ndarray, global_batch: int, seed: int, epoch: int, holds_all: bool = True
+) -> EpochPlan:
+    """This rank's part of ``epoch`` over ``samples`` (n,), given the ``label`` (N,) of every sample number.
+
+    ``holds_all`` as :class:`Loader` has it. Raises :class:`TrainingError` when a rank would have nothing to learn from.
+    """
     world = training.world
-    order = epoch_order(samples, seed, epoch)
-    of_ranks = [train_batches(order, global_batch, world.size, rank) for rank in range(world.size)]
+    if holds_all:
+        order = epoch_order(samples, seed, epoch)
+        of_ranks = [train_batches(order, global_batch, world.size, rank) for rank in range(world.size)]
+    else:
+        try:
+            of_ranks = part_batches(samples, global_batch, seed, epoch, world.size)
+        except ValueError as error:
+            raise TrainingError(f"--loader resident: {error}; use fewer processes", everywhere=True) from None
     mine = of_ranks[world.rank]
     return EpochPlan(
         batches=mine,
@@ -173,7 +191,7 @@ def evaluate(
     started = time.perf_counter()
     training.share_buffers()
     world = training.world
-    of_ranks = [evaluation_batches(np.arange(len(samples)), global_batch, world.size, rank) for rank in range(world.size)]
+    of_ranks = _positions_of_ranks(samples, global_batch, world, loader.holds_all)
     mine = of_ranks[world.rank]
     totals, timed, probabilities = Totals(training.device), _Timed(loader.load([samples[batch] for batch in mine])), []
     for batch in timed:
@@ -197,6 +215,14 @@ def evaluate(
         seconds=time.perf_counter() - started,
         waited_s=max(world.gather(timed.waited_s)),
     )
+
+
+def _positions_of_ranks(samples: np.ndarray, global_batch: int, world: World, holds_all: bool) -> list[list[np.ndarray]]:
+    """For each rank its batches of positions in ``samples``."""
+    ranks = range(world.size)
+    if holds_all:
+        return [evaluation_batches(np.arange(len(samples)), global_batch, world.size, rank) for rank in ranks]
+    return [part_evaluation_batches(samples, global_batch, world.size, rank) for rank in ranks]
 
 
 @torch.inference_mode()
@@ -287,7 +313,7 @@ class Fitting:
 
     def _epoch(self, epoch: int) -> None:
         training, config, samples = self._training, self._config, self._samples
-        plan = plan_epoch(training, samples.train, samples.label, self._global_batch, config.seed, epoch)
+        plan = plan_epoch(training, samples.train, samples.label, self._global_batch, config.seed, epoch, self._loader.holds_all)
         learning_rate = training.learning_rate
         meter = self._hooks.step_meter("train", epoch, sum(len(batch) for batch in plan.batches))
         trained = train_epoch(training, self._loader, plan, meter, self._save_if_wished, self._graphed)

@@ -26,6 +26,7 @@ from quaclrs.ledger import claimed
 from quaclrs.loaders.base import Loader
 from quaclrs.models import build_model
 from quaclrs.order import evaluation_batches
+from quaclrs.profiling import with_profile
 from quaclrs.report.gradcam import pick_samples, write_gradcams
 from quaclrs.report.metrics import compute_metrics, to_json_safe
 from quaclrs.report.plots import write_plots
@@ -81,6 +82,7 @@ class Run:
             "num_folds": config.num_folds,
             "data": self.dataset.fingerprint,
             "pixels": self.loader.pixels,
+            "order": "global" if self.loader.holds_all else f"shared out over {self.world.size} processes",
         }
 
 
@@ -154,9 +156,10 @@ def _train_and_test(run: Run, fold: int) -> dict[str, Any]:
         _restore(run, training, folder, identity)
     if run.world.is_main:
         write_json(folder / RUN_FILE, {"run": identity, "batch_size": config.batch_size, "processes": run.world.size})
-    fitting = engine.Fitting(training, run.loader, samples, config, run.global_batch, folder, identity, run.watch, run.hooks)
-    stopped_early = fitting.fit()
-    tested = fitting.test()
+    with with_profile(run.hooks, config, training, run.loader.name, folder, run.log) as hooks:
+        fitting = engine.Fitting(training, run.loader, samples, config, run.global_batch, folder, identity, run.watch, hooks)
+        stopped_early = fitting.fit()
+        tested = fitting.test()
     if not run.world.is_main:
         return {}
     metrics = _report(run, training, samples, tested, folder)

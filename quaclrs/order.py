@@ -12,13 +12,16 @@ A training epoch of 10 samples in global batches of 4 keeps its smaller last bat
 The last batch wraps round to the epoch's start only as far as its division needs (two samples a rank at least, because
 BatchNorm cannot train on one), and a last batch of a single sample joins its neighbour. Evaluation never wraps and never
 pads: each sample exactly once.
+
+Where the data are shared out because no rank can hold them all, rank r of W has the samples whose number leaves r when divided by W,
+and permutes those alone: an epoch is then W permutations side by side, not one of everything (:func:`part_batches`).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-_STORAGE_STREAM, _EPOCH_STREAM, _STEP_STREAM = 0, 1, 2
+_STORAGE_STREAM, _EPOCH_STREAM, _STEP_STREAM, _PART_STREAM = 0, 1, 2, 3
 """Separate random streams, so that no epoch repeats the order on disk."""
 
 
@@ -72,6 +75,21 @@ def train_batches(order: np.ndarray, global_batch: int, world: int = 1, rank: in
     return batches
 
 
+def part_batches(samples: np.ndarray, global_batch: int, seed: int, epoch: int, world: int) -> list[list[np.ndarray]]:
+    """For each rank its batches of ``epoch`` from its own part of ``samples`` (N,), equally many and equally long on all ranks.
+
+    Parts differ by a few samples; shorter ones wrap round to their own start. Raises ValueError when a part is empty.
+    """
+    parts = [samples[samples % world == rank] for rank in range(world)]
+    if min(map(len, parts)) == 0:
+        raise ValueError(f"{len(samples)} samples cannot be shared out to {world} ranks")
+    longest, batches = max(map(len, parts)), []
+    for rank, part in enumerate(parts):
+        order = part[stable_permutation(len(part), seed, _PART_STREAM, epoch, rank)]
+        batches.append(train_batches(order[np.arange(longest) % len(part)], global_batch // world))
+    return batches
+
+
 def step_seeds(steps: int, seed: int, epoch: int, rank: int = 0) -> np.ndarray:
     """(steps,) uint64: what to seed the device's random numbers (dropout) with before each training step of ``epoch``.
 
@@ -86,6 +104,12 @@ def evaluation_batches(samples: np.ndarray, global_batch: int, world: int = 1, r
     per_rank = max(global_batch // world, 1)
     starts = range(rank * per_rank, len(samples), per_rank * world)
     return [samples[start : start + per_rank] for start in starts]
+
+
+def part_evaluation_batches(samples: np.ndarray, global_batch: int, world: int, rank: int) -> list[np.ndarray]:
+    """Positions in ``samples`` (N,) of those that ``rank`` holds, in batches; each on exactly one rank exactly once."""
+    _check_world(world, rank)
+    return evaluation_batches(np.flatnonzero(samples % world == rank), max(global_batch // world, 1))
 
 
 def _check_world(world: int, rank: int) -> None:

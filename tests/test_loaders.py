@@ -6,6 +6,7 @@ The oracle is Pillow and torchvision, called here directly; which sample has whi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -573,6 +574,39 @@ def test_what_fits_in_the_device_stays_there(free: int, name: str) -> None:
     choice = choose_loader("auto", "indexed", Fit(needed=1_000_000, free=free))
     assert choice.name == name
     assert f"0.00 of {free / 1e9:.2f} GB" in choice.reason
+
+
+@pytest.mark.parametrize(("free", "name", "parts"), [(2_000_000, "resident", 1), (500_000, "resident", 4), (499_999, "mapped", 1)])
+def test_what_fits_in_several_devices_is_shared_out(free: int, name: str, parts: int) -> None:
+    choice = choose_loader("auto", "indexed", Fit(needed=1_000_000, free=free, ranks=4))
+    assert (choice.name, choice.parts) == (name, parts)
+    assert ("shared out over 4 processes, each of which shuffles its own part" in choice.reason) == (parts == 4)
+    asked = choose_loader("resident", "indexed", Fit(needed=1_000_000, free=1_200_000, ranks=4))
+    assert (asked.parts, choose_loader("resident", "indexed", Fit(needed=1_000_000, free=300_000, ranks=4)).parts) == (1, 4)
+
+
+@pytest.mark.parametrize("encoding", ["indexed", "rgb", "png"])
+def test_parts_hold_what_the_whole_does(encoding: str, data: Data) -> None:
+    """Each sample is in one of three parts, with the same bits; a part says so when it is asked for another's."""
+    choice, dataset = Choice(name="resident", reason="test"), data.open(encoding)
+    whole = build_loader(choice, dataset, loader_config())
+    assert whole.holds_all
+    seen: list[int] = []
+    for rank in range(3):
+        part = build_loader(choice, dataset, dataclasses.replace(loader_config(), part=(rank, 3)))
+        assert not part.holds_all
+        numbers = np.arange(rank, len(dataset), 3)[::-1].copy()
+        batches = np.array_split(numbers, -(-len(numbers) // 4))
+        for mine, theirs in zip(part.load(batches), whole.load(batches), strict=True):
+            assert torch.equal(mine.images, theirs.images)
+            assert torch.equal(mine.labels, theirs.labels)
+            assert torch.equal(mine.index, theirs.index)
+            seen.extend(mine.index.tolist())
+        with pytest.raises(ValueError, match=f"leaves {rank} when divided by 3"):
+            next(iter(part.load([np.array([rank + 1])])))
+        part.close()
+    whole.close()
+    assert sorted(seen) == list(range(len(dataset)))
 
 
 def test_mapped_decodes_nothing() -> None:

@@ -12,7 +12,16 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from quaclrs.errors import TrainingError, UsageError
 from quaclrs.folds import class_weights, select, split_for
-from quaclrs.order import epoch_order, evaluation_batches, stable_permutation, storage_order, train_batches
+from quaclrs.order import (
+    epoch_order,
+    evaluation_batches,
+    part_batches,
+    part_evaluation_batches,
+    stable_permutation,
+    step_seeds,
+    storage_order,
+    train_batches,
+)
 
 SIZES = range(2, 28)
 WORLDS = range(1, 6)
@@ -274,3 +283,48 @@ def test_class_weights_are_scikit_learns(counts: tuple[int, ...]) -> None:
 def test_classes_without_training_rows_are_named() -> None:
     with pytest.raises(TrainingError, match="no training rows for class cat, emu; add some, or take the class out of the CSV"):
         class_weights(np.array([0, 2, 2]), ("ant", "cat", "dog", "emu"))
+
+
+# --- data shared out over the ranks ---
+
+
+@pytest.mark.parametrize("world", range(1, 7))
+def test_parts_are_permuted_side_by_side(world: int) -> None:
+    """Every rank sees each sample of its own part once, shorter parts a few of theirs twice; all batches are as long on every rank."""
+    samples = np.flatnonzero(np.arange(101) % 10 != 4)
+    seen = []
+    for epoch in (1, 2):
+        of_ranks = part_batches(samples, 4 * world, 7, epoch, world)
+        lengths = [[len(batch) for batch in batches] for batches in of_ranks]
+        assert lengths == [lengths[0]] * world
+        assert min(lengths[0]) >= 2
+        longest = max(np.count_nonzero(samples % world == rank) for rank in range(world))
+        for rank, batches in enumerate(of_ranks):
+            own = np.concatenate(batches)
+            assert set(own) == set(samples[samples % world == rank])
+            assert len(own) == longest
+        seen.append(np.concatenate([batch for batches in of_ranks for batch in batches]))
+    assert not np.array_equal(*seen)
+
+
+def test_a_rank_without_a_part_is_an_error() -> None:
+    with pytest.raises(ValueError, match="2 samples cannot be shared out to 3 ranks"):
+        part_batches(np.array([0, 4]), 6, 0, 1, 3)
+
+
+@pytest.mark.parametrize("world", range(1, 7))
+def test_parts_are_evaluated_once(world: int) -> None:
+    samples = np.array([3, 5, 6, 8, 20, 21, 22, 40])
+    batches = [part_evaluation_batches(samples, 4, world, rank) for rank in range(world)]
+    for rank, of_rank in enumerate(batches):
+        assert all((samples[batch] % world == rank).all() and 0 < len(batch) <= max(4 // world, 1) for batch in of_rank)
+    assert sorted(np.concatenate([batch for of_rank in batches for batch in of_rank])) == list(range(8))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_step_seeds_belong_to_their_step(world: int) -> None:
+    """The same however many steps are asked for; another one for each step, epoch, seed and rank."""
+    many = {(epoch, seed, rank): step_seeds(50, seed, epoch, rank) for epoch in (1, 2) for seed in (0, 1) for rank in range(world)}
+    assert len({int(value) for seeds in many.values() for value in seeds}) == 50 * len(many)
+    assert np.array_equal(step_seeds(7, 0, 1), many[1, 0, 0][:7])
+    assert step_seeds(2, 42, 3, 1).tolist() == [14193243777150724812, 9438729582029806668]

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 from quaclrs.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
-
     from quaclrs.dataset import Dataset
     from quaclrs.loaders.base import Loader, LoaderConfig
 
@@ -23,6 +21,8 @@ class Choice:
 
     name: str
     reason: str
+    parts: int = 1
+    """Into how many parts a resident loader's data are shared out over the ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +31,20 @@ class Fit:
 
     needed: int
     free: int
+    """Of the device with least, where there are several."""
+    ranks: int = 1
 
-    @property
-    def fits(self) -> bool:
-        """The data may take half of what is free; the other half is the model's."""
-        return self.needed <= self.free // 2
+    def parts(self, share: float) -> int:
+        """Into how many parts the data must be shared out to take ``share`` of what is free: 1, or one for each rank; 0 if that fails."""
+        return next((parts for parts in sorted({1, self.ranks}) if self.needed / parts <= share * self.free), 0)
 
     def __str__(self) -> str:
         return f"{self.needed / 1e9:.2f} of {self.free / 1e9:.2f} GB"
+
+
+_AUTO_SHARE = 0.5
+"""Of the device's free memory that ``auto`` gives to the data; the other half is the model's."""
+_SHARED_OUT = "shared out over {} processes, each of which shuffles its own part"
 
 
 def choose_loader(wanted: str, encoding: str | None, resident: Fit | None = None) -> Choice:
@@ -49,6 +55,7 @@ def choose_loader(wanted: str, encoding: str | None, resident: Fit | None = None
     installed.
     """
     from quaclrs.loaders.dali import dali_missing, require_dali
+    from quaclrs.loaders.resident import FREE_SHARE
 
     if wanted != "auto":
         if wanted not in LOADERS:
@@ -59,12 +66,13 @@ def choose_loader(wanted: str, encoding: str | None, resident: Fit | None = None
             from quaclrs.loaders.mapped import refuse_encoded
 
             refuse_encoded(encoding, "the PNG tree" if encoding is None else f"a shard folder of encoding {encoding}")
-        size = f"; the data take {resident}" if wanted == "resident" and resident is not None else ""
-        return Choice(name=wanted, reason=f"as asked for{size}")
+        if wanted == "resident" and resident is not None:
+            return _resident(f"as asked for; the data take {resident}", resident.parts(FREE_SHARE) or 1)
+        return Choice(name=wanted, reason="as asked for")
     if encoding in ("indexed", "rgb"):
         what = "grids to redraw" if encoding == "indexed" else "ready pixels"
-        if resident is not None and resident.fits:
-            return Choice(name="resident", reason=f"{what}: {resident} fit in the device's memory")
+        if resident is not None and (parts := resident.parts(_AUTO_SHARE)):
+            return _resident(f"{what}: {resident} fit in the device's memory", parts)
         why = (
             f"{resident} are more than half of the device's free memory"
             if resident is not None
@@ -77,14 +85,8 @@ def choose_loader(wanted: str, encoding: str | None, resident: Fit | None = None
     return Choice(name="dali", reason="pictures must be decoded, and DALI is here")
 
 
-def fit_in(dataset: Dataset, image_size: int, device: torch.device) -> Fit | None:
-    """What ``dataset`` would take on ``device``; None on the CPU, where the page cache keeps the data anyway."""
-    if device.type == "cpu" or dataset.shards is None:
-        return None
-    from quaclrs.environment import free_memory
-    from quaclrs.loaders.resident import resident_bytes
-
-    return Fit(needed=resident_bytes(dataset.shards, image_size), free=free_memory(device) or 0)
+def _resident(reason: str, parts: int) -> Choice:
+    return Choice(name="resident", reason=f"{reason}, {_SHARED_OUT.format(parts)}" if parts > 1 else reason, parts=parts)
 
 
 def build_loader(choice: Choice, dataset: Dataset, config: LoaderConfig) -> Loader:

@@ -42,6 +42,8 @@ class LoaderConfig:
     """Processes or threads that read and decode; 0 does it in the caller."""
     prefetch: int = 2
     """Batches made ahead of the one in use, where a loader reads from disk; more need more memory."""
+    part: tuple[int, int] = (0, 1)
+    """(r, W): the resident loader keeps the samples whose number leaves r when divided by W; (0, 1) keeps all."""
 
 
 class Loader(Protocol):
@@ -50,6 +52,8 @@ class Loader(Protocol):
     name: str
     pixels: str
     """Whose resize the images have: ``Pillow``, bit for bit, or ``DALI``."""
+    holds_all: bool
+    """False where each rank can only give the samples of its own part, see quaclrs.order."""
 
     def load(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
         """One :class:`Batch` for each array of sample numbers, in that order.

@@ -53,6 +53,7 @@ class DaliLoader:
 
     name = "dali"
     pixels = "DALI"
+    holds_all = True
 
     def __init__(self, shards: ShardSet, labels: np.ndarray, config: LoaderConfig) -> None:
         require_dali()

@@ -72,6 +72,7 @@ class FilesLoader:
 
     name = "files"
     pixels = "Pillow"
+    holds_all = True
 
     def __init__(self, pictures: Pictures, labels: np.ndarray, config: LoaderConfig) -> None:
         self._config = config

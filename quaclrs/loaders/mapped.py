@@ -61,6 +61,7 @@ class MappedLoader:
 
     name = "mapped"
     pixels = "Pillow"
+    holds_all = True
 
     def __init__(self, shards: ShardSet, labels: np.ndarray, config: LoaderConfig) -> None:
         refuse_encoded(shards.encoding, str(shards.root))

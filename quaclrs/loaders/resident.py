@@ -1,7 +1,7 @@
 """All samples in device memory, once for all folds and epochs: a batch is a gather and a redraw, the host sends only sample numbers.
 
 ``indexed`` shards are kept as grids (2.8 GB for 57,918 spectrograms), ``rgb`` shards as pixels. ``png`` shards can be decoded once
-through another loader and are then kept as pixels of one size.
+through another loader and are then kept as pixels of one size. Several ranks can share the data out, each with a part of its own.
 """
 
 from __future__ import annotations
@@ -47,26 +47,32 @@ class ResidentLoader:
         check_image_size(shards, config.image_size)
         self.pixels = "Pillow" if decoder is None else decoder.pixels
         self._config = config
-        self._labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)).to(config.device)
+        rank, ranks = config.part
+        self.holds_all = ranks == 1
+        held = np.arange(rank, len(shards), ranks)
+        self._labels = torch.from_numpy(np.ascontiguousarray(labels[held], dtype=np.int64)).to(config.device)
         self._pixels = PixelDrawer(config)
         self._pixel_memory = BatchMemory(config.image_size, torch.uint8)
-        _refuse_too_little_memory(resident_bytes(shards, config.image_size), shards.encoding, config.device)
+        _refuse_too_little_memory(resident_bytes(shards, config.image_size) // ranks, shards.encoding, config.device)
         self._grids: Grids | None = None
         self._drawer: GridDrawer | None = None
         self._pictures: torch.Tensor | None = None
         if shards.encoding == "png":
             assert decoder is not None
-            self._pictures = _decode_all(shards, decoder, config)
+            self._pictures = _decode_all(held, decoder, config)
         elif shards.encoding == "rgb":
             size = config.image_size
-            self._pictures = _load_all(shards, config).view(-1, size, size, 3)
+            self._pictures = _load_all(shards, held, config).view(-1, size, size, 3)
         else:
-            self._load_grids(shards)
+            self._load_grids(shards, held)
 
     def load(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
-        """As :class:`~quaclrs.loaders.base.Loader`."""
+        """As :class:`~quaclrs.loaders.base.Loader`; ValueError for a sample of another rank's part."""
         if self._grids is None and self._pictures is None:
             raise ValueError("the loader is closed")
+        rank, ranks = self._config.part
+        if any((numbers % ranks != rank).any() for numbers in batches):
+            raise ValueError(f"this loader holds the samples whose number leaves {rank} when divided by {ranks}, and no others")
         return one_ahead(self._make, batches, self._config.device)
 
     def close(self) -> None:
@@ -75,18 +81,20 @@ class ResidentLoader:
             torch.cuda.synchronize(self._config.device)  # a batch that was begun and never taken may still read the data
         self._grids = self._pictures = self._drawer = None
 
-    def _load_grids(self, shards: ShardSet) -> None:
+    def _load_grids(self, shards: ShardSet, held: np.ndarray) -> None:
         device = self._config.device
         self._drawer = GridDrawer(shards, self._config)
-        sizes = array_bytes(shards)
+        sizes = array_bytes(shards)[held]
         offsets = torch.from_numpy(np.cumsum(sizes) - sizes)
-        flat = _load_all(shards, self._config)
-        self._grids = Grids(flat, offsets.to(device), self._drawer.layouts.to(device), self._drawer.palettes.to(device))
+        flat = _load_all(shards, held, self._config)
+        layouts, palettes = self._drawer.layouts[held], self._drawer.palettes[held]
+        self._grids = Grids(flat, offsets.to(device), layouts.to(device), palettes.to(device))
         check_grids(self._grids, self._drawer.tables)  # once, so that no batch has to
 
     def on_device(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As :class:`~quaclrs.loaders.base.DeviceLoader`."""
-        return self._images(index), self._labels[index]
+        place = index if self.holds_all else torch.div(index, self._config.part[1], rounding_mode="floor")
+        return self._images(place), self._labels[place]
 
     def _make(self, numbers: np.ndarray) -> Batch:
         asked = torch.from_numpy(np.array(numbers, dtype=np.int64))
@@ -120,18 +128,22 @@ def _refuse_too_little_memory(needed: int, encoding: str, device: torch.device) 
         )
 
 
-def _load_all(shards: ShardSet, config: LoaderConfig) -> torch.Tensor:
-    """(bytes,) uint8 on the device: all arrays one after another, read shard by shard with their hashes checked."""
-    sizes = array_bytes(shards)
+def _load_all(shards: ShardSet, held: np.ndarray, config: LoaderConfig) -> torch.Tensor:
+    """(bytes,) uint8 on the device: the arrays of the samples ``held`` one after another.
+
+    Read shard by shard with their hashes checked, for which a rank that keeps a part of each reads all of it too.
+    """
+    sizes = array_bytes(shards)[held]
     ends = np.cumsum(sizes)
     flat = torch.empty(int(ends[-1]), dtype=torch.uint8, device=config.device)
-    first = np.searchsorted(shards.samples["shard"], np.arange(len(shards.manifest.shards) + 1))
+    first = np.searchsorted(shards.samples["shard"][held], np.arange(len(shards.manifest.shards) + 1))
 
     def load(shard: int) -> int:
-        numbers = np.arange(first[shard], first[shard + 1])
-        start, stop = int(ends[numbers[0]] - sizes[numbers[0]]), int(ends[numbers[-1]])
+        places = slice(int(first[shard]), int(first[shard + 1]))
+        stop = int(ends[places.stop - 1]) if places.stop else 0
+        start = stop - int(sizes[places].sum())
         target = flat[start:stop] if config.device.type == "cpu" else torch.empty(stop - start, dtype=torch.uint8, pin_memory=True)
-        _read_shard(shards, shard, numbers, sizes, target.numpy())
+        _read_shard(shards, shard, held[places], sizes[places], target.numpy())
         if config.device.type != "cpu":
             flat[start:stop].copy_(target)
         return stop - start
@@ -144,7 +156,7 @@ def _load_all(shards: ShardSet, config: LoaderConfig) -> torch.Tensor:
 
 
 def _read_shard(shards: ShardSet, shard: int, numbers: np.ndarray, sizes: np.ndarray, target: np.ndarray) -> None:
-    """Copy the arrays of the samples ``numbers``, all of ``shard``, into ``target`` (bytes,) uint8, and check the tar's hash."""
+    """Copy the arrays of the samples ``numbers`` of ``shard``, of ``sizes`` bytes, into ``target`` (bytes,) uint8; check the tar's hash."""
     entry = shards.manifest.shards[shard]
     path = shards.root / entry.file
     try:
@@ -154,21 +166,22 @@ def _read_shard(shards: ShardSet, shard: int, numbers: np.ndarray, sizes: np.nda
     if hashlib.sha256(tar.data).hexdigest() != entry.sha256:
         raise ShardError(f"{path}: SHA-256 differs from the manifest's, the file has changed; restore it or pack anew")
     position = 0
-    for number in numbers:
-        record, size = shards.samples[number], int(sizes[number])
+    for number, size in zip(numbers, sizes.tolist(), strict=True):
+        record = shards.samples[number]
         end = int(record["offset"]) + int(record["size"])
         target[position : position + size] = tar[end - size : end]
         position += size
 
 
-def _decode_all(shards: ShardSet, decoder: Loader, config: LoaderConfig) -> torch.Tensor:
-    """(N, S, S, 3) uint8 on the device, as ``decoder`` makes them."""
-    size = config.image_size
-    pictures = torch.empty((len(shards), size, size, 3), dtype=torch.uint8, device=config.device)
+def _decode_all(held: np.ndarray, decoder: Loader, config: LoaderConfig) -> torch.Tensor:
+    """(samples held, S, S, 3) uint8 on the device, as ``decoder`` makes them."""
+    size, done = config.image_size, 0
+    pictures = torch.empty((len(held), size, size, 3), dtype=torch.uint8, device=config.device)
     try:
-        with tqdm(total=len(shards), unit="image", desc="decoding", disable=None) as progress:
-            for batch in decoder.load(evaluation_batches(np.arange(len(shards)), config.max_batch)):
-                pictures[batch.index.to(config.device)] = batch.images.permute(0, 2, 3, 1)
+        with tqdm(total=len(held), unit="image", desc="decoding", disable=None) as progress:
+            for batch in decoder.load(evaluation_batches(held, config.max_batch)):
+                pictures[done : done + len(batch)] = batch.images.permute(0, 2, 3, 1)
+                done += len(batch)
                 progress.update(len(batch))
     finally:
         decoder.close()
