@@ -21,7 +21,7 @@ from quaclrs.fold import METRICS_FILE, Log, Run, agreed_global_batch, fold_sampl
 from quaclrs.interruption import Watch
 from quaclrs.loaders import Fit, build_loader, choose_loader
 from quaclrs.loaders.base import Loader, LoaderConfig
-from quaclrs.loaders.resident import resident_bytes
+from quaclrs.loaders.resident import ResidentLoader, resident_bytes
 from quaclrs.models import ARCHITECTURES, check_input_size, input_size
 from quaclrs.training import amp_dtype, set_tf32
 
@@ -91,6 +91,7 @@ class Workplace:
         self._dataset = self._open_dataset()
         self._loader: Loader | None = None
         self._loader_size = 0
+        self._parts = 1
 
     @classmethod
     @contextmanager
@@ -167,12 +168,18 @@ class Workplace:
         return dataset
 
     def _loader_for(self, image_size: int) -> Loader:
-        """The loader of ``image_size``; the one of another size is closed first."""
-        if self._loader is not None and self._loader_size == image_size:
-            return self._loader
-        if self._loader is not None:
-            self._loader.close()
-            self._loader = None
+        """The loader of ``image_size``: the one there is, redrawing its data at that size if it can, or else a new one in its place."""
+        if self._loader is not None and self._loader_size != image_size:
+            config = self._loader_config(image_size, self._parts)
+            if not (isinstance(self._loader, ResidentLoader) and self._loader.resize(config)):
+                self._loader.close()
+                self._loader = None
+        if self._loader is None:
+            self._loader = self._new_loader(image_size)
+        self._loader_size = image_size
+        return self._loader
+
+    def _new_loader(self, image_size: int) -> Loader:
         dataset, config = self._dataset, self._config
         encoding = dataset.shards.encoding if dataset.shards else None
         choice = choose_loader(config.loader, encoding, self._fit(image_size))
@@ -182,9 +189,8 @@ class Workplace:
                 "use --loader resident"
             )
         self._log(f"loader: {choice.name} on {self._device} ({choice.reason})")
-        self._loader = build_loader(choice, dataset, self._loader_config(image_size, choice.parts))
-        self._loader_size = image_size
-        return self._loader
+        self._parts = choice.parts
+        return build_loader(choice, dataset, self._loader_config(image_size, choice.parts))
 
     def _fit(self, image_size: int) -> Fit | None:
         """The data against the memory of the fullest device; None on the CPU, where the page cache keeps them anyway, unless asked for."""

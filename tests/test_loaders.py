@@ -39,6 +39,7 @@ from quaclrs.imaging.normalise import normalisation_table, normalise
 from quaclrs.loaders import Choice, Fit, build_loader, choose_loader
 from quaclrs.loaders.base import Batch, Loader, LoaderConfig
 from quaclrs.loaders.files import FilesLoader
+from quaclrs.loaders.resident import ResidentLoader
 from quaclrs.shards.pack import pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")  # from 3.12
@@ -607,6 +608,26 @@ def test_parts_hold_what_the_whole_does(encoding: str, data: Data) -> None:
         part.close()
     whole.close()
     assert sorted(seen) == list(range(len(dataset)))
+
+
+def test_grids_in_memory_serve_every_size(data: Data) -> None:
+    """Without being read again; ready pixels say that they cannot."""
+    choice, sizes = Choice(name="resident", reason="test"), (24, 40)
+    configs = [dataclasses.replace(loader_config(), image_size=size) for size in sizes]
+    dataset, numbers = data.open("indexed"), [np.array([5, 0, 3])]
+    loader = build_loader(choice, dataset, configs[0])
+    assert isinstance(loader, ResidentLoader)
+    for config in (*configs, configs[0]):
+        assert loader.resize(config)
+        (batch,) = loader.load(numbers)
+        (expected,) = build_loader(Choice(name="files", reason="test"), dataset, config).load(numbers)
+        assert batch.images.shape == (3, 3, config.image_size, config.image_size)
+        assert torch.equal(batch.images, expected.images)
+    loader.close()
+    pixels = build_loader(choice, data.open("rgb"), loader_config())
+    assert isinstance(pixels, ResidentLoader)
+    assert not pixels.resize(configs[0])
+    pixels.close()
 
 
 def test_mapped_decodes_nothing() -> None:

@@ -47,6 +47,7 @@ class ResidentLoader:
         check_image_size(shards, config.image_size)
         self.pixels = "Pillow" if decoder is None else decoder.pixels
         self._config = config
+        self._shards = shards
         rank, ranks = config.part
         self.holds_all = ranks == 1
         held = np.arange(rank, len(shards), ranks)
@@ -90,6 +91,17 @@ class ResidentLoader:
         layouts, palettes = self._drawer.layouts[held], self._drawer.palettes[held]
         self._grids = Grids(flat, offsets.to(device), layouts.to(device), palettes.to(device))
         check_grids(self._grids, self._drawer.tables)  # once, so that no batch has to
+
+    def resize(self, config: LoaderConfig) -> bool:
+        """Draw pictures of ``config``'s size from now on, with the data that are there; False where those are pixels of one size.
+
+        Everything else in ``config`` must be as before. No iterator of the old size may be in use.
+        """
+        if self._grids is None:
+            return False
+        self._config = config
+        self._drawer = GridDrawer(self._shards, config)
+        return True
 
     def on_device(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As :class:`~quaclrs.loaders.base.DeviceLoader`."""
