@@ -7,7 +7,16 @@ import sys
 from pathlib import Path
 
 from quaclrs.arguments import Parser, add_dataset_arguments, columns_of
-from quaclrs.config import DEFAULT_IMAGE_SIZE, ENCODINGS, ON_ERROR, PackConfig, default_num_workers, parse_bytes
+from quaclrs.config import (
+    DEFAULT_IMAGE_SIZE,
+    ENCODINGS,
+    ON_ERROR,
+    PackConfig,
+    default_num_workers,
+    folds_text,
+    parse_bytes,
+    parse_folds,
+)
 from quaclrs.errors import run_command
 
 _ENCODING_HELP = "png keeps the files' bytes; indexed keeps colour-mapped grids, lossless and smaller; rgb resizes once"
@@ -24,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the shuffling inside each fold")
     parser.add_argument("--num_workers", type=int, default=default_num_workers(), help="processes")
     parser.add_argument("--on_error", default="stop", metavar="|".join(ON_ERROR), help="what to do about a bad picture")
+    parser.add_argument("--folds", metavar="1-3,7", help="pack only these; other calls, at the same time or later, pack the others")
     options = parser.parse_args(arguments)
 
     def command() -> None:
@@ -42,9 +52,17 @@ def main(arguments: list[str] | None = None) -> int:
             seed=options.seed,
             num_workers=options.num_workers,
             on_error=options.on_error,
+            folds=None if options.folds is None else parse_folds(options.folds),
             columns=columns_of(options),
         )
-        print(describe_packing(pack(config, progress=True), config.output_dir))
+        summary = pack(config, progress=True)
+        print(describe_packing(summary, config.output_dir))
+        if summary.missing_folds:
+            missing = folds_text(summary.missing_folds)
+            print(
+                f"{config.output_dir}: fold(s) {missing} are not there yet; the call that finds all folds there writes the manifest"
+            )
+            return
         with ShardSet(config.output_dir) as shards:
             advice = indexing_advice(shards)
         if advice:

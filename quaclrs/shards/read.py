@@ -14,12 +14,13 @@ from types import TracebackType
 
 import numpy as np
 
-from quaclrs.config import Columns
+from quaclrs.config import Columns, folds_text
 from quaclrs.errors import ShardError
 from quaclrs.imaging.indexed import IndexedPicture, decode
 from quaclrs.imaging.layout import Layout
 from quaclrs.metadata import Metadata, parse_metadata
 from quaclrs.shards import format as fmt
+from quaclrs.shards.jobs import folds_not_there
 
 
 class ShardSet:
@@ -180,9 +181,17 @@ def read_manifest(root: Path) -> fmt.Manifest:
     """The manifest of the shard folder ``root``; errors as :class:`ShardSet`."""
     path = root / fmt.MANIFEST_FILE
     if not path.is_file():
-        unfinished = " (a packing was begun here: run tools/shard_dataset.py again to finish it)" if root.is_dir() else ""
-        raise ShardError(f"{path}: no such file{unfinished}; make shards with tools/shard_dataset.py")
+        raise ShardError(f"{path}: no such file{_unfinished(root)}; make shards with tools/shard_dataset.py")
     return fmt.Manifest.from_json(_read(path), str(path))
+
+
+def _unfinished(root: Path) -> str:
+    """What an error says about a folder without manifest."""
+    if not root.is_dir():
+        return ""
+    folds = folds_not_there(root)
+    missing = f"; fold(s) {folds_text(folds)} are missing" if folds else ""
+    return f" (a packing was begun here: run tools/shard_dataset.py again to finish it, if it is not running{missing})"
 
 
 def _read(path: Path) -> bytes:

@@ -2,6 +2,7 @@
 
 Layouts and palettes belong to the whole dataset, so no picture can be stored before every one has been seen. The first round decodes
 and keeps each picture's own grid in ``.packing/``; the second puts the grids on the shared layouts and palettes, without decoding again.
+Jobs with ``--folds`` share the first round: each needs what all pictures tell, whoever looked at them.
 Lossless in two proven steps: every picture is redrawn from its own grid and compared with its pixels, and again from its final one.
 """
 
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from quaclrs.errors import DataError
+from quaclrs.errors import DataError, ShardError
 from quaclrs.files import atomic_writer, write_bytes
 from quaclrs.imaging.canonical import Facts, Plan, picture_facts
 from quaclrs.imaging.indexed import IndexedPicture, NotIndexable, decode, encode, recode
@@ -31,6 +32,7 @@ from quaclrs.shards.write import (
     SampleSource,
     ShardPlan,
     attempt,
+    finished_receipt,
     npy_bytes,
     read_source,
     write_samples,
@@ -49,23 +51,33 @@ class _Seen:
 def scan_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> set[Facts]:
     """First round: prove ``plan``'s pictures indexable, keep their grids, and return what they tell; one tick a picture.
 
-    Work that an earlier call finished is read back. Raises :class:`DataError` naming row and file for a bad picture or one that is
-    not indexable (unless the plan skips those), :class:`StorageError` for the disk.
+    Raises :class:`DataError` naming row and file for a bad picture or one that is not indexable (unless the plan skips those),
+    :class:`StorageError` for the disk.
     """
-    cells, record_file = _cells_file(plan, output_dir), _record_file(plan, output_dir)
-    if not _is_scanned(plan, record_file):
-        records: list[dict[str, Any]] = []
-        with atomic_writer(cells) as file:
-            for source in plan.sources:
-                seen = attempt(source, plan, _look)
-                if isinstance(seen, fmt.SkippedRow):
-                    records.append({"skipped": asdict(seen)})
-                else:
-                    _store(file, seen.picture)
-                    records.append({"facts": asdict(seen.facts), "pixels": seen.pixels})
-                tick()
-        write_bytes(record_file, json.dumps({"plan": plan.fingerprint, "samples": records}).encode())
-    return {picture_facts(seen.picture) for _, seen in _read_back(plan, output_dir) if isinstance(seen, _Seen)}
+    records: list[dict[str, Any]] = []
+    facts: set[Facts] = set()
+    with atomic_writer(_cells_file(plan, output_dir)) as file:
+        for source in plan.sources:
+            seen = attempt(source, plan, _look)
+            if isinstance(seen, fmt.SkippedRow):
+                records.append({"skipped": asdict(seen)})
+            else:
+                _store(file, seen.picture)
+                records.append({"facts": asdict(seen.facts), "pixels": seen.pixels})
+                facts.add(picture_facts(seen.picture))
+            tick()
+    document = {"plan": plan.fingerprint, "samples": records, "told": [_facts_record(one) for one in facts]}
+    write_bytes(_record_file(plan, output_dir), json.dumps(document).encode())
+    return facts
+
+
+def seen_facts(plan: ShardPlan, *, output_dir: Path) -> set[Facts] | None:
+    """What :func:`scan_shard` returned when some process looked at ``plan``'s pictures as they are now; None where none did."""
+    document = _seen_document(plan, output_dir)
+    skipped = any("skipped" in record for record in document["samples"]) if document else False
+    if document is None or (skipped and not plan.skip_bad) or not _cells_file(plan, output_dir).is_file():
+        return None
+    return {Facts(height, width, *map(bytes.fromhex, sets)) for height, width, *sets in document["told"]}
 
 
 def write_indexed_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path, shared: Plan) -> Receipt:
@@ -76,6 +88,11 @@ def write_indexed_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path, shared
             yield source, seen if isinstance(seen, fmt.SkippedRow) else _prepare(seen, shared)
 
     return write_samples(plan, prepared(), tick, output_dir=output_dir, fingerprint=indexed_fingerprint(plan, shared))
+
+
+def finished_indexed_receipt(plan: ShardPlan, *, output_dir: Path, shared: Plan) -> Receipt | None:
+    """As :func:`quaclrs.shards.write.finished_receipt`, for a shard on the ``shared`` layouts and palettes."""
+    return finished_receipt(plan, output_dir=output_dir, fingerprint=indexed_fingerprint(plan, shared))
 
 
 def indexed_fingerprint(plan: ShardPlan, shared: Plan) -> str:
@@ -111,13 +128,16 @@ def _record_file(plan: ShardPlan, output_dir: Path) -> Path:
     return output_dir / PACKING_FOLDER / (Path(plan.file).stem + ".seen")
 
 
-def _is_scanned(plan: ShardPlan, record_file: Path) -> bool:
+def _seen_document(plan: ShardPlan, output_dir: Path) -> dict[str, Any] | None:
     try:
-        document = json.loads(record_file.read_bytes())
+        document = json.loads(_record_file(plan, output_dir).read_bytes())
     except (OSError, ValueError):
-        return False
-    skipped = any("skipped" in record for record in document["samples"])
-    return document["plan"] == plan.fingerprint and (plan.skip_bad or not skipped) and record_file.with_suffix(".cells").is_file()
+        return None
+    return document if document["plan"] == plan.fingerprint else None
+
+
+def _facts_record(facts: Facts) -> list[int | str]:
+    return [part.hex() if isinstance(part, bytes) else part for part in facts]
 
 
 def _store(file: BinaryIO, picture: IndexedPicture) -> None:
@@ -128,9 +148,14 @@ def _store(file: BinaryIO, picture: IndexedPicture) -> None:
 
 
 def _read_back(plan: ShardPlan, output_dir: Path) -> Iterator[tuple[SampleSource, _Seen | fmt.SkippedRow]]:
-    records = json.loads(_record_file(plan, output_dir).read_bytes())["samples"]
+    document = _seen_document(plan, output_dir)
+    if document is None:  # a job that began earlier or later, with other pictures in the tree
+        raise ShardError(
+            f"{output_dir}: another job looked at other pictures for {plan.file}: some changed while jobs were running; "
+            "run the same command again when the others are done"
+        )
     with _cells_file(plan, output_dir).open("rb") as file:
-        for source, record in zip(plan.sources, records, strict=True):
+        for source, record in zip(plan.sources, document["samples"], strict=True):
             if "skipped" in record:
                 yield source, fmt.SkippedRow(**record["skipped"])
                 continue

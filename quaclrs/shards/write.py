@@ -25,7 +25,7 @@ from quaclrs.shards import format as fmt
 Made = TypeVar("Made")
 
 PACKING_FOLDER = ".packing"
-"""Receipts and the lock of a packing that is not finished."""
+"""Receipts, settings and locks of a packing that is not finished."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +66,12 @@ class ShardPlan:
     def fingerprint(self) -> str:
         """SHA-256 over everything the shard's bytes depend on, the files' sizes and times in place of their content.
 
-        Not over ``skip_bad``: good pictures pack alike either way.
+        Not over ``skip_bad``: good pictures pack alike either way. Nor over ``path``, which jobs may spell in different ways.
         """
         digest = hashlib.sha256(repr((self.file, self.encoding, self.image_size)).encode())
         for source in self.sources:
-            digest.update(repr(source).encode())
+            depends_on = (source.row, source.key, source.label, source.file, source.size, source.offset, source.mtime_ns)
+            digest.update(repr((depends_on, source.csv_row)).encode())
         return digest.hexdigest()
 
 
@@ -118,7 +119,7 @@ def receipt_file(plan: ShardPlan, output_dir: Path) -> Path:
     return output_dir / PACKING_FOLDER / (Path(plan.file).stem + ".json")
 
 
-def finished_receipt(plan: ShardPlan, output_dir: Path, fingerprint: str | None = None) -> Receipt | None:
+def finished_receipt(plan: ShardPlan, *, output_dir: Path, fingerprint: str | None = None) -> Receipt | None:
     """The receipt of ``plan``'s shard if it was written from the same input and still stands whole, else None."""
     receipt = Receipt.load(receipt_file(plan, output_dir))
     if receipt is None or receipt.plan != (fingerprint or plan.fingerprint) or (receipt.skipped and not plan.skip_bad):

@@ -1,0 +1,635 @@
+"""Contract of ``--folds``: jobs share one folder in any order and at the same time, and the result is that of one whole packing."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packing import TIMEOUT_S, call_tool, content_of, manifest_of, pack_flags, pack_tree, run_tool, tool_command
+from PIL import Image
+from png_trees import PngTree, make_rows, write_csv, write_tree
+
+from quaclrs.config import Columns, PackConfig, folds_text, parse_folds
+from quaclrs.errors import DataError, ShardError, StorageError, UsageError
+from quaclrs.imaging.canonical import Facts, Plan, plan
+from quaclrs.shards.locks import locked
+from quaclrs.shards.pack import PackSummary, pack
+from quaclrs.shards.read import ShardSet
+
+FOLDS = (1, 2, 3)
+ENCODINGS = ("png", "indexed", "rgb")
+SETTINGS: dict[str, Any] = {"shard_size": 4096, "image_size": 16}
+"""A fold has several shards, whatever the encoding."""
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> PngTree:
+    """24 pictures in three folds, each of one row. Read only."""
+    return write_tree(tmp_path_factory.mktemp("tree"), make_rows(("ambulance", "car_horn", "police", "traffic"), FOLDS))
+
+
+@pytest.fixture(scope="module")
+def whole(tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    """Encoding to the content of ``tree`` packed at once."""
+    folder = tmp_path_factory.mktemp("whole")
+    for encoding in ENCODINGS:
+        pack_tree(tree, folder / encoding, encoding=encoding, **SETTINGS)
+    return {encoding: content_of(folder / encoding) for encoding in ENCODINGS}
+
+
+@pytest.fixture
+def small_tree(tmp_path: Path) -> PngTree:
+    """12 pictures in three folds, to be damaged at will."""
+    return write_tree(tmp_path / "tree", make_rows(("ambulance", "police"), FOLDS))
+
+
+def pack_folds(tree: PngTree, output_dir: Path, *folds: int, **options: Any) -> PackSummary:
+    return pack_tree(tree, output_dir, folds=folds, **(SETTINGS | options))
+
+
+def flags(tree: PngTree, output_dir: Path, **more: object) -> list[str]:
+    return pack_flags(tree, output_dir, **(SETTINGS | more))
+
+
+def rows_of(tree: PngTree, *folds: int) -> list[int]:
+    return [row for row, described in enumerate(tree.rows) if int(described["fold"]) in folds]
+
+
+# ---- processes whose every look at a picture is written down --------------------------------------------------------------------------
+
+JOB = """
+import sys, time
+from pathlib import Path
+import quaclrs.shards.pack as packing, quaclrs.shards.scan as scan, quaclrs.shards.write as write
+from quaclrs.config import PackConfig
+
+csv_file, pictures, output_dir, folds, encoding, log, stop_at = sys.argv[1:]
+
+def note(what):
+    with Path(log).open("a") as file:
+        file.write(what + "\\n")
+
+def noted(function, what):
+    def wrapped(*arguments):
+        name = what or arguments[1].rpartition("/")[2]
+        note(name)
+        if name == stop_at:
+            time.sleep(3600)
+        return function(*arguments)
+    return wrapped
+
+scan.decode_png, write.decode_png, write.check_png = (noted(f, "") for f in (scan.decode_png, write.decode_png, write.check_png))
+packing.finish = noted(packing.finish, "finish")
+config = PackConfig(
+    csv_file=Path(csv_file), spectrograms_dir=Path(pictures), output_dir=Path(output_dir), encoding=encoding,
+    folds=tuple(map(int, folds.split(","))) if folds else None, shard_size=4096, image_size=16, num_workers=1,
+)
+summary = packing.pack(config)
+print(summary.images_packed, summary.already_complete, *summary.missing_folds)
+"""
+
+
+class Job:
+    """A packing process that notes the name of each picture when it looks at it, and sleeps for ever at ``stop_at``."""
+
+    def __init__(self, tree: PngTree, output_dir: Path, folds: str, encoding: str, log: Path, stop_at: str = "nowhere") -> None:
+        self.log = log
+        arguments = [tree.csv_file, tree.spectrograms_dir, output_dir, folds, encoding, log, stop_at]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", JOB, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def looked_at(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+    def wait_until_looked_at(self, name: str) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while name not in self.looked_at():
+            assert time.monotonic() < deadline
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.005)
+
+    def result(self) -> tuple[int, bool, tuple[int, ...]]:
+        """Pictures packed, whether all was there already, folds that are missing."""
+        stdout, stderr = self.process.communicate(timeout=TIMEOUT_S)
+        assert self.process.returncode == 0, stderr
+        images, complete, *missing = stdout.split()
+        return int(images), complete == "True", tuple(map(int, missing))
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate(timeout=TIMEOUT_S)
+
+
+# ---- the same bytes, however the folds are divided -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("parts", [[(3,), (1,), (2,)], [(2, 1), (3,)], [(1, 2, 3)], [(2,), None]], ids=str)
+def test_any_division_in_any_order_gives_the_bytes_of_one_packing(
+    encoding: str, parts: list[tuple[int, ...] | None], tree: PngTree, whole: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    todo = set(FOLDS)
+    for part in parts:
+        summary = pack_tree(tree, tmp_path / "shards", folds=part, encoding=encoding, **SETTINGS)
+        own = todo & set(part or FOLDS)
+        todo -= own
+        assert summary.missing_folds == tuple(sorted(todo))
+        assert summary.images_packed == len(rows_of(tree, *own))
+        assert not summary.already_complete
+        assert (tmp_path / "shards" / "manifest.json").exists() == (not todo)
+    assert content_of(tmp_path / "shards") == whole[encoding]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_jobs_from_shards_too(encoding: str, tree: PngTree, whole: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
+    pack_tree(tree, tmp_path / "png", **SETTINGS)
+    for folds in ((2,), (3, 1)):
+        options: dict[str, Any] = {"encoding": encoding, "num_workers": 1} | SETTINGS
+        pack(PackConfig(from_shards=tmp_path / "png", output_dir=tmp_path / "shards", folds=folds, **options))
+    assert content_of(tmp_path / "shards") == whole[encoding]
+
+
+def test_jobs_may_spell_the_folder_of_pictures_differently(
+    tree: PngTree, whole: dict[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack_folds(tree, tmp_path / "shards", 1, 3, encoding="indexed")
+    monkeypatch.chdir(tree.spectrograms_dir.parent)
+    relative = PngTree(tree.csv_file, Path("spectrograms"), tree.rows)
+    assert pack_folds(relative, tmp_path / "shards", 2, encoding="indexed").missing_folds == ()
+    assert content_of(tmp_path / "shards") == whole["indexed"]
+
+
+def test_skipped_pictures_are_those_of_one_packing(small_tree: PngTree, tmp_path: Path) -> None:
+    for row in rows_of(small_tree, 2):
+        small_tree.path(row).write_bytes(b"")  # a fold of nothing else, too
+    small_tree.path(rows_of(small_tree, 3)[1]).unlink()
+    for encoding in ENCODINGS:
+        pack_tree(small_tree, tmp_path / "whole" / encoding, on_error="skip", encoding=encoding, **SETTINGS)
+        for fold in (2, 3, 1):
+            summary = pack_folds(small_tree, tmp_path / "jobs" / encoding, fold, on_error="skip", encoding=encoding)
+            assert len(summary.manifest.skipped) == {2: 4, 3: 1, 1: 5}[fold]  # of its own folds; the last one knows all
+    assert content_of(tmp_path / "jobs") == content_of(tmp_path / "whole")
+
+
+def test_a_job_whose_picture_was_mended_goes_on(small_tree: PngTree, tmp_path: Path) -> None:
+    bad = small_tree.path(rows_of(small_tree, 2)[0])
+    bad.write_bytes(b"")
+    pack_folds(small_tree, tmp_path / "shards", 1)
+    with pytest.raises(DataError, match="the file is empty"):
+        pack_folds(small_tree, tmp_path / "shards", 2)
+    shutil.copyfile(small_tree.path(rows_of(small_tree, 1)[0]), bad)
+    pack_folds(small_tree, tmp_path / "shards", 3)
+    assert pack_folds(small_tree, tmp_path / "shards", 2).missing_folds == ()
+    pack_tree(small_tree, tmp_path / "whole", **SETTINGS)
+    assert content_of(tmp_path / "shards") == content_of(tmp_path / "whole")
+
+
+def test_a_picture_that_changed_after_its_fold_was_packed_is_packed_anew(small_tree: PngTree, tmp_path: Path) -> None:
+    pack_folds(small_tree, tmp_path / "shards", 1, encoding="indexed")
+    pack_folds(small_tree, tmp_path / "shards", 2, encoding="indexed")
+    changed = small_tree.path(rows_of(small_tree, 1)[0])
+    with Image.open(changed) as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(changed)
+    assert pack_folds(small_tree, tmp_path / "shards", 3, encoding="indexed").missing_folds == (1,)
+    assert pack_folds(small_tree, tmp_path / "shards", 1, encoding="indexed").missing_folds == ()
+    pack_tree(small_tree, tmp_path / "whole", encoding="indexed", **SETTINGS)
+    assert content_of(tmp_path / "shards") == content_of(tmp_path / "whole")
+
+
+# ---- at the same time ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["png", "indexed"])
+def test_jobs_at_once_look_at_each_picture_once_and_finish_once(
+    encoding: str, tree: PngTree, whole: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """Two of them with the same folds, one with all."""
+    log = tmp_path / "log"
+    jobs = [Job(tree, tmp_path / "shards", folds, encoding, log) for folds in ("1", "2", "3", "3", "2,1,3")]
+    results = [job.result() for job in jobs]
+    assert content_of(tmp_path / "shards") == whole[encoding]
+    assert Counter(jobs[0].looked_at()) == Counter(["finish", *(tree.path(row).name for row in range(len(tree.rows)))])
+    assert sum(images for images, _, _ in results) == len(tree.rows)
+    assert () in [missing for _, _, missing in results]
+
+
+def test_jobs_with_workers_beside_a_whole_packing(tree: PngTree, whole: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
+    output_dir = tmp_path / "shards"
+    options: list[dict[str, object]] = [{"folds": "3", "num_workers": 2}, {"folds": "1", "num_workers": 2}, {}]
+    commands = [tool_command("shard_dataset", flags(tree, output_dir, encoding="indexed", **more)) for more in options]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
+    ends = [process.communicate(timeout=TIMEOUT_S) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], ends
+    assert content_of(output_dir) == whole["indexed"]
+
+
+@pytest.fixture
+def stopped_job(tree: PngTree, tmp_path: Path) -> Any:
+    """A job of fold 1, encoding ``indexed``, that sleeps in the midst of its work; and its output folder."""
+    name = tree.path(rows_of(tree, 1)[3]).name
+    job = Job(tree, tmp_path / "shards", "1", "indexed", tmp_path / "stopped.log", stop_at=name)
+    job.wait_until_looked_at(name)
+    yield job, tmp_path / "shards"
+    job.kill()
+
+
+def test_a_living_job_is_waited_for_and_a_killed_one_is_replaced(
+    stopped_job: tuple[Job, Path], tree: PngTree, whole: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    stopped, output_dir = stopped_job
+    other = Job(tree, output_dir, "2", "indexed", tmp_path / "other.log")
+    assert other.process.stderr is not None
+    waiting = f"{output_dir}: other jobs are at work on shards of fold(s) 1; waiting for them\n"
+    assert other.process.stderr.readline() == waiting
+    in_hand = stopped.looked_at()[-1]
+    before = set(other.looked_at())
+    assert {tree.path(row).name for row in rows_of(tree, 2, 3)} <= before  # all that nobody else was at
+    assert in_hand not in before
+    assert not list(output_dir.glob("fold*"))  # no shard before every picture was looked at
+    stopped.kill()
+    assert other.result() == (len(rows_of(tree, 2)), False, (1, 3))
+    assert in_hand in other.looked_at()
+    assert len(other.looked_at()) == len(set(other.looked_at()))
+    third = Job(tree, output_dir, "1", "indexed", tmp_path / "third.log")
+    assert third.result() == (len(rows_of(tree, 1)), False, (3,))
+    assert third.looked_at() == []
+    pack_tree(tree, output_dir, encoding="indexed", **SETTINGS)
+    assert content_of(output_dir) == whole["indexed"]
+
+
+def test_other_settings_are_refused_while_a_job_is_alive(stopped_job: tuple[Job, Path], tree: PngTree) -> None:
+    stopped, output_dir = stopped_job
+    for more in ({"encoding": "png", "folds": "2"}, {"encoding": "png"}):
+        done = run_tool("shard_dataset", flags(tree, output_dir, **more))
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == (
+            f"shard_dataset.py: error: {output_dir}: jobs with --folds pack here from another --encoding (encoding: indexed, now png); "
+            "go on as they do, choose another folder, or delete this one to pack anew\n"
+        )
+    assert stopped.process.poll() is None
+
+
+def test_a_whole_packing_waits_for_a_living_job(
+    stopped_job: tuple[Job, Path], tree: PngTree, whole: dict[str, dict[str, bytes]]
+) -> None:
+    stopped, output_dir = stopped_job
+    command = tool_command("shard_dataset", flags(tree, output_dir, encoding="indexed"))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline() == f"{output_dir}: another process is packing here; waiting for it\n"
+    assert process.poll() is None
+    stopped.kill()
+    _, stderr = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode, stderr) == (0, "")
+    assert content_of(output_dir) == whole["indexed"]
+
+
+def test_pictures_that_another_job_saw_otherwise_are_not_written(
+    small_tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two jobs, a picture changed between their beginnings, and the second looks again at what the first has seen."""
+
+    def change_and_look_again(facts: set[Facts]) -> Plan:
+        monkeypatch.undo()
+        path = small_tree.path(rows_of(small_tree, 1)[0])
+        os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+        pack_folds(small_tree, tmp_path / "shards", 2, encoding="indexed")
+        return plan(facts)
+
+    monkeypatch.setattr("quaclrs.shards.pack.plan_canonical", change_and_look_again)  # between its two rounds
+    with pytest.raises(
+        ShardError, match=r"another job looked at other pictures for fold01/fold01-00000\d\.tar: some changed while"
+    ):
+        pack_folds(small_tree, tmp_path / "shards", 1, encoding="indexed")
+    assert pack_folds(small_tree, tmp_path / "shards", 1, encoding="indexed").missing_folds == (3,)
+
+
+def test_a_lock_whose_file_was_removed_is_taken_on_the_new_file(tmp_path: Path) -> None:
+    """As for a process that waits for another, which finishes the folder and removes ``.packing/``."""
+    path = tmp_path / "folder" / "lock"
+    waits, is_held, may_end = threading.Event(), threading.Event(), threading.Event()
+
+    def wait_for_lock() -> None:
+        with locked(path, on_wait=waits.set):
+            is_held.set()
+            may_end.wait(TIMEOUT_S)
+
+    thread = threading.Thread(target=wait_for_lock)
+    with locked(path) as held:
+        assert held
+        thread.start()
+        assert waits.wait(TIMEOUT_S)
+        time.sleep(0.05)  # it is about to block
+        shutil.rmtree(path.parent)
+    assert is_held.wait(TIMEOUT_S)
+    with locked(path) as held:
+        assert not held
+    may_end.set()
+    thread.join(TIMEOUT_S)
+
+
+def test_a_file_system_without_locks_is_named(tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(StorageError) as caught:
+        pack_folds(tree, tmp_path / "shards", 1)
+    assert str(caught.value) == (
+        f"cannot lock {tmp_path}/shards/.packing/lock: No locks available; "
+        "choose an --output_dir on a file system with locks (Lustre: mounted with flock)"
+    )
+
+
+# ---- killed ----------------------------------------------------------------------------------------------------------------------------
+
+KILLED_AT_A_STEP = """
+import os, shutil, signal, sys
+from pathlib import Path
+from quaclrs.config import PackConfig
+from quaclrs.shards.pack import pack
+
+csv_file, pictures, output_dir, encoding, promised = sys.argv[1:]
+output_dir = Path(output_dir)
+
+def run(*folds):
+    return pack(PackConfig(
+        csv_file=Path(csv_file), spectrograms_dir=Path(pictures), output_dir=output_dir, encoding=encoding, folds=folds, num_workers=1
+    ))
+
+def content(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+def killed_at(original, step):
+    def wrapped(*arguments, **options):
+        global steps
+        if steps == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        steps += 1
+        return original(*arguments, **options)
+    return wrapped
+
+promised = content(Path(promised))
+for first in (True, False):
+    for step in range(100):
+        if not first:
+            run(2)
+        child = os.fork()
+        if child == 0:
+            steps = 0
+            for owner, name in ((Path, "replace"), (Path, "unlink"), (os, "unlink"), (os, "rmdir")):
+                setattr(owner, name, killed_at(getattr(owner, name), step))
+            run(1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        whole = (output_dir / "manifest.json").is_file()
+        found = content(output_dir)
+        assert not whole or {name for name in found if not name.startswith(".packing/")} == set(promised), (step, sorted(found))
+        for name in set(found) & set(promised):
+            assert found[name] == promised[name], (step, name)
+        run(1)
+        assert first != (output_dir / "manifest.json").is_file()
+        run(2)
+        assert content(output_dir) == promised and not (output_dir / ".packing").exists(), (step, sorted(content(output_dir)))
+        shutil.rmtree(output_dir)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+    print(step)
+"""
+
+
+@pytest.mark.parametrize("encoding", ["png", "indexed"])
+def test_a_job_killed_before_any_rename_or_removal_goes_on(encoding: str, tmp_path: Path) -> None:
+    """The first job, with its settings, and the last one, with the manifest and the tidying up."""
+    tree = write_tree(tmp_path / "tree", make_rows(("ambulance",), (1, 2)))
+    pack_tree(tree, tmp_path / "promised", encoding=encoding, shard_size=PackConfig.shard_size)
+    arguments = [tree.csv_file, tree.spectrograms_dir, tmp_path / "shards", encoding, tmp_path / "promised"]
+    command = [sys.executable, "-c", KILLED_AT_A_STEP, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stderr
+    first, last = map(int, done.stdout.split())
+    assert first >= 4  # settings, tar, index, receipt
+    assert last >= 6 + 5  # then metadata, samples and manifest; and whatever lies in .packing/ goes
+
+
+def test_killed_with_its_workers_a_job_goes_on(tree: PngTree, whole: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
+    output_dir = tmp_path / "shards"
+    command = tool_command("shard_dataset", flags(tree, output_dir, encoding="indexed", folds="2,3", num_workers=2))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not list(output_dir.glob(".packing/*.seen")):
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)  # its workers notice by themselves
+    process.wait(TIMEOUT_S)
+    assert not (output_dir / "manifest.json").exists()
+    pack_folds(tree, output_dir, 1, encoding="indexed")
+    assert pack_folds(tree, output_dir, 2, 3, encoding="indexed").missing_folds == ()
+    assert content_of(output_dir) == whole["indexed"]
+
+
+# ---- settings ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"encoding": "png"}, "another --encoding (encoding: rgb, now png)"),
+        ({"image_size": 32}, "another --image_size (image_size: 16, now 32)"),
+        ({"seed": 5}, "another --seed (seed: 0, now 5)"),
+        ({"shard_size": 9999}, "another --shard_size (shard_size: 4096, now 9999)"),
+        ({"columns": Columns(label="fsID")}, "other columns (columns: {"),
+    ],
+)
+@pytest.mark.parametrize("folds", [(2,), None])
+def test_other_settings_than_those_of_finished_jobs_are_refused(
+    folds: tuple[int, ...] | None, options: dict[str, Any], what: str, tree: PngTree, tmp_path: Path
+) -> None:
+    pack_folds(tree, tmp_path / "shards", 1, encoding="rgb")
+    before = {name: content for name, content in content_of(tmp_path / "shards").items() if not name.endswith(".claim")}
+    with pytest.raises(ShardError) as caught:
+        pack_tree(tree, tmp_path / "shards", **({"folds": folds, "encoding": "rgb"} | SETTINGS | options))
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'shards'}: jobs with --folds pack here from {what}")
+    assert message.endswith("; go on as they do, choose another folder, or delete this one to pack anew")
+    after = {name: content for name, content in content_of(tmp_path / "shards").items() if not name.endswith(".claim")}
+    assert after == before
+
+
+def test_another_csv_and_another_kind_of_source_are_refused(tree: PngTree, tmp_path: Path) -> None:
+    pack_tree(tree, tmp_path / "png", **SETTINGS)
+    pack_folds(tree, tmp_path / "shards", 1)
+    other = PngTree(write_csv(tmp_path / "other.csv", tree.rows[1:]), tree.spectrograms_dir, tree.rows[1:])
+    with pytest.raises(ShardError, match=r"jobs with --folds pack here from another CSV \(csv_fingerprint: "):
+        pack_folds(other, tmp_path / "shards", 2)
+    with pytest.raises(ShardError, match=r"from another kind of source \(from_shards: False, now True\)"):
+        pack(PackConfig(from_shards=tmp_path / "png", output_dir=tmp_path / "shards", folds=(2,), num_workers=1, **SETTINGS))
+
+
+def test_looking_alone_is_finished_work_too(tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*arguments: object, **options: object) -> None:
+        raise DataError("stopped between the rounds")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quaclrs.shards.pack.write_indexed_shard", stop)
+        with pytest.raises(DataError, match="stopped between the rounds"):
+            pack_folds(tree, tmp_path / "shards", 1, encoding="indexed")
+    with pytest.raises(ShardError, match=r"another --encoding \(encoding: indexed, now png\)"):
+        pack_tree(tree, tmp_path / "shards", **SETTINGS)
+
+
+@pytest.mark.parametrize("folds", [(2,), None])
+def test_a_job_that_finished_nothing_binds_nobody(folds: tuple[int, ...] | None, small_tree: PngTree, tmp_path: Path) -> None:
+    path = small_tree.path(rows_of(small_tree, 1)[0])
+    good = path.read_bytes()
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match="the file is empty"):
+        pack_folds(small_tree, tmp_path / "shards", 1, encoding="rgb", shard_size=1 << 20)
+    path.write_bytes(good)
+    assert pack_tree(small_tree, tmp_path / "shards", folds=folds, **SETTINGS).missing_folds == ((1, 3) if folds else ())
+
+
+def test_jobs_bind_those_that_come_after_a_whole_packing_too(small_tree: PngTree, tmp_path: Path) -> None:
+    pack_folds(small_tree, tmp_path / "shards", 1)
+    small_tree.path(rows_of(small_tree, 3)[-1]).write_bytes(b"")
+    with pytest.raises(DataError, match="the file is empty"):
+        pack_tree(small_tree, tmp_path / "shards", **SETTINGS)
+    with pytest.raises(ShardError, match=r"jobs with --folds pack here from another --seed \(seed: 0, now 1\)"):
+        pack_tree(small_tree, tmp_path / "shards", **SETTINGS, seed=1)
+
+
+def test_the_work_of_a_whole_packing_is_not_taken_for_that_of_jobs(small_tree: PngTree, tmp_path: Path) -> None:
+    """A whole packing stopped, then a job of other settings that finished nothing: the first may go on."""
+    bad = small_tree.path(rows_of(small_tree, 3)[0])
+    good = bad.read_bytes()
+    bad.write_bytes(b"")
+    for options in ({}, {"folds": (3,), "encoding": "rgb", "shard_size": 1 << 20}):
+        with pytest.raises(DataError, match="the file is empty"):
+            pack_tree(small_tree, tmp_path / "shards", **(SETTINGS | options))
+    assert not list((tmp_path / "shards").glob("fold*/*"))  # nor is there anything that one would take for the other's
+    bad.write_bytes(good)
+    pack_tree(small_tree, tmp_path / "shards", **SETTINGS)
+
+
+def test_what_a_stopped_whole_packing_left_is_no_hindrance(small_tree: PngTree, tmp_path: Path) -> None:
+    """As for a whole packing of other settings: its shards go, and none of them gets into the new folder."""
+    output_dir = tmp_path / "shards"
+    obstacle = output_dir / "manifest.json"
+    obstacle.mkdir(parents=True)
+    with pytest.raises(StorageError):
+        pack_tree(small_tree, output_dir, shard_size=1)  # many more shards than next time
+    obstacle.rmdir()
+    for fold in FOLDS:
+        pack_folds(small_tree, output_dir, fold)
+    pack_tree(small_tree, tmp_path / "fresh", **SETTINGS)
+    assert content_of(output_dir) == content_of(tmp_path / "fresh")
+
+
+def test_a_finished_folder_answers_every_job(tree: PngTree, tmp_path: Path) -> None:
+    pack_folds(tree, tmp_path / "shards", *FOLDS)
+    before = content_of(tmp_path / "shards")
+    summary = pack_folds(tree, tmp_path / "shards", 2)
+    assert (summary.already_complete, summary.images_packed, summary.missing_folds) == (True, 0, ())
+    with pytest.raises(ShardError, match=r"holds shards made from another --seed \(seed: 0, now 1\)"):
+        pack_folds(tree, tmp_path / "shards", 2, seed=1)
+    (tmp_path / "shards" / ".packing").mkdir()  # killed while tidying up
+    shutil.copyfile(tmp_path / "shards" / "manifest.json", tmp_path / "shards" / ".packing" / "fold01-000000.seen")
+    with pytest.raises(ShardError, match=r"holds shards made from another --seed"):
+        pack_folds(tree, tmp_path / "shards", 2, seed=1)
+    assert content_of(tmp_path / "shards") == before
+
+
+# ---- what the user sees --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_says_what_is_missing_and_the_last_one_how_it_ended(
+    tree: PngTree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output_dir = tmp_path / "shards"
+    assert call_tool("shard_dataset", flags(tree, output_dir, folds="2")) == 0
+    *_, packed, missing = capsys.readouterr().out.splitlines()
+    assert packed.startswith(f"{output_dir}: 8 samples in ")
+    assert "encoding png; packed 8 pictures in " in packed
+    assert missing == f"{output_dir}: fold(s) 1,3 are not there yet; the call that finds all folds there writes the manifest"
+    assert call_tool("inspect_shards", ["info", str(output_dir)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"inspect_shards.py: error: {output_dir}/manifest.json: no such file (a packing was begun here: run tools/shard_dataset.py again "
+        "to finish it, if it is not running; fold(s) 1,3 are missing); make shards with tools/shard_dataset.py"
+    )
+    with pytest.raises(ShardError, match=r"fold\(s\) 1,3 are missing"):
+        ShardSet(output_dir)
+    assert call_tool("shard_dataset", flags(tree, output_dir, folds="1,3")) == 0
+    printed = capsys.readouterr().out
+    assert f"{output_dir}: 24 samples in " in printed
+    assert "packed 16 pictures in " in printed
+    assert "not there yet" not in printed
+    assert manifest_of(output_dir)["folds"] == [1, 2, 3]
+
+
+def test_a_fold_half_packed_is_a_missing_one(small_tree: PngTree, tmp_path: Path) -> None:
+    small_tree.path(rows_of(small_tree, 2)[-1]).write_bytes(b"")
+    pack_folds(small_tree, tmp_path / "shards", 3)
+    with pytest.raises(DataError):
+        pack_folds(small_tree, tmp_path / "shards", 1, 2, shard_size=4096)
+    assert list((tmp_path / "shards" / "fold02").glob("*.tar"))
+    with pytest.raises(ShardError, match=r"fold\(s\) 2 are missing"):
+        ShardSet(tmp_path / "shards")
+
+
+def test_space_is_needed_for_the_own_folds_only(tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = sum(tree.path(row).stat().st_size + 4096 for row in rows_of(tree, 1))  # 4 kB for the other members and the headers
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
+    with pytest.raises(StorageError, match=r"the shards need 0\.00 GB and the disk has 0\.00 GB free"):
+        pack_tree(tree, tmp_path / "shards", **SETTINGS)
+    for fold in FOLDS:
+        pack_folds(tree, tmp_path / "shards", fold)
+    assert (tmp_path / "shards" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", " ", "one", "1,,2", "1;2", "-1", "3-1", "1-", "1.5", "1-2-3", "12345", "²"])
+def test_what_is_not_a_list_of_folds(text: str, tree: PngTree, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call_tool("shard_dataset", [*flags(tree, tmp_path / "shards"), f"--folds={text}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"shard_dataset.py: error: --folds {text!r}: not a list of folds; write for example 3 or 1,2 or 1-3,7"
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("folds", "message"),
+    [
+        ((4,), "--folds 4: {csv} has no fold 4; choose among 1-3"),
+        ((7, 1, 9), "--folds 1,7,9: {csv} has no fold 7,9; choose among 1-3"),
+        ((1, 2, 1), "--folds 1,2,1: names fold 1 twice; name each fold once"),
+        ((0,), "--folds 0: folds count from 1"),
+        ((), "--folds: names no fold; write for example 3 or 1,2 or 1-3,7"),
+    ],
+)
+def test_folds_that_cannot_be(folds: tuple[int, ...], message: str, tree: PngTree, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        pack_folds(tree, tmp_path / "shards", *folds)
+    assert str(caught.value) == message.format(csv=tree.csv_file)
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "folds", "short"),
+    [("3", (3,), "3"), ("1,2", (1, 2), "1,2"), (" 1-3 , 7", (1, 2, 3, 7), "1-3,7"), ("9,1-2,8-8,10", (9, 1, 2, 8, 10), "1,2,8-10")],
+)
+def test_lists_of_folds(text: str, folds: tuple[int, ...], short: str) -> None:
+    assert parse_folds(text) == folds
+    assert folds_text(folds) == short
+    assert parse_folds(short) == tuple(sorted(folds))
