@@ -40,6 +40,11 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any], run: dict[str, Any], keep: int) -> None:
     """Write epoch ``epoch``'s checkpoint, then delete all but the last ``keep``; ``run`` says what it belongs to."""
     save(checkpoint_file(folder, epoch), _content(epoch, state, run))
+    delete_superseded(folder, keep)
+
+
+def delete_superseded(folder: Path, keep: int) -> None:
+    """Once the last finished epoch has its checkpoint: delete that of its middle, and all but the last ``keep``."""
     for old in (folder / WITHIN_EPOCH_FILE, *checkpoints(folder)[:-keep]):
         old.unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ from typing import Any
 from quaclrs import __version__
 from quaclrs.arguments import Parser, add_dataset_arguments, columns_of
 from quaclrs.config import AMP_DTYPES, COMPILERS, PARALLEL, SCHEDULERS, TrainConfig
-from quaclrs.errors import UsageError, run_command
+from quaclrs.errors import UsageError, run_command, told_once
 
 PROGRAM = "quaclrs-train"
 
@@ -47,9 +47,9 @@ def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     from quaclrs.distributed import is_rank, launch, processes_wanted, run_rank
 
-    _refuse_mixed_ways(config, options.distributed, is_rank())
     if is_rank():
-        return run_rank(lambda: _train_here(config, options.demo), PROGRAM)
+        return run_rank(lambda: _train_as_rank(config, options), PROGRAM)
+    _refuse_mixed_ways(config, options.distributed, rank=False)
     if options.demo:
         config = _with_demo(config)
     if config.parallel:
@@ -63,6 +63,12 @@ def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             return launch(arguments, processes)
     _train_here(config, demo=False)
     return 0
+
+
+def _train_as_rank(config: TrainConfig, options: argparse.Namespace) -> None:
+    with told_once():
+        _refuse_mixed_ways(config, options.distributed, rank=True)
+    _train_here(config, options.demo)
 
 
 def _train_here(config: TrainConfig, demo: bool) -> None:

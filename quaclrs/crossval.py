@@ -81,7 +81,7 @@ class Workplace:
         """By model, of the folds trained here and those found."""
         with told_once():
             self._device = pick_device(config.device, world)
-            _refuse_for_device(config, self._device, world)
+            refuse_for_device(config, self._device, world)
             names = dict.fromkeys(name for name, _ in tasks(config))
         set_tf32(config.tf32)
         self._global_batches = {name: self._global_batch(name) for name in names}
@@ -248,7 +248,8 @@ def pick_device(wanted: str, world: World | None = None) -> torch.device:
     return device
 
 
-def _refuse_for_device(config: TrainConfig, device: torch.device, world: World) -> None:
+def refuse_for_device(config: TrainConfig, device: torch.device, world: World) -> None:
+    """Raise :class:`UsageError` for what torch cannot do on ``device``."""
     if config.sync_bn and device.type != "cuda":
         raise UsageError("--sync_bn: torch synchronises BatchNorm between GPUs only; leave it out on the CPU")
     if config.compile == "cudagraph" and (device.type != "cuda" or world.size > 1):

@@ -44,6 +44,14 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.label)
 
+    @property
+    def identity(self) -> str:
+        """Of what is learned: the CSV, and the class and fold of each sample, which other columns or skipped pictures change."""
+        digest = hashlib.sha256("\0".join([self.fingerprint, *self.classes]).encode())
+        digest.update(self.label.tobytes())
+        digest.update(self.fold.tobytes())
+        return digest.hexdigest()
+
     def close(self) -> None:
         """Give back the shards' maps."""
         if self.shards is not None:

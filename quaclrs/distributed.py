@@ -6,9 +6,12 @@ have to agree on. A rank that ends, for whatever reason, breaks its gloo connect
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +23,7 @@ import torch
 from torch import distributed
 
 from quaclrs.config import default_num_workers
-from quaclrs.errors import QuaclrsError, UsageError, run_command
+from quaclrs.errors import SIGNAL_EXIT_CODE, QuaclrsError, UsageError, run_command
 
 Value = TypeVar("Value")
 
@@ -28,6 +31,8 @@ _PATIENCE = timedelta(hours=24)
 """How long a rank waits for another that is alive: it may be packing the dataset. Dead ones are noticed at once."""
 _SHUTDOWN_S = 25
 """From the first failure, or signal, to the end of the last rank; time to write a checkpoint."""
+_OTHERS_SPEAK_S = 2
+"""Launchers blame the rank that they see end first, and end all others then: who has nothing to say waits so long with its end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +158,8 @@ def joined_world(device: str) -> Iterator[World]:
     if on_gpu:
         found = torch.cuda.device_count()
         if local_rank >= found:
+            if local_rank > found:  # the first of those without a GPU says so
+                time.sleep(_OTHERS_SPEAK_S)
             raise UsageError(
                 f"{local_size} processes on this machine, and torch sees {found} GPU(s); start one per GPU, or --device cpu"
             )
@@ -160,9 +167,20 @@ def joined_world(device: str) -> Iterator[World]:
     distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
     hosts = distributed.new_group(backend="gloo", timeout=_PATIENCE)
     assert isinstance(hosts, distributed.ProcessGroup)  # which it is for members
-    yield World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, hosts=hosts)
+    try:
+        yield World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, hosts=hosts)
+    except QuaclrsError as error:
+        if error.everywhere and rank > 0:
+            _outlast_main(hosts)
+        raise
     distributed.barrier(group=hosts)  # nobody hangs up on a rank that is still listening
     distributed.destroy_process_group()
+
+
+def _outlast_main(hosts: distributed.ProcessGroup) -> None:
+    """Wait for the end of rank 0, which may be writing the checkpoint, or has to say for all what is wrong."""
+    with contextlib.suppress(RuntimeError):  # which is how one hears of its end
+        distributed.barrier(group=hosts, async_op=True).wait(timedelta(seconds=_SHUTDOWN_S))
 
 
 def run_rank(command: Callable[[], None], program: str) -> int:
@@ -177,6 +195,8 @@ def run_rank(command: Callable[[], None], program: str) -> int:
             command()
         except QuaclrsError as error:
             if error.everywhere and rank > 0:
+                if not distributed.is_initialized():
+                    time.sleep(_OTHERS_SPEAK_S)
                 return error.exit_code
             if error.everywhere:
                 raise
@@ -184,7 +204,8 @@ def run_rank(command: Callable[[], None], program: str) -> int:
         except RuntimeError as error:
             if not _is_rank_lost(error):
                 raise
-            print(f"{program}: rank {rank}: another rank has ended; see what it says", file=sys.stderr)
+            print(f"{program}: rank {rank}: another rank has ended; see what it says", file=sys.stderr, flush=True)
+            time.sleep(_OTHERS_SPEAK_S)
             return 1
         return 0
 
@@ -214,6 +235,8 @@ def processes_wanted(nproc: int | None, device: str, flag: str) -> int:
     Raises :class:`UsageError` where there is no GPU and no number, or there are fewer GPUs than processes.
     """
     gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    if device == "cuda" and gpus == 0:
+        raise UsageError(f"--device {device}: torch sees no GPU here; use --device auto or cpu")
     if device.startswith("cuda:"):
         raise UsageError(f"{flag}: takes all GPUs, and --device {device} names one; set CUDA_VISIBLE_DEVICES to choose among them")
     if nproc is None:
@@ -233,7 +256,8 @@ def share_processors(processes: int) -> None:
 def launch(arguments: Sequence[str], nproc: int) -> int:
     """Run ``quaclrs-train`` with ``arguments`` as ``nproc`` ranks on this machine by torch's own launcher; returns the exit code.
 
-    The first rank to fail ends the others; signals are passed on, and each rank then writes what it has to.
+    The first rank to fail ends the others; signals are passed on, and each rank then writes what it has to. Raises
+    :class:`QuaclrsError` for a rank that was killed, and so could say nothing itself.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -258,8 +282,14 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "quaclrs.cli", *arguments)
     except ChildFailedError as error:
-        _, first = error.get_first_failure()
-        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+        rank, first = error.get_first_failure()
+        if first.exitcode > 0:
+            return first.exitcode
+        killed = QuaclrsError(
+            f"rank {rank} was killed by {signal.Signals(-first.exitcode).name} (out of memory?); --resume goes on"
+        )
+        killed.exit_code = SIGNAL_EXIT_CODE - first.exitcode
+        raise killed from None
     except SignalException as error:
-        return 128 + int(error.sigval)
+        return SIGNAL_EXIT_CODE + int(error.sigval)
     return 0

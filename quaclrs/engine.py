@@ -331,9 +331,9 @@ class Fitting:
             training.best_epoch, training.best_val_accuracy = epoch, validated.accuracy
         state = training.state()
         if training.world.is_main:
-            if better:
-                checkpoint.save(self._folder / checkpoint.BEST_MODEL_FILE, state["model"])
             checkpoint.save_checkpoint(self._folder, epoch, state, self._run, config.keep_checkpoints)
+            if better:  # after the checkpoint, which can make it again: the other way round it could be of an epoch that never was
+                checkpoint.save(self._folder / checkpoint.BEST_MODEL_FILE, state["model"])
         self._watch.saved()
         self._hooks.epoch_done(training.history[-1])
 

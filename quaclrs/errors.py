@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class QuaclrsError(Exception):
@@ -53,6 +54,16 @@ class Interrupted(QuaclrsError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message, everywhere=True)
         self.exit_code = SIGNAL_EXIT_CODE + signal_number
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """What the block raises, every process of a training raises alike: see :attr:`QuaclrsError.everywhere`."""
+    try:
+        yield
+    except QuaclrsError as error:
+        error.everywhere = True
+        raise
 
 
 SIGNAL_EXIT_CODE = 128

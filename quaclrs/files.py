@@ -90,7 +90,10 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        yield True
+        try:
+            yield True
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # a forked process, such as a DataLoader's worker, has the file open too
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:

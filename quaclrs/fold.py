@@ -19,10 +19,10 @@ from quaclrs.dataset import Dataset
 from quaclrs.distributed import World
 from quaclrs.environment import describe_environment
 from quaclrs.errors import TrainingError
-from quaclrs.files import make_folder, write_json
+from quaclrs.files import TEMPORARY_SUFFIX, make_folder, write_json
 from quaclrs.folds import class_weights, select, split_for
 from quaclrs.interruption import Watch
-from quaclrs.ledger import claimed
+from quaclrs.ledger import claimed, note_done
 from quaclrs.loaders.base import Loader
 from quaclrs.models import build_model
 from quaclrs.order import evaluation_batches
@@ -80,7 +80,7 @@ class Run:
             "seed": config.seed,
             "fold": fold,
             "num_folds": config.num_folds,
-            "data": self.dataset.fingerprint,
+            "data": self.dataset.identity,
             "pixels": self.loader.pixels,
             "order": "global" if self.loader.holds_all else f"shared out over {self.world.size} processes",
         }
@@ -104,7 +104,9 @@ def agreed_global_batch(config: TrainConfig, world: World) -> int:
     now = config.batch_size * world.size
     if not config.resume:
         return now
-    for path in sorted(model_folder(config).glob(f"fold_*/{RUN_FILE}")):
+    for path in (fold_folder(config, fold) / RUN_FILE for fold in range(1, config.num_folds + 1)):
+        if not path.is_file():
+            continue
         saved = read_document(path)
         before = int(saved["run"]["global_batch"])
         if saved["batch_size"] == config.batch_size and before != now:
@@ -132,6 +134,8 @@ def run_fold(run: Run, fold: int) -> dict[str, Any]:
     """
     finished = run.world.from_main(_finished(run, fold) if run.config.resume and run.world.is_main else None)
     if finished:
+        if run.world.is_main:
+            note_done(run.folder, fold)
         run.log(f"fold {fold}: finished before, test accuracy {finished['test_accuracy']:.2%}")
         return finished
     if not run.world.is_main:
@@ -190,8 +194,20 @@ def _restore(run: Run, training: Training, folder: Path, identity: dict[str, Any
         run.log(f"{folder}: no checkpoint to resume from; starting at the beginning")
         return
     training.restore(state)
+    if run.world.is_main:
+        _clean_up(training, folder, run.config.keep_checkpoints)
     within = "" if training.progress is None else f" and step {training.progress.step} of the next"
     run.log(f"{folder}: resuming after epoch {len(training.history)}{within}")
+
+
+def _clean_up(training: Training, folder: Path, keep: int) -> None:
+    """Do what a process that was killed had no time for."""
+    for half_written in folder.rglob(f"*{TEMPORARY_SUFFIX}"):
+        half_written.unlink(missing_ok=True)
+    if training.progress is None:
+        checkpoint.delete_superseded(folder, keep)
+        if training.best_epoch == len(training.history):
+            checkpoint.save(folder / checkpoint.BEST_MODEL_FILE, training.model.state_dict())
 
 
 def _finished(run: Run, fold: int) -> dict[str, Any] | None:

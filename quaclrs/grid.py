@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from quaclrs.config import TrainConfig
-from quaclrs.crossval import SUMMARY_FILE, Workplace, pick_device, tasks
+from quaclrs.crossval import SUMMARY_FILE, Workplace, pick_device, refuse_for_device, tasks
 from quaclrs.dataset import open_dataset
-from quaclrs.distributed import share_processors
+from quaclrs.distributed import World, share_processors
 from quaclrs.engine import Hooks
 from quaclrs.errors import Interrupted, QuaclrsError, TrainingError
 from quaclrs.files import make_folder
@@ -32,7 +32,7 @@ from quaclrs.fold import Log, model_folder, read_document
 from quaclrs.interruption import Watch
 from quaclrs.ledger import note
 from quaclrs.loaders import choose_loader
-from quaclrs.parallel import exit_with_parent
+from quaclrs.parallel import exit_with_parent, interrupts_held
 from quaclrs.progress import epoch_line
 
 _POLL_S = 0.5
@@ -49,11 +49,11 @@ def run_in_parallel(config: TrainConfig, processes: int, log: Log = print) -> di
     """Train the fold(s) of ``config``'s model(s) in ``processes`` processes; returns the summaries by model.
 
     Raises :class:`TrainingError` at the end when folds failed, naming each with its log; :class:`Interrupted` after a signal, once every
-    process has saved its training; and at once what is wrong with all folds alike.
+    process has saved its training; and what keeps every process from training anything.
     """
     config = dataclasses.replace(config, nproc=processes)
     to_do = tasks(config)
-    pick_device(config.device)
+    refuse_for_device(config, pick_device(config.device), World())
     _prepare_data(config, log)
     make_folder(config.output_dir)
     with Watch() as watch:
@@ -78,6 +78,8 @@ class _Worker:
     device: str
     task: Task | None = None
     ready: bool = False
+    problem: str | None = None
+    """Why it cannot train anything."""
 
 
 @dataclass
@@ -91,6 +93,10 @@ class _Pool:
     failures: list[str] = field(default_factory=list)
     told: bool = False
     """Whether the processes have been told of a signal."""
+    problem: str | None = None
+    """Of the last process that could not train anything."""
+    untold: list[str] = field(default_factory=list)
+    """Such problems while it is open whether all processes have them."""
 
     def run(self) -> None:
         self.waiting.extend(self.to_do)
@@ -112,6 +118,8 @@ class _Pool:
                 worker.process.join()
         if self.watch.signal is not None:
             raise self.watch.interrupted("the folds that were running, each of which is saved")
+        if self.waiting:
+            raise QuaclrsError(self.problem or "no process is left to train on")
         if self.failures:
             raise TrainingError(
                 f"{len(self.failures)} of {len(self.to_do)} fold(s) failed: {'; '.join(self.failures)}; "
@@ -123,7 +131,8 @@ class _Pool:
         ours, theirs = context.Pipe()
         config = dataclasses.replace(self.config, device=device)
         process = context.Process(target=_work, args=(theirs, config), name=f"quaclrs-{device}")
-        process.start()
+        with interrupts_held():
+            process.start()
         theirs.close()  # so that its end is heard of when it dies
         self.workers.append(_Worker(process=process, connection=ours, device=device))
 
@@ -131,7 +140,6 @@ class _Pool:
         if self.watch.signal is None or self.told:
             return
         self.told = True
-        self.waiting.clear()
         for worker in self.workers:
             worker.process.terminate()
 
@@ -140,6 +148,8 @@ class _Pool:
         if worker is None:  # both of its sources spoke, and it was dealt with
             return
         try:
+            if source == worker.process.sentinel and not worker.connection.poll():
+                raise EOFError  # not to be read: processes that it forked keep the connection open for a while
             kind, content = worker.connection.recv()
         except (EOFError, ConnectionResetError):
             self._bury(worker)
@@ -147,7 +157,11 @@ class _Pool:
         if kind == "log":
             self.log(content)
         elif kind == "unusable":
-            raise QuaclrsError(content)
+            worker.problem = content
+        elif kind == "broken":
+            if worker.task is not None:
+                self._failed(worker.task, content)
+            worker.task = None
         else:
             self._finish(worker, content)
 
@@ -156,7 +170,8 @@ class _Pool:
         if worker.task is not None and error is not None:
             self._failed(worker.task, error)
         worker.ready = True
-        worker.task = self.waiting.popleft() if self.waiting else None
+        self._tell_problems()
+        worker.task = self.waiting.popleft() if self.waiting and self.watch.signal is None else None
         with contextlib.suppress(OSError):  # it has died meanwhile, which its sentinel tells
             worker.connection.send(worker.task)
 
@@ -164,17 +179,28 @@ class _Pool:
         worker.process.join()
         worker.connection.close()
         self.workers.remove(worker)
-        if self.told or (worker.ready and worker.task is None):
+        if self.watch.signal is not None:
             return
         code = worker.process.exitcode
         how = f"its process was killed by {signal.Signals(-code).name}" if code < 0 else f"its process ended with exit code {code}"
-        if worker.task is None:
-            raise QuaclrsError(f"a process on {worker.device} could not start: {how}; its own messages are above")
-        name, fold = worker.task
-        note(self.config.output_dir / name, fold, state="failed", error=how)
-        self._failed(worker.task, how)
+        if not worker.ready:
+            self.problem = worker.problem or f"a process on {worker.device} could not start: {how}; its own messages are above"
+            self.untold.append(self.problem)
+            self._tell_problems()
+            return
+        if worker.task is not None:
+            name, fold = worker.task
+            with contextlib.suppress(QuaclrsError):  # the disk must not cost the other folds
+                note(self.config.output_dir / name, fold, state="failed", error=how)
+            self._failed(worker.task, how)
         if self.waiting:
             self._start(worker.device)
+
+    def _tell_problems(self) -> None:
+        if any(worker.ready for worker in self.workers):  # else it is most likely a matter of all, which is an error
+            for problem in self.untold:
+                self.log(f"{problem}; the other processes go on")
+            self.untold.clear()
 
     def _failed(self, task: Task, reason: str) -> None:
         name, fold = task
@@ -213,21 +239,29 @@ def _work(connection: Connection, config: TrainConfig) -> None:
         sys.exit(error.exit_code)
     except QuaclrsError as error:
         say("unusable", str(error))
+    except Exception as error:  # the process may be of no more use, as after an error of the GPU's
+        if not task:
+            raise
+        say("broken", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        sys.exit(1)
 
 
 def _train(place: Workplace, config: TrainConfig, name: str, fold: int) -> str | None:
-    """Train one fold; returns in one line what went wrong, if anything did."""
-    with _printing_to(log_file(dataclasses.replace(config, model_name=name), fold)):
-        try:
-            place.train(name, fold)
-        except Interrupted:
-            raise
-        except QuaclrsError as error:
-            print(error)
-            return str(error)
-        except Exception as error:
-            traceback.print_exc()
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    """Train one fold; returns in one line what went wrong by the data or the settings, if anything did."""
+    try:
+        with _printing_to(log_file(dataclasses.replace(config, model_name=name), fold)):
+            try:
+                place.train(name, fold)
+            except QuaclrsError as error:
+                print(error)
+                raise
+            except Exception:
+                traceback.print_exc()
+                raise
+    except Interrupted:
+        raise
+    except QuaclrsError as error:
+        return str(error)
     return None
 
 

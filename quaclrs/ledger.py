@@ -37,6 +37,12 @@ def note(folder: Path, fold: int, **entry: Any) -> None:
         write_json(folder / LEDGER_FILE, dict(sorted(ledger.items(), key=lambda item: int(item[0].removeprefix("fold_")))))
 
 
+def note_done(folder: Path, fold: int) -> None:
+    """Of a fold that is found finished: whoever finished it may have been killed before it could say so."""
+    if read_ledger(folder).get(f"fold_{fold}", {}).get("state") != "done":
+        note(folder, fold, state="done", until=_now(), error=None)
+
+
 @contextlib.contextmanager
 def claimed(folder: Path, fold: int) -> Iterator[None]:
     """Hold a fold of the model in ``folder`` for the block, and keep the ledger.

@@ -48,7 +48,7 @@ def run_tasks(
     workers = min(num_workers, len(tasks))
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_initialise, initargs=(counter, stop)) as pool:
         try:
-            with _interrupts_held():
+            with interrupts_held():
                 futures = [pool.submit(_call, work, task) for task in tasks]
             seen, pending = 0, set(futures)
             while pending:
@@ -73,8 +73,8 @@ def run_tasks(
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until the end of the block, and never reaches the workers started in it: this process tells them, by ``stop``."""
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block, and never reaches the workers started in it: this process has to tell them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 from quaclrs.config import TrainConfig
 from quaclrs.distributed import World
-from quaclrs.errors import UsageError
 from quaclrs.models import AUX_LOSS_WEIGHT, forward_logits
 
 PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.5, 3
@@ -128,19 +127,17 @@ class Training:
     best_val_accuracy: float = -1.0
     progress: Progress | None = None
     """Of the epoch being learned; None between two."""
+    _buckets_laid_out: bool = False
 
     @classmethod
     def begin(
         cls, model: nn.Module, class_weights: np.ndarray, device: torch.device, config: TrainConfig, world: World | None = None
     ) -> Training:
-        """Move ``model`` to ``device`` and set up the original protocol's optimizer and schedule.
-
-        Raises :class:`UsageError` for ``--sync_bn`` where torch cannot do it.
-        """
+        """Move ``model`` to ``device`` and set up the original protocol's optimizer and schedule."""
         world = world or World()
         dtype = amp_dtype(device, config)
         if config.sync_bn:
-            model = _with_synchronised_batchnorm(model, device, world)
+            model = _with_synchronised_batchnorm(model, world)
         model = model.to(device)
         if config.compile == "inductor":
             model.compile()
@@ -177,6 +174,8 @@ class Training:
         ``share`` (float32 scalar on the device) makes the mean over ranks of this one's loss the class-weighted mean over the global
         batch: ranks / Σ of its samples' class weights. Returns that loss, and how many predictions were right.
         """
+        if self.world.size > 2 and not self._buckets_laid_out:  # two summands come to the same in any order
+            self._lay_out_buckets(images)
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             logits, aux_logits = forward_logits(self.network, images)
@@ -189,6 +188,23 @@ class Training:
         self.scaler.update()
         with torch.no_grad():
             return loss.detach(), (logits.argmax(1) == labels).sum()
+
+    def _lay_out_buckets(self, images: torch.Tensor) -> None:
+        """Show DDP the order in which gradients come, and so settle how they are laid out when ranks add them up.
+
+        It would do so after its first step. As the layout decides in which order the ranks' summands are added, and so the last digit,
+        a resumed training would not come to the same weights. Leaves no trace but in DDP.
+        """
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            with self.autocast():
+                logits, aux_logits = forward_logits(self.network, images)
+                total = logits.sum() if aux_logits is None else logits.sum() + aux_logits.sum()
+            total.backward()
+        with torch.no_grad():
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        self._buckets_laid_out = True
 
     def _summed_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(logits, labels, self.class_weights, reduction="sum")
@@ -254,9 +270,7 @@ class Training:
         return saved | {"param_groups": groups}
 
 
-def _with_synchronised_batchnorm(model: nn.Module, device: torch.device, world: World) -> nn.Module:
-    if device.type != "cuda":
-        raise UsageError("--sync_bn: torch synchronises BatchNorm between GPUs only; leave it out on the CPU")
+def _with_synchronised_batchnorm(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model  # one rank sees the whole batch anyway
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)

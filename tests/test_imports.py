@@ -41,6 +41,8 @@ ROOMS = (
     "graph",
     "engine",
     "progress",
+    "verdict",
+    "profiling",
     "report",
     "ledger",
     "fold",
