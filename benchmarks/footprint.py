@@ -1,7 +1,11 @@
 #!/usr/bin/env python3
-"""What the mapped loader costs a process: seconds from opening the shards to the first batch, and memory while an epoch goes by.
+"""What the mapped loader costs a process: seconds from opening the shards to the first batch, memory while an epoch goes by, images/s.
 
     python benchmarks/footprint.py SHARDS
+    python benchmarks/footprint.py SHARDS --records 1000 57918 1000000
+
+``--records`` simulates datasets of other sizes: CSV and sample table of so many rows, whose records lie in the tars of SHARDS, each many
+times or not at all. All that grows with a dataset grows with them, but for the tars and the page cache that they would need.
 
 The first batch is taken twice: by the process that may still have to compile the redraw (once per machine) and in one that finds it
 compiled, which is what a user meets. Memory is the process's resident set beyond what it had with torch and the loader imported.
@@ -9,9 +13,14 @@ compiled, which is what a user meets. Memory is the process's resident set beyon
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import io
+import itertools
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,18 +39,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--num_workers", type=int, default=2)
+    parser.add_argument("--records", type=int, nargs="+", metavar="N", help="sizes of simulated datasets")
+    parser.add_argument("--most_batches", type=int, default=1000, help="of the epoch")
     parser.add_argument("--one_process", action="store_true", help="measure in this process and print the figures as JSON")
     options = parser.parse_args(arguments)
     if options.one_process:
         print(json.dumps(_measure(options)))
         return 0
-    runs = [_in_a_process(sys.argv[1:] if arguments is None else list(arguments)) for _ in range(3)]
-    _report(options, runs[1:])  # the first may have compiled
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = [_simulated(options.shards, records, Path(folder)) for records in options.records or ()]
+        _in_a_process(options, options.shards)  # which may have to compile
+        runs = [_in_a_process(options, shards) for shards in sizes or [options.shards] for _ in range(2)]
+    _report(options, runs)
     return 0
 
 
-def _in_a_process(arguments: Sequence[str]) -> dict[str, Any]:
-    command = [sys.executable, __file__, *arguments, "--one_process"]
+def _simulated(shards: Path, records: int, folder: Path) -> Path:
+    """A shard folder of ``records`` samples whose tars are those of ``shards``."""
+    import numpy as np
+
+    from quaclrs.shards import format as fmt
+    from quaclrs.shards.read import ShardSet
+
+    made = folder / str(records)
+    made.mkdir()
+    with ShardSet(shards) as real:
+        samples = np.resize(real.samples, records)
+        lines = (shards / fmt.METADATA_FILE).read_bytes().splitlines(keepends=True)
+        rows = itertools.islice(itertools.cycle(real.samples["row"].tolist()), records)
+        csv = b"".join([lines[0], *(lines[1 + row].rstrip(b"\r\n") + b"\n" for row in rows)])
+        samples["row"] = np.arange(records)
+        table = io.BytesIO()
+        np.save(table, samples)
+        manifest = dataclasses.replace(
+            real.manifest,
+            csv_fingerprint=hashlib.sha256(csv).hexdigest(),
+            num_samples=records,
+            samples_sha256=hashlib.sha256(table.getvalue()).hexdigest(),
+            skipped=(),
+        )
+    for fold in sorted({Path(entry.file).parent for entry in manifest.shards}):
+        (made / fold).symlink_to((shards / fold).resolve())
+    (made / fmt.METADATA_FILE).write_bytes(csv)
+    (made / fmt.SAMPLES_FILE).write_bytes(table.getvalue())
+    (made / fmt.MANIFEST_FILE).write_bytes(manifest.to_json())
+    return made
+
+
+def _in_a_process(options: Any, shards: Path) -> dict[str, Any]:
+    flags = [f"--{name}={getattr(options, name)}" for name in ("batch_size", "image_size", "num_workers", "most_batches")]
+    command = [sys.executable, __file__, str(shards), *flags, "--one_process"]
     figures: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return figures
 
@@ -69,15 +116,19 @@ def _measure(options: Any) -> dict[str, Any]:
     started = time.perf_counter()
     dataset = open_dataset(TrainConfig(shards=options.shards), want_shards=False, log=lambda line: None)
     loader = build_loader(Choice(name="mapped", reason="benchmark"), dataset, config)
+    opened = time.perf_counter()
     batches = evaluation_batches(epoch_order(np.arange(len(dataset)), seed=0, epoch=1), options.batch_size)
-    highest, first_batch_s = before, None
-    for batch in loader.load(batches):
-        first_batch_s = first_batch_s or time.perf_counter() - started
+    highest, first, images = before, 0.0, 0
+    for batch in loader.load(batches[: options.most_batches]):
+        first = first or time.perf_counter()
         highest = max(highest, _resident_bytes())
+        images += len(batch)
         del batch
     return {
         "samples": len(dataset),
-        "first_batch_s": first_batch_s,
+        "open_s": opened - started,
+        "first_batch_s": first - started,
+        "images_per_s": (images - options.batch_size) / (time.perf_counter() - first),  # without the first batch
         "resident_mb_before": before / 1e6,
         "resident_mb_added_at_most": (highest - before) / 1e6,
     }
@@ -92,11 +143,13 @@ def _report(options: Any, runs: list[dict[str, Any]]) -> None:
 
     for run in runs:
         print(
-            f"{run['samples']:,} samples: first batch after {run['first_batch_s']:.2f} s, "
-            f"{run['resident_mb_added_at_most']:.0f} MB of memory added at most over an epoch"
+            f"{run['samples']:,} samples: opened in {run['open_s']:.2f} s, first batch after {run['first_batch_s']:.2f} s, "
+            f"{run['images_per_s']:,.0f} images/s, {run['resident_mb_added_at_most']:.0f} MB of memory added at most over an epoch"
         )
     setting = {"batch_size": options.batch_size, "image_size": options.image_size, "num_workers": options.num_workers}
-    print(f"written to {write_result('footprint', runs, setting, torch.device('cpu'))}")
+    setting |= {"most_batches": options.most_batches, "simulated": options.records is not None}
+    what = "scaling" if options.records else "footprint"
+    print(f"written to {write_result(what, runs, setting, torch.device('cpu'))}")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.demo:
-        from quaclrs.demo import DEMO_DEFAULTS
+        from quaclrs.demo import DEMO_DEFAULTS, PARALLEL_DEMO_DEFAULTS
 
-        parser.set_defaults(**DEMO_DEFAULTS)
+        parser.set_defaults(**(PARALLEL_DEMO_DEFAULTS if options.parallel else DEMO_DEFAULTS))
         options = parser.parse_args(arguments)
     return options
 

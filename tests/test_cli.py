@@ -98,6 +98,8 @@ def test_demo_changes_defaults_but_not_what_is_given() -> None:
     assert (demo.fold, demo.model_name) == (1, "resnet18")
     assert demo.epochs < 30
     assert demo.image_size is not None
+    parallel = config_of("--demo", "--parallel", "folds", "--nproc", "2")
+    assert (parallel.fold, parallel.epochs < demo.epochs) == (None, True)
     given = config_of("--demo", "--epochs", "9", "--fold", "2")
     assert (given.epochs, given.fold, given.image_size) == (9, 2, demo.image_size)
 

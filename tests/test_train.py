@@ -320,6 +320,7 @@ class _Given:
     """A loader over tensors."""
 
     name = "given"
+    holds_all = True
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         self.images, self.labels = images, labels

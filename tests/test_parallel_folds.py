@@ -1,0 +1,517 @@
+"""Contract of ``--parallel folds`` and of sharing an output folder: the same results as one by one, and no fold costs another one."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from png_trees import PngTree, make_rows, write_tree
+
+from quaclrs import crossval, fold
+from quaclrs.cli import main
+from quaclrs.config import TrainConfig
+from quaclrs.crossval import Workplace, run_cross_validation, tasks
+from quaclrs.engine import Hooks
+from quaclrs.errors import Interrupted, StorageError, TrainingError, UsageError
+from quaclrs.fold import Run
+from quaclrs.ledger import claimed, note, note_done, read_ledger
+from quaclrs.models import ARCHITECTURES
+
+CLASSES = ("dog_bark", "drilling", "traffic")
+DEADLINE_S = 120
+"""Of every wait, so that a hang is a failure."""
+EPOCHS = 3
+PARALLEL = ("--parallel", "folds", "--nproc", 2)
+MACHINE = {"config", "environment", "processes"}
+"""In a result, what may differ between ways of making it; and times."""
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["torch", "torchvision", "sklearn.metrics", "pytest", "quaclrs.cli", "quaclrs.crossval"])
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> PngTree:
+    """Three classes, three folds of seven rows. Read only."""
+    return write_tree(tmp_path_factory.mktemp("parallel"), make_rows(CLASSES, (1, 2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def tidy(tmp_path: Path) -> Iterator[None]:
+    """Checkpoints are large, and pytest would keep those of its last three runs."""
+    yield
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_in_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As conftest has it for this process: sums of floats depend on how they are shared out."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def flags(tree: PngTree, output_dir: Path, *more: object) -> list[str]:
+    common = "--loader files --num_workers 0 --num_folds 3 --batch_size 2 --image_size 32 --device cpu --gradcam_per_class 0"
+    paths = ["--csv_file", tree.csv_file, "--spectrograms_dir", tree.spectrograms_dir, "--output_dir", output_dir]
+    return [
+        str(flag) for flag in (*paths, *common.split(), "--model_name", "mobilenet", "--freeze_features", "--epochs", EPOCHS, *more)
+    ]
+
+
+def config_for(tree: PngTree, output_dir: Path, **options: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {
+        **{"csv_file": tree.csv_file, "spectrograms_dir": tree.spectrograms_dir, "output_dir": output_dir},
+        **{"loader": "files", "num_workers": 0, "num_folds": 3, "batch_size": 2, "device": "cpu"},
+        **{"model_name": "mobilenet", "image_size": 32, "gradcam_per_class": 0, "epochs": EPOCHS, "freeze_features": True},
+    }
+    return TrainConfig(**defaults | options)
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fold, "write_plots", lambda *_: [])
+
+
+@pytest.fixture(scope="module")
+def one_by_one(tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The output folder of two models trained in one process, fold after fold."""
+    output_dir, before = tmp_path_factory.mktemp("one_by_one"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fold, "write_plots", lambda *_: [])
+        run_cross_validation(config_for(tree, output_dir, model_name="mobilenet,resnet18"), lambda text: None)
+    torch.set_num_threads(before)
+    yield output_dir
+    shutil.rmtree(output_dir)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def without_times(content: Any) -> Any:
+    if isinstance(content, list):
+        return [without_times(value) for value in content]
+    if not isinstance(content, dict):
+        return content
+    return {
+        name: without_times(value)
+        for name, value in content.items()
+        if name not in MACHINE and not name.endswith(("seconds", "per_s", "wait"))
+    }
+
+
+def last_weights(fold_folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(fold_folder / f"checkpoint_epoch_{EPOCHS}.pth", weights_only=True)["state"]["model"]
+
+
+def assert_same_results(ours: Path, theirs: Path, *models: str) -> None:
+    """To the last digit, but for the times."""
+    for name in models:
+        assert without_times(read_json(ours / name / "summary.json")) == without_times(read_json(theirs / name / "summary.json"))
+        for number in (1, 2, 3):
+            one, other = (folder / name / f"fold_{number}" for folder in (ours, theirs))
+            for file in ("metrics.json", "classification_report.json"):
+                assert without_times(read_json(one / file)) == without_times(read_json(other / file))
+            weights, expected = last_weights(one), last_weights(other)
+            assert weights.keys() == expected.keys()
+            assert [key for key, value in weights.items() if not torch.equal(value, expected[key])] == []
+
+
+def modified(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def states(model_folder: Path) -> dict[str, str]:
+    return {name: entry["state"] for name, entry in read_ledger(model_folder).items()}
+
+
+# --- the work of several processes ---
+
+
+def test_results_are_those_of_one_process(
+    tree: PngTree, one_by_one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(tree, tmp_path, *PARALLEL, "--model_name", "mobilenet,resnet18")) == 0
+    assert_same_results(tmp_path, one_by_one, "mobilenet", "resnet18")
+    log = capsys.readouterr().out
+    trained = Counter(re.findall(r"^(\w+): fold (\d): training on", log, re.MULTILINE))
+    assert trained == Counter(dict.fromkeys(((name, str(k)) for name in ("mobilenet", "resnet18") for k in (1, 2, 3)), 1))
+    assert 1 <= log.count("loader: files on cpu") <= 2  # one of each process, although it has trained two models
+    assert log.count("note: 6 rows share their picture") == 1
+    for name in ("mobilenet", "resnet18"):
+        assert states(tmp_path / name) == {"fold_1": "done", "fold_2": "done", "fold_3": "done"}
+        for number in (1, 2, 3):
+            said = (tmp_path / name / "logs" / f"fold_{number}.log").read_text()
+            assert said.count(f"fold {number}: training on 7 samples") == 1
+            assert said.count("train loss") == EPOCHS
+            assert f"fold {number}: test accuracy" in said
+
+
+def test_one_dataset_and_a_loader_for_each_size(tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of one picture size come one after the other, so that the loader is made anew only between sizes."""
+    opened: list[TrainConfig] = []
+    open_dataset = crossval.open_dataset
+
+    def counted(config: TrainConfig, **options: Any) -> Any:
+        opened.append(config)
+        return open_dataset(config, **options)
+
+    runs: list[Run] = []
+
+    def noted(run: Run, number: int) -> dict[str, Any]:
+        runs.append(run)
+        return {}
+
+    monkeypatch.setattr(crossval, "open_dataset", counted)
+    monkeypatch.setattr(crossval, "run_fold", noted)
+    monkeypatch.setattr(crossval, "write_summary", lambda run, metrics: {})
+    log: list[str] = []
+    config = config_for(tree, tmp_path, model_name="inception,mobilenet,resnet18,inception", image_size=None)
+    with Workplace.opened(config, log.append) as place:
+        for name, number in tasks(config):
+            place.train(name, number)
+    assert len(opened) == 1
+    names = [run.config.model_name for run in runs]
+    assert names == ["mobilenet"] * 3 + ["resnet18"] * 3 + ["inception"] * 3
+    assert [run.image_size for run in runs] == [224] * 6 + [299] * 3
+    assert len({id(run.loader) for run in runs}) == 2
+    assert [line for line in log if line.startswith("loader:")] == ["loader: files on cpu (as asked for)"] * 2
+
+
+def test_all_models() -> None:
+    """Every architecture, those of one size together; each once."""
+    everything = tasks(TrainConfig(model_name="all"))
+    assert Counter(everything) == Counter({(name, number): 1 for name in ARCHITECTURES for number in range(1, 11)})
+    assert everything[-10:] == [("inception", number) for number in range(1, 11)]
+    assert tasks(TrainConfig(model_name="vgg16, vgg16", fold=4)) == [("vgg16", 4)]
+    for name in ("vgg16,nope", "vgg16,", ""):
+        with pytest.raises(UsageError, match=r"--model_name .*: choose one of alexnet, .*, several with commas, or all"):
+            tasks(TrainConfig(model_name=name))
+
+
+# --- when a fold fails ---
+
+
+def sabotage(where: dict[str, str]) -> None:
+    """What happens in which fold, at its second step or before; and no plots, as matplotlib takes longer than the training."""
+    import quaclrs.crossval
+    import quaclrs.fold
+    from quaclrs.training import Training
+
+    quaclrs.fold.write_plots = lambda *_: []
+    run_fold, step = quaclrs.crossval.run_fold, Training.step
+    steps: list[None] = []
+    now = [""]
+
+    def sabotaged_fold(run: Run, fold: int) -> dict[str, Any]:
+        now[0] = where.get(str(fold), "")
+        steps.clear()
+        if now[0] == "bug":
+            raise ZeroDivisionError("a\nbug")
+        return run_fold(run, fold)
+
+    def sabotaged_step(*arguments: Any) -> Any:
+        steps.append(None)
+        if now[0] == "killed" and len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if now[0] == "slow":
+            time.sleep(0.25)
+        return step(*arguments)
+
+    quaclrs.crossval.run_fold = sabotaged_fold
+    Training.step = sabotaged_step  # type: ignore[assignment, method-assign]
+
+
+def site_with(code: str, folder: Path) -> str:
+    """A folder for PYTHONPATH: ``code`` runs at the start of every spawned process, but for those that only help Python."""
+    folder.mkdir()
+    lines = (
+        *("from __future__ import annotations", "import os, signal, sys, time", inspect.getsource(sabotage)),
+        *("if any('spawn_main' in argument for argument in sys.orig_argv):", f"    {code}"),
+    )
+    (folder / "sitecustomize.py").write_text("\n".join(lines))
+    return str(folder)
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_fold_that_fails_costs_itself_only(
+    tree: PngTree, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And --resume trains that one only, in as many processes as one likes."""
+    monkeypatch.setenv("PYTHONPATH", site_with("sabotage({})", tmp_path / "site"))
+
+    def stop(entry: dict[str, float | int]) -> None:
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):  # another run's checkpoint is in the way of fold 2
+        run_cross_validation(config_for(tree, tmp_path, fold=2, learning_rate=0.5), lambda text: None, Hooks(epoch_done=stop))
+    assert main(flags(tree, tmp_path, *PARALLEL, "--resume")) == 2
+    root, printed = tmp_path / "mobilenet", capsys.readouterr()
+    reason = "belongs to another run (learning_rate was 0.5, now 0.001); use the same settings, or another --output_dir"
+    message = f"mobilenet fold 2: {root}/fold_2/checkpoint_epoch_1.pth: {reason} (log: {root}/logs/fold_2.log)"
+    advice = "the same command with --resume trains only what is missing"
+    assert printed.err == f"quaclrs-train: error: 1 of 3 fold(s) failed: {message}; {advice}\n"
+    assert f"mobilenet fold 2 failed: {root}/fold_2/checkpoint_epoch_1.pth: {reason}; the other folds go on\n" in printed.out
+    assert reason in (root / "logs" / "fold_2.log").read_text()
+    assert states(root) == {"fold_1": "done", "fold_2": "failed", "fold_3": "done"}
+    assert reason in read_ledger(root)["fold_2"]["error"]
+    assert list(read_json(root / "summary.json")["fold_accuracies"]) == ["fold_1", "fold_3"]
+    before = modified(root / "fold_1") | modified(root / "fold_3")
+    shutil.rmtree(root / "fold_2")
+    assert main(flags(tree, tmp_path, "--resume")) == 0
+    assert modified(root / "fold_1") | modified(root / "fold_3") == before
+    log = capsys.readouterr().out
+    assert re.findall(r"fold (\d): training on", log) == ["2"]
+    assert sorted(re.findall(r"fold (\d): finished before", log)) == ["1", "3"]
+    assert set(states(root).values()) == {"done"}
+    assert read_ledger(root)["fold_2"]["error"] is None
+    assert list(read_json(root / "summary.json")["fold_accuracies"]) == ["fold_1", "fold_2", "fold_3"]
+
+
+def test_a_process_that_dies_costs_its_fold_only(
+    tree: PngTree, one_by_one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed, or by a bug, after which it is of no more use: new processes train what is left."""
+    monkeypatch.setenv("PYTHONPATH", site_with("sabotage({'1': 'bug', '2': 'killed'})", tmp_path / "site"))
+    assert main(flags(tree, tmp_path, *PARALLEL)) == 2
+    root, printed = tmp_path / "mobilenet", capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("quaclrs-train: error: 2 of 3 fold(s) failed: ")
+    assert f"mobilenet fold 1: ZeroDivisionError: a bug (log: {root}/logs/fold_1.log)" in printed.err
+    assert f"mobilenet fold 2: its process was killed by SIGKILL (log: {root}/logs/fold_2.log)" in printed.err
+    assert "Traceback (most recent call last)" in (root / "logs" / "fold_1.log").read_text()
+    assert "fold 2: training on 7 samples" in (root / "logs" / "fold_2.log").read_text()
+    ledger = read_ledger(root)
+    assert (ledger["fold_2"]["state"], ledger["fold_2"]["error"]) == ("failed", "its process was killed by SIGKILL")
+    assert ledger["fold_3"]["state"] == "done"
+    metrics = [folder / "mobilenet" / "fold_3" / "metrics.json" for folder in (tmp_path, one_by_one)]
+    assert without_times(read_json(metrics[0])) == without_times(read_json(metrics[1]))
+
+
+@pytest.mark.parametrize("all_of_them", [True, False], ids=["all", "one of two"])
+def test_processes_that_cannot_start(
+    all_of_them: bool, tree: PngTree, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, root = tmp_path / "first", tmp_path / "mobilenet"
+    code = "os._exit(3)" if all_of_them else f"os.path.exists({str(first)!r}) or (open({str(first)!r}, 'x'), os._exit(3))"
+    monkeypatch.setenv("PYTHONPATH", site_with(f"{code}; sabotage({{}})", tmp_path / "site"))
+    problem = "a process on cpu could not start: its process ended with exit code 3; its own messages are above"
+    exit_code = main(flags(tree, tmp_path, *PARALLEL, "--epochs", 1))
+    printed = capsys.readouterr()
+    if all_of_them:
+        assert (exit_code, printed.err) == (2, f"quaclrs-train: error: {problem}\n")
+    else:
+        assert (exit_code, printed.err) == (0, "")
+        assert printed.out.count(f"{problem}; the other processes go on\n") == 1
+        assert states(root) == {"fold_1": "done", "fold_2": "done", "fold_3": "done"}
+
+
+# --- signals ---
+
+
+def in_session(arguments: list[str], folder: Path) -> None:
+    """``quaclrs-train`` as a terminal starts it: with a process group of its own."""
+    os.setsid()
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    torch.set_num_threads(1)
+    sys.exit(main(arguments))
+
+
+def members(group: int) -> list[int]:
+    """The process ids of a process group that are still alive."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, pgrp = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(pgrp) == group and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def eventually(condition: Callable[[], bool], seconds: float = DEADLINE_S) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def interrupt(arguments: list[str], site: str, folder: Path, number: signal.Signals) -> int | None:
+    """Send ``number`` once two folds are being trained, for SIGKILL have a checkpoint; returns the exit code, when no process is left."""
+    folder.mkdir()
+    process = _processes.Process(target=_train_with_site, args=(site, arguments, folder))
+    process.start()
+    assert process.pid is not None
+    said = folder / "stdout"
+
+    def two_at_work() -> bool:
+        what = "epoch 1" if number == signal.SIGKILL else "training on"
+        return said.exists() and len(set(re.findall(rf"(fold \d): {what}", said.read_text()))) == 2
+
+    try:
+        assert eventually(two_at_work)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does: every process gets it
+        else:
+            os.kill(process.pid, number)
+        process.join(DEADLINE_S)
+        # the workers of a process that was killed find out by themselves
+        assert eventually(lambda: not members(process.pid or 0), 20 if number == signal.SIGKILL else 1)
+    finally:
+        for left in members(process.pid):
+            os.kill(left, signal.SIGKILL)
+    return process.exitcode
+
+
+def _train_with_site(site: str, arguments: list[str], folder: Path) -> None:
+    os.environ.update(PYTHONPATH=site, OMP_NUM_THREADS="1")
+    in_session(arguments, folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.usefixtures("no_plots")
+def test_signals_save_every_fold_and_leave_no_process(tree: PngTree, one_by_one: Path, tmp_path: Path) -> None:
+    """One run, killed and stopped again and again, and then finished in one process, ends as one that was never interrupted."""
+    site = site_with("sabotage({'1': 'slow', '2': 'slow', '3': 'slow'})", tmp_path / "site")
+    output_dir = tmp_path / "results"
+    assert interrupt(flags(tree, output_dir, *PARALLEL), site, tmp_path / "KILL", signal.SIGKILL) == -signal.SIGKILL
+    assert (tmp_path / "KILL" / "stderr").read_text() == ""
+    root = output_dir / "mobilenet"
+    assert "running" in states(root).values()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        folder = tmp_path / number.name
+        assert interrupt(flags(tree, output_dir, *PARALLEL, "--resume"), site, folder, number) == 128 + number
+        what = f"stopped by {number.name} in the folds that were running, each of which is saved"
+        assert (folder / "stderr").read_text() == f"quaclrs-train: {what}; the same command with --resume goes on from there\n"
+        assert states(root) == {"fold_1": "interrupted", "fold_2": "interrupted"}
+        assert [(root / name / "checkpoint_within_epoch.pth").exists() for name in states(root)] == [True, True]
+    assert main(flags(tree, output_dir, "--resume")) == 0
+    assert_same_results(output_dir, one_by_one, "mobilenet")
+    assert set(states(root).values()) == {"done"}
+
+
+# --- sharing an output folder ---
+
+
+def _train_slowly(arguments: list[str], folder: Path) -> None:
+    folder.mkdir()
+    sabotage({"1": "slow", "2": "slow"})
+    in_session(arguments, folder)
+
+
+def test_a_fold_belongs_to_one_process(tree: PngTree, one_by_one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two on different folds at the same time, as a SLURM array has them, do not disturb each other; a third is refused."""
+    root, running = tmp_path / "mobilenet", []
+    for number in (1, 2):
+        arguments = flags(tree, tmp_path, "--fold", number)
+        running.append(_processes.Process(target=_train_slowly, args=(arguments, tmp_path / f"process{number}")))
+        running[-1].start()
+    try:
+        assert eventually(lambda: states(root) == {"fold_1": "running", "fold_2": "running"})
+        assert main(flags(tree, tmp_path, "--fold", 1)) == 2
+        owner = f"process {running[0].pid} on {socket.gethostname()}"
+        advice = "wait for it, or choose another --fold or --output_dir"
+        assert capsys.readouterr().err == f"quaclrs-train: error: {root}: fold 1 is being trained by {owner}; {advice}\n"
+        for process in running:
+            process.join(DEADLINE_S)
+        assert [process.exitcode for process in running] == [0, 0]
+    finally:
+        for process in running:
+            process.kill()
+            process.join()
+    assert states(root) == {"fold_1": "done", "fold_2": "done"}
+    assert list(read_json(root / "summary.json")["fold_accuracies"]) == ["fold_1", "fold_2"]
+    for number in (1, 2):
+        metrics = [folder / "mobilenet" / f"fold_{number}" / "metrics.json" for folder in (tmp_path, one_by_one)]
+        assert without_times(read_json(metrics[0])) == without_times(read_json(metrics[1]))
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "said"),
+    [
+        (None, "done", None),
+        (TrainingError("the loss is nan"), "failed", "the loss is nan"),
+        (ZeroDivisionError("division by zero"), "failed", "ZeroDivisionError: division by zero"),
+        (Interrupted("stopped by SIGTERM", signal.SIGTERM), "interrupted", "stopped by SIGTERM"),
+        (KeyboardInterrupt(), "interrupted", "KeyboardInterrupt: "),
+    ],
+)
+def test_the_ledger_says_how_a_fold_ended(error: BaseException | None, state: str, said: str | None, tmp_path: Path) -> None:
+    note(tmp_path, 10, state="done")
+    note(tmp_path, 2, state="failed", error="of the last time")
+    with contextlib.suppress(TrainingError, ZeroDivisionError, Interrupted, KeyboardInterrupt), claimed(tmp_path, 2):
+        entry = read_ledger(tmp_path)["fold_2"]
+        assert (entry["state"], entry["pid"], entry["host"]) == ("running", os.getpid(), socket.gethostname())
+        assert (entry["until"], entry["error"]) == (None, None)
+        if error is not None:
+            raise error
+    ledger = read_ledger(tmp_path)
+    assert (ledger["fold_2"]["state"], ledger["fold_2"]["error"]) == (state, said)
+    assert ledger["fold_2"]["until"] is not None
+    assert list(ledger) == ["fold_2", "fold_10"]
+    assert ledger["fold_10"] == {"state": "done"}
+
+
+def test_a_stale_entry_does_not_block(tmp_path: Path) -> None:
+    """Whoever held the fold is dead, and could not say so; a ledger that cannot be read is no obstacle either."""
+    note(tmp_path, 1, state="running", pid=1, host="elsewhere")
+    with claimed(tmp_path, 1):
+        assert read_ledger(tmp_path)["fold_1"]["pid"] == os.getpid()
+    (tmp_path / "ledger.json").write_text("{")
+    assert read_ledger(tmp_path) == {}
+    with claimed(tmp_path, 1):
+        pass
+    assert states(tmp_path) == {"fold_1": "done"}
+
+
+def test_a_fold_is_free_again_although_a_child_goes_on(tmp_path: Path) -> None:
+    """A forked process, such as a DataLoader's worker that lives as long as the run, has the lock's file open too."""
+    script = (
+        "import os, sys, time\nfrom pathlib import Path\nfrom quaclrs.ledger import claimed\n"
+        "with claimed(Path(sys.argv[1]), 1):\n    child = os.fork()\n    child or time.sleep(60)\n"
+        "print(child, flush=True)\nsys.stdin.read()\nos.kill(child, 9)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip().isdecimal()
+        with claimed(tmp_path, 1):
+            pass
+    finally:
+        process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0
+
+
+def test_finished_folds_are_noted_as_done(tmp_path: Path) -> None:
+    note(tmp_path, 1, state="running", pid=1, error=None)
+    note_done(tmp_path, 1)
+    assert read_ledger(tmp_path)["fold_1"]["state"] == "done"
+    before = modified(tmp_path)
+    note_done(tmp_path, 1)
+    assert modified(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "mobilenet").write_text("a file")
+    with pytest.raises(StorageError, match=r"cannot write .*mobilenet"), claimed(tmp_path / "mobilenet", 1):
+        pass
