@@ -190,24 +190,24 @@ def _begin(run: Run, samples: engine.FoldSamples, fold: int) -> Training:
 
 def _restore(run: Run, training: Training, folder: Path, identity: dict[str, Any]) -> None:
     state = run.world.from_main(checkpoint.load_checkpoint(folder, identity) if run.world.is_main else None)
+    if run.world.is_main:
+        for half_written in folder.rglob(f"*{TEMPORARY_SUFFIX}"):
+            half_written.unlink(missing_ok=True)
     if state is None:
         run.log(f"{folder}: no checkpoint to resume from; starting at the beginning")
         return
     training.restore(state)
-    if run.world.is_main:
-        _clean_up(training, folder, run.config.keep_checkpoints)
+    if run.world.is_main and training.progress is None:
+        _finish_epoch(training, folder, run.config.keep_checkpoints)
     within = "" if training.progress is None else f" and step {training.progress.step} of the next"
     run.log(f"{folder}: resuming after epoch {len(training.history)}{within}")
 
 
-def _clean_up(training: Training, folder: Path, keep: int) -> None:
-    """Do what a process that was killed had no time for."""
-    for half_written in folder.rglob(f"*{TEMPORARY_SUFFIX}"):
-        half_written.unlink(missing_ok=True)
-    if training.progress is None:
-        checkpoint.delete_superseded(folder, keep)
-        if training.best_epoch == len(training.history):
-            checkpoint.save(folder / checkpoint.BEST_MODEL_FILE, training.model.state_dict())
+def _finish_epoch(training: Training, folder: Path, keep: int) -> None:
+    """Do what comes after an epoch's checkpoint, which a process that was killed had no time for."""
+    checkpoint.delete_superseded(folder, keep)
+    if training.best_epoch == len(training.history):
+        checkpoint.save(folder / checkpoint.BEST_MODEL_FILE, training.model.state_dict())
 
 
 def _finished(run: Run, fold: int) -> dict[str, Any] | None:

@@ -1,0 +1,142 @@
+"""The training process of resuming.py. Importing this makes ready what such a process would otherwise lose a second with."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from resuming import Disturbance, Moment, Step, TinyNetwork
+from tqdm import tqdm
+
+from quaclrs import crossval, engine, fold, models, progress
+from quaclrs.cli import main
+from quaclrs.files import write_bytes
+from quaclrs.imaging.redraw_cpu import normalise_cpu
+from quaclrs.loaders import dali
+from quaclrs.report import metrics
+
+metrics.compute_metrics(np.array([0, 1]), np.eye(2, dtype=np.float32), ("a", "b"))  # scikit-learn imports on first use
+normalise_cpu(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.zeros(1, 3, 1, 1))  # Numba loads what it has compiled
+
+
+def work(arguments: list[str], files: list[Path], disturbance: Disturbance, rank: tuple[int, int, int] | None) -> None:
+    for number, file in zip((1, 2), files[:2], strict=True):
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    if rank is not None:
+        names = ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "GLOO_SOCKET_IFNAME")
+        os.environ.update(zip(names, [*map(str, rank), str(rank[0]), str(rank[1]), "127.0.0.1", "lo"], strict=True))
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)  # from Python 3.12
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and would be complained of when this one is killed
+    torch.set_num_threads(1)
+    _Patched(disturbance, files[2], rank[0] if rank else 0).install()
+    sys.exit(main(arguments))
+
+
+class _Patched:
+    def __init__(self, disturbance: Disturbance, journal: Path, rank: int) -> None:
+        self._disturbance, self._rank = disturbance, rank
+        self._journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._fold = 0
+        self._now = "start"
+        self._moments: dict[tuple[str, int], int] = {}
+        self._signalled = self._saves = 0
+
+    def install(self) -> None:
+        mobilenet = models.ARCHITECTURES["mobilenet"]
+        tiny = dataclasses.replace(mobilenet, constructor=TinyNetwork, gradcam_layer="features.2")
+        models.ARCHITECTURES |= {"tiny": tiny, "plain": dataclasses.replace(tiny, options={"plain": True})}
+        dali.dali_missing = lambda: "takes long to import"
+        if not self._disturbance.plots:
+            fold.write_plots = _write_something  # type: ignore[assignment]
+        run_fold, hooks = crossval.run_fold, engine.Hooks(step_meter=self._step_meter)
+        engine.Hooks = lambda: hooks  # type: ignore[assignment, misc]
+        progress.console_hooks = lambda epochs: hooks
+
+        def noting_the_fold(run: fold.Run, number: int) -> dict[str, Any]:
+            self._fold = number
+            return run_fold(run, number)
+
+        build_loader = crossval.build_loader
+
+        def loading(*arguments: Any) -> Any:
+            self._event("load")
+            return build_loader(*arguments)
+
+        crossval.run_fold = noting_the_fold  # type: ignore[assignment]
+        crossval.build_loader = loading  # type: ignore[assignment]
+        os.fsync = self._eventful("flush", os.fsync)
+        Path.replace = self._eventful("rename", Path.replace)  # type: ignore[method-assign]
+        Path.unlink = self._eventful("delete", Path.unlink)  # type: ignore[method-assign]
+        torch.save = self._saving(torch.save)
+
+    def _step_meter(self, phase: str, epoch: int, samples: int) -> Callable[..., None]:
+        def on_step(batch: Any, totals: Any, waited_s: float) -> None:
+            sums = tuple(value.hex() for value in totals.sums.tolist())
+            step = Step(
+                rank=self._rank,
+                fold=self._fold,
+                phase=phase,
+                epoch=epoch,
+                samples=totals.samples,
+                index=tuple(batch.index.tolist()),
+                sums=sums,
+            )
+            os.write(self._journal, f"{step!r}\n".encode())
+            self._now = f"{phase} {epoch}, {totals.samples}"  # events of the next fold are not new ones
+            done = self._moments[phase, self._fold] = self._moments.get((phase, self._fold), 0) + 1
+            for after_s, number in self._disturbance.signals.get(Moment(phase, done, self._fold), []):
+                time.sleep(after_s)
+                signal.raise_signal(number)
+
+        return on_step
+
+    def _eventful(self, kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(what: Any, *more: Any, **options: Any) -> Any:
+            path = Path(f"/proc/self/fd/{what}").readlink() if isinstance(what, int) else Path(what)
+            self._event(f"{kind} {'/'.join(path.parts[-2:])} at {self._now}".replace(f"fold_{self._fold}", "fold"))
+            return original(what, *more, **options)
+
+        return wrapped
+
+    def _event(self, event: str) -> None:
+        if self._disturbance.signal_at_event and not self._signalled and event.startswith(self._disturbance.signal_at_event[0]):
+            self._signalled = 1
+            signal.raise_signal(self._disturbance.signal_at_event[1])
+        known = self._disturbance.killed_at_a_new_event
+        if known is not None and event not in known.read_text().splitlines():
+            with known.open("a") as file:
+                file.write(f"{event}\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _saving(self, original: Callable[..., None]) -> Callable[..., None]:
+        def save(content: Any, file: Any, **options: Any) -> None:
+            self._saves += 1
+            if self._saves != self._disturbance.killed_in_save:
+                return original(content, file, **options)
+            whole = io.BytesIO()
+            original(content, whole)
+            file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return save
+
+
+def _write_something(directory: Path, history: Any, metrics: Any) -> None:
+    losses = [(entry["train_loss"], entry["val_loss"]) for entry in history]
+    for name in ("loss_curves.png", "confusion_matrix.png"):
+        write_bytes(directory / name, repr((losses, metrics["confusion_matrix"])).encode(), durable=False)
