@@ -16,12 +16,13 @@ from quaclrs.dataset import Dataset, open_dataset
 from quaclrs.distributed import World
 from quaclrs.environment import free_memory
 from quaclrs.errors import UsageError, told_once
-from quaclrs.files import folder_lock, make_folder, write_json
+from quaclrs.files import make_folder, write_json
 from quaclrs.fold import METRICS_FILE, Log, Run, agreed_global_batch, fold_samples, provenance, read_document, run_fold
 from quaclrs.interruption import Watch
 from quaclrs.loaders import Fit, build_loader, choose_loader
 from quaclrs.loaders.base import Loader, LoaderConfig
 from quaclrs.loaders.resident import ResidentLoader, resident_bytes
+from quaclrs.locks import folder_lock
 from quaclrs.models import ARCHITECTURES, check_input_size, input_size
 from quaclrs.training import amp_dtype, set_tf32
 
@@ -162,8 +163,8 @@ class Workplace:
         wants_shards = self._config.shards is None and choose_loader(self._config.loader, "png").name != "files"
         with self._world.in_turn():
             dataset = open_dataset(self._config, want_shards=wants_shards, log=self._log)
-        for rank, fingerprint in enumerate(self._world.gather(dataset.fingerprint)):
-            if fingerprint != dataset.fingerprint:
+        for rank, identity in enumerate(self._world.gather(dataset.identity)):
+            if identity != dataset.identity:
                 raise UsageError(f"{dataset.name}: rank {rank} has other data there; give all machines the same")
         return dataset
 
@@ -222,6 +223,15 @@ class Workplace:
 
 
 def pick_device(wanted: str, world: World | None = None) -> torch.device:
+    """:func:`find_device`, and make it this process's own."""
+    device = find_device(wanted, world)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # batches keep one shape, so trying out algorithms pays
+        torch.cuda.set_device(device)  # for what asks nobody which device is meant: events, pinned memory, kernels
+    return device
+
+
+def find_device(wanted: str, world: World | None = None) -> torch.device:
     """``auto`` is the GPU where there is one, of several processes each its own. Raises :class:`UsageError` for one that is not there."""
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
@@ -241,10 +251,7 @@ def pick_device(wanted: str, world: World | None = None) -> torch.device:
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if index >= found:
             raise UsageError(f"--device {wanted}: torch sees {found} CUDA device(s) here; use --device auto or cpu")
-        torch.backends.cudnn.benchmark = True  # batches keep one shape, so trying out algorithms pays
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)  # for what asks nobody which device is meant: events, pinned memory, kernels
-        return device
+        return torch.device("cuda", index)
     return device
 
 

@@ -61,41 +61,6 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time into the block, among those that lock the same existing folder; leaves an empty ``.lock`` in it."""
-    with file_lock(folder / ".lock"):
-        yield
-
-
-@contextlib.contextmanager
-def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of ``path``, an empty file that is made if needed; without ``wait``, says False where another process holds it.
-
-    A file rather than its folder, since network file systems lock only what is open for writing. The lock of a process that ends,
-    however it does, frees itself. Raises :class:`StorageError` where the file cannot be made.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        yield True
-        return
-    try:
-        file = path.open("ab")
-    except OSError as error:
-        raise storage_error(path, error) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # a forked process, such as a DataLoader's worker, has the file open too
-
-
 def storage_error(path: Path, error: OSError) -> StorageError:
     """The one-line :class:`StorageError` for ``error`` met while writing ``path``."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

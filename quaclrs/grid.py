@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from quaclrs.config import TrainConfig
-from quaclrs.crossval import SUMMARY_FILE, Workplace, pick_device, refuse_for_device, tasks
+from quaclrs.crossval import SUMMARY_FILE, Workplace, find_device, refuse_for_device, tasks
 from quaclrs.dataset import open_dataset
 from quaclrs.distributed import World, share_processors
 from quaclrs.engine import Hooks
@@ -53,7 +53,7 @@ def run_in_parallel(config: TrainConfig, processes: int, log: Log = print) -> di
     """
     config = dataclasses.replace(config, nproc=processes)
     to_do = tasks(config)
-    refuse_for_device(config, pick_device(config.device), World())
+    refuse_for_device(config, find_device(config.device), World())
     _prepare_data(config, log)
     make_folder(config.output_dir)
     with Watch() as watch:
@@ -102,7 +102,7 @@ class _Pool:
         self.waiting.extend(self.to_do)
         processes = min(self.config.nproc or 1, len(self.to_do))
         share_processors(processes)
-        on_gpu = pick_device(self.config.device).type == "cuda"
+        on_gpu = find_device(self.config.device).type == "cuda"
         try:
             for i in range(processes):
                 self._start(f"cuda:{i}" if on_gpu else "cpu")

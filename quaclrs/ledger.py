@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from quaclrs.errors import Interrupted, QuaclrsError, UsageError
-from quaclrs.files import file_lock, folder_lock, make_folder, write_json
+from quaclrs.files import make_folder, write_json
+from quaclrs.locks import folder_lock, locked
 
 LEDGER_FILE = "ledger.json"
 
@@ -50,7 +51,7 @@ def claimed(folder: Path, fold: int) -> Iterator[None]:
     Raises :class:`UsageError` when another living process holds it.
     """
     make_folder(folder)
-    with file_lock(folder / f".fold_{fold}.lock", wait=False) as held:
+    with locked(folder / f".fold_{fold}.lock") as held:
         if not held:
             holder = read_ledger(folder).get(f"fold_{fold}", {})
             raise UsageError(

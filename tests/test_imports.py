@@ -22,6 +22,7 @@ ROOMS = (
     "errors",
     "config",
     "files",
+    "locks",
     "interruption",
     "parallel",
     "arguments",

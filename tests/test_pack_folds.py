@@ -23,7 +23,7 @@ from png_trees import PngTree, make_rows, write_csv, write_tree
 from quaclrs.config import Columns, PackConfig, folds_text, parse_folds
 from quaclrs.errors import DataError, ShardError, StorageError, UsageError
 from quaclrs.imaging.canonical import Facts, Plan, plan
-from quaclrs.shards.locks import locked
+from quaclrs.locks import locked
 from quaclrs.shards.pack import PackSummary, pack
 from quaclrs.shards.read import ShardSet
 

@@ -20,8 +20,8 @@ from typing import Any
 from quaclrs.config import PackConfig
 from quaclrs.errors import ShardError
 from quaclrs.files import write_bytes
+from quaclrs.locks import locked
 from quaclrs.shards import format as fmt
-from quaclrs.shards.locks import locked
 from quaclrs.shards.write import PACKING_FOLDER, Receipt
 
 WHAT_MUST_AGREE = {
