@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import statistics
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from peers.client import PeerError
 
 if TYPE_CHECKING:  # spawned workers import the scripts anew, and shall not wait for torch
     import torch
@@ -28,6 +32,8 @@ class Contender:
     facts: dict[str, Any] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
     """images/s of each counted repeat."""
+    left_out: str | None = None
+    """Why it is not in the race, or not any more."""
 
     @property
     def median(self) -> float:
@@ -44,30 +50,60 @@ class Group:
     baseline: Contender
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one mode of throughput.py measured, to be saved."""
+
+    what: str
+    groups: list[Group]
+    setting: dict[str, Any]
+    device: torch.device
+
+
+def race_and_print(group: Group, repeats: int) -> None:
+    """Race the contenders of ``group`` and show their table."""
+    race(group.contenders, repeats)
+    print(table(group), flush=True)
+
+
 def race(contenders: Sequence[Contender], repeats: int) -> None:
     """Warm every contender up once, then run all of them in turn, ``repeats`` times: A B C A B C ..., so that a drift of the
-    machine meets all alike."""
+    machine meets all alike. A peer that fails on the way is left out from there on, with its reason."""
     for contender in contenders:
-        contender.run()
+        _run(contender)
     for _ in range(repeats):
         for contender in contenders:
             started = time.perf_counter()
-            images = contender.run()
-            contender.rates.append(images / (time.perf_counter() - started))
+            images = _run(contender)
+            if images is not None:
+                contender.rates.append(images / (time.perf_counter() - started))
+
+
+def _run(contender: Contender) -> int | None:
+    if contender.left_out is None:
+        try:
+            return contender.run()
+        except PeerError as error:
+            contender.left_out, contender.rates = error.reason, []
+    return None
 
 
 def ratio(contender: Contender, baseline: Contender) -> float:
-    """Median of the ratios of runs that followed each other."""
+    """Median of the ratios of runs that followed each other; NaN where one of the two was left out."""
+    if contender.left_out is not None or baseline.left_out is not None:
+        return math.nan
     return statistics.median(a / b for a, b in zip(contender.rates, baseline.rates, strict=True))
 
 
 def table(group: Group) -> str:
-    """One line per contender: median, spread and ratio to the baseline."""
+    """One line per contender: median, spread and ratio to the baseline, or why it was left out."""
     width = max(len(name) for name in (group.name, *(contender.name for contender in group.contenders)))
     lines = [f"{group.name:{width}}  {'images/s':>10}  {'min':>10}  {'max':>10}  {'ratio':>7}"]
     lines += [
         f"{contender.name:{width}}  {contender.median:>10,.0f}  {min(contender.rates):>10,.0f}  {max(contender.rates):>10,.0f}  "
         f"{ratio(contender, group.baseline):>7.2f}"
+        if contender.left_out is None
+        else f"{contender.name:{width}}  left out: {contender.left_out}"
         for contender in group.contenders
     ]
     return "\n".join([*lines, f"ratio: to {group.baseline.name}, median of the pairs", ""])
@@ -75,20 +111,22 @@ def table(group: Group) -> str:
 
 def save(what: str, groups: Sequence[Group], setting: dict[str, Any], device: torch.device) -> Path:
     """Write the races of ``groups`` as a result file and return its path."""
-    rows = [
-        {
-            "group": group.name,
-            "name": contender.name,
-            "median_images_per_s": contender.median,
-            "ratio_to_baseline": ratio(contender, group.baseline),
-            "baseline": group.baseline.name,
-            "images_per_s": contender.rates,
-            "facts": contender.facts,
-        }
-        for group in groups
-        for contender in group.contenders
-    ]
+    rows = [_row(group, contender) for group in groups for contender in group.contenders]
     return write_result(what, rows, setting, device)
+
+
+def _row(group: Group, contender: Contender) -> dict[str, Any]:
+    row: dict[str, Any] = {"group": group.name, "name": contender.name}
+    if contender.left_out is not None:
+        return row | {"left_out": re.sub(r"(?<!\S)['\"]?/\S*/", "", contender.left_out)}  # without the machine's folders
+    against = ratio(contender, group.baseline)
+    return row | {
+        "median_images_per_s": contender.median,
+        "ratio_to_baseline": None if math.isnan(against) else against,
+        "baseline": group.baseline.name,
+        "images_per_s": contender.rates,
+        "facts": contender.facts,
+    }
 
 
 def write_result(what: str, rows: list[dict[str, Any]], setting: dict[str, Any], device: torch.device) -> Path:

@@ -9,6 +9,7 @@ import queue
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -43,6 +44,8 @@ class Peer:
         self.deadline_s = deadline_s
         self.versions: dict[str, str] = {}
         """What the peer runs on, known once it is ready."""
+        self.check: dict[str, float] = {}
+        """How far its pixels are from Pillow's, known once it is ready."""
         self._command = [str(python), str(script), *map(str, arguments)]
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -64,7 +67,8 @@ class Peer:
             raise PeerError(self.name, f"cannot be started: {error}") from None
         threading.Thread(target=self._listen, args=[self._process], name=f"peer-{self.name}", daemon=True).start()
         try:
-            self.versions = self._answer()["versions"]
+            ready = self._answer()
+            self.versions, self.check = ready["versions"], ready["check"]
         except BaseException:
             self.close()
             raise
@@ -119,21 +123,30 @@ class Peer:
         return answer
 
 
-def make_environment(name: str, requirements: Sequence[str], folder: Path) -> Path:
+def make_environment(name: str, requirements: Sequence[str], folder: Path, *, over_ours: bool = False) -> Path:
     """A virtual environment ``folder/name`` with ``requirements``, made unless it is there already; returns its Python.
 
+    ``over_ours``: what it has not itself it takes from our environment, so that torch is the same and not there twice.
     Raises :class:`PeerError` with the installer's reason. Delete the folder to have it made anew.
     """
     root = folder / name
     python = root / "bin" / "python"
     installed = root / INSTALLED
-    wanted = "".join(f"{requirement}\n" for requirement in requirements)
+    ours = sysconfig.get_path("purelib")
+    wanted = "".join(f"{line}\n" for line in [*requirements, *([f"# over {ours}"] if over_ours else [])])
     if installed.is_file() and installed.read_text() == wanted:
         return python
     _install(name, [sys.executable, "-m", "venv", "--clear", str(root)])
+    if over_ours:
+        (_packages_of(python) / "ours.pth").write_text(f"{ours}\n")  # pip sees it too, and installs beside it what must differ
     _install(name, [str(python), "-m", "pip", "install", "--disable-pip-version-check", *requirements])
     installed.write_text(wanted)
     return python
+
+
+def _packages_of(python: Path) -> Path:
+    command = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    return Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
 
 
 def read_requirements(path: Path) -> list[str]:

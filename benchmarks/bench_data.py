@@ -1,0 +1,83 @@
+"""What the benchmarks are measured on: synthetic pictures, and their shards in a work folder, kept from run to run."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quaclrs.arguments import columns_of
+from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, PackConfig, TrainConfig
+
+if TYPE_CHECKING:  # spawned workers import the scripts anew, and shall not wait for torch
+    from quaclrs.dataset import Dataset
+
+
+def make_data(options: Any, folder: Path) -> None:
+    """Synthesise a dataset and have ``options`` name it."""
+    from quaclrs.synthesize import SynthesisConfig, synthesize_dataset
+
+    synthesize_dataset(
+        SynthesisConfig(output_dir=folder, samples_per_class=options.samples_per_class, num_workers=options.num_workers),
+        progress=True,
+    )
+    options.csv_file, options.spectrograms_dir = folder / DEFAULT_CSV_FILE, folder / DEFAULT_SPECTROGRAMS_DIR
+
+
+def pack_config(options: Any, output_dir: Path, encoding: str) -> PackConfig:
+    """A packing of what ``options`` names."""
+    return PackConfig(
+        csv_file=options.csv_file,
+        spectrograms_dir=options.spectrograms_dir,
+        output_dir=output_dir,
+        encoding=encoding,
+        image_size=options.image_size,
+        num_workers=options.num_workers,
+        columns=columns_of(options),
+    )
+
+
+def packed(options: Any, work_dir: Path, encoding: str) -> Dataset:
+    """The dataset in shards of ``encoding`` below ``work_dir``, packed unless they are there."""
+    from quaclrs.dataset import open_dataset
+    from quaclrs.shards.pack import pack
+
+    output_dir = work_dir / f"shards-{encoding}"
+    pack(pack_config(options, output_dir, encoding), progress=True)
+    return open_dataset(TrainConfig(shards=output_dir), want_shards=True, log=print)
+
+
+def tree_of(options: Any) -> Dataset:
+    """The dataset as the PNG tree it is; its samples are numbered as those of the shards."""
+    from quaclrs.dataset import open_dataset
+
+    config = TrainConfig(csv_file=options.csv_file, spectrograms_dir=options.spectrograms_dir, columns=columns_of(options))
+    return open_dataset(config, want_shards=False, log=print)
+
+
+def pixels_of(rgb: Dataset, work_dir: Path) -> Path:
+    """(N, S, S, 3) uint8 .npy of the ``rgb`` shards' pictures, as Pillow resized them."""
+    assert rgb.shards is not None
+    shape = (len(rgb), *rgb.shards.array(0).shape)
+    path = work_dir / f"pixels_{shape[0]}x{shape[1]}.npy"
+    if not path.exists():
+        unfinished = path.with_name("unfinished.npy")
+        pixels = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape)
+        for number in range(len(rgb)):
+            pixels[number] = rgb.shards.array(number)
+        pixels.flush()
+        unfinished.rename(path)
+    return path
+
+
+def write_pictures(tree: Dataset, work_dir: Path) -> Path:
+    """CSV: number and PNG file of each sample."""
+    assert tree.paths is not None
+    path = work_dir / "pictures.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["number", "file"])
+        writer.writerows(enumerate(map(str, (picture.resolve() for picture in tree.paths))))
+    return path

@@ -1,0 +1,85 @@
+#!/usr/bin/env python3
+"""Peer: LitData, optimize() and StreamingDataset, in an environment over ours (requirements-litdata-datasets.txt).
+
+--stored png: litdata.Image(path=...), the files' own bytes, as its manual prefers; LitData decodes them with torchvision, and v2's
+transforms follow in the workers. Compared: every value, within v2's resize (one level, 0.05 in the mean).
+--stored raw: tensors of ready pixels, (S, S, 3) uint8; workers only collate. Compared: every value, equal to Pillow's.
+StreamingDataLoader with workers that stay, chunks of the default 64 MB, LitData's own shuffle. The folder is local and not copied.
+
+Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"  # it would ask the network
+
+import litdata  # type: ignore[import-not-found, unused-ignore]
+import numpy as np
+import torch
+from peers.pictures import collate, tensor_transform
+from peers.serving import EXACT, Delivery, Tolerance, cores, loader_options, make_parser, parse, read_pictures, serve_epochs
+
+CHUNK_BYTES = "64MB"
+RESIZE_TOLERANCE = Tolerance(most=1, mean=0.05)
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--stored", choices=("png", "raw"), default="raw")
+    options = parse(parser)
+    pixels = np.load(options.pixels, mmap_mode="r")
+    size = pixels.shape[1]
+    png = options.stored == "png"
+    store = options.work_dir / (f"litdata_png_{len(pixels)}" if png else f"litdata_raw_{len(pixels)}x{size}")
+    if not store.is_dir():
+        files = read_pictures(options.pictures) if png else None
+        _write(store, len(pixels), partial(_from_file, files) if files else partial(_from_pixels, options.pixels))
+    dataset = litdata.StreamingDataset(
+        str(store),
+        shuffle=True,
+        drop_last=False,
+        seed=42 + options.seed,
+        transform=partial(_transformed, tensor_transform(size, options.dtype)) if png else None,
+    )
+    loader = litdata.StreamingDataLoader(dataset, collate_fn=collate if png else None, **loader_options(options))
+    delivery = Delivery(options, size)
+
+    def epoch() -> Iterator[tuple[torch.Tensor, Any]]:
+        for batch in loader:
+            if png:
+                yield delivery.images(batch[0]), batch[1]
+            else:
+                yield delivery.pixels(batch["image"]), batch["number"]
+
+    packages = ("litdata", "torch", "torchvision")
+    serve_epochs(epoch, options, packages, tolerance=RESIZE_TOLERANCE if png else EXACT)
+
+
+def _write(store: Path, samples: int, sample: Any) -> None:
+    unfinished = store.with_name(store.name + ".unfinished")
+    litdata.optimize(
+        sample, list(range(samples)), str(unfinished), chunk_bytes=CHUNK_BYTES, num_workers=cores(), mode="overwrite", verbose=False
+    )
+    unfinished.rename(store)
+
+
+def _from_file(files: list[str], number: int) -> dict[str, Any]:
+    return {"image": litdata.Image(path=files[number]), "number": number}
+
+
+def _from_pixels(pixels: Path, number: int) -> dict[str, Any]:
+    return {"image": torch.from_numpy(np.array(np.load(pixels, mmap_mode="r")[number])), "number": number}
+
+
+def _transformed(transform: Any, sample: dict[str, Any], *arguments: Any, **keywords: Any) -> tuple[torch.Tensor, int]:
+    return transform(sample["image"]), sample["number"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""What peers that decode do to a picture, and how pictures become a batch. Needs torch and torchvision in the peer's environment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peers.serving import IMAGENET_MEAN, IMAGENET_STD
+from torchvision import transforms
+from torchvision.transforms import v2
+
+
+def pillow_transform(size: int, dtype: str) -> Any:
+    """The original's transforms: an RGB Pillow image to (3, S, S). Bit for bit what the .npy holds."""
+    resize = transforms.Resize((size, size))
+    if dtype == "uint8":
+        return transforms.Compose([resize, transforms.PILToTensor()])
+    return transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+
+def tensor_transform(size: int, dtype: str) -> Any:
+    """The same by torchvision's v2 transforms: (3, H, W) uint8 to (3, S, S).
+
+    The resize is torch's own, on uint8 (its fast path, chosen by the tensor's channels-last memory); it differs from Pillow's in few
+    values, and there by one level.
+    """
+    resize = v2.Resize((size, size), antialias=True)
+    if dtype == "uint8":
+        return resize
+    return v2.Compose([resize, v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+
+def collate(samples: list[tuple[torch.Tensor, Any]]) -> tuple[torch.Tensor, list[Any]]:
+    """Pictures (3, S, S) and whatever tells their numbers to a batch (B, 3, S, S) in channels_last memory, in the worker."""
+    images = torch.stack([image for image, _ in samples])
+    return images.contiguous(memory_format=torch.channels_last), [number for _, number in samples]

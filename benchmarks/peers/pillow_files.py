@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+"""Peer: the original trainer's way. A PNG tree, Pillow and torchvision's transforms in DataLoader's workers.
+
+convert("RGB"), Resize, ToTensor and Normalize for each picture; batches are collated in the worker, channels_last. Workers stay from
+epoch to epoch. Compared: every value, equal to Pillow's.
+
+Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from peers.pictures import collate, pillow_transform
+from peers.serving import Delivery, loader_options, make_parser, parse, read_pictures, serve_epochs
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+
+class Pictures(Dataset[tuple[torch.Tensor, int]]):
+    """The tree; the number stands where a user has the label, so that batches can be checked."""
+
+    def __init__(self, files: list[str], transform: Any) -> None:
+        self.files = files
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
+        with Image.open(self.files[number]) as image:
+            return self.transform(image.convert("RGB")), number
+
+
+def main() -> None:
+    options = parse(make_parser(__doc__))
+    size = np.load(options.pixels, mmap_mode="r").shape[1]
+    pictures = Pictures(read_pictures(options.pictures), pillow_transform(size, options.dtype))
+    torch.manual_seed(options.seed)
+    loader = DataLoader(pictures, shuffle=True, collate_fn=collate, **loader_options(options))
+    delivery = Delivery(options, size)
+
+    def epoch() -> Iterator[tuple[torch.Tensor, list[int]]]:
+        for images, numbers in loader:
+            yield delivery.images(images), numbers
+
+    serve_epochs(epoch, options, ("Pillow", "torch", "torchvision"))
+
+
+if __name__ == "__main__":
+    main()

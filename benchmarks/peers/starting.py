@@ -1,0 +1,101 @@
+"""From an entry of the registry to a contender: its environment, the best number of workers, a process that is ready."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from measure import Contender
+from peers.client import HERE, Peer, PeerError, make_environment, read_requirements
+from peers.registry import Entry
+
+_EACH_COUNT_UP_TO = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all peers of a group are given alike."""
+
+    pixels: Path
+    """(N, S, S, 3) uint8 .npy, all pictures as Pillow resizes them: what is served ready, and what all are checked against."""
+    pictures: Path
+    """CSV: number and PNG file of each sample."""
+    shards: Path
+    """Our png shards of the same samples."""
+    work_dir: Path
+    """Where peers keep what they write, from run to run."""
+    batch_size: int
+    dtype: str
+    device: str
+    cores: int
+    environments: Path | None
+    """The folder of the peers' environments; None measures only peers that need none."""
+
+    def arguments(self, entry: Entry, num_workers: int) -> list[object]:
+        """The command line of ``entry``'s script."""
+        flags = ("pixels", "pictures", "shards", "work_dir", "batch_size", "dtype", "device")
+        given = [part for flag in flags for part in (f"--{flag}", getattr(self, flag))]
+        return [*given, "--num_workers", num_workers, *entry.arguments]
+
+
+def open_peer(entry: Entry, setting: Setting, stack: contextlib.ExitStack, log: Callable[[str], None] = print) -> Contender:
+    """A contender whose process is ready and lives as long as ``stack``; one that says why it is left out where that fails."""
+
+    def start(num_workers: int) -> Peer:
+        return Peer(entry.name, python, HERE / entry.script, setting.arguments(entry, num_workers))
+
+    try:
+        python = _python_of(entry, setting.environments)
+        best, rates = tune(start, worker_counts(entry.least_workers, setting.cores))
+        log(f"{entry.name}: {best} workers, of {', '.join(f'{count} ({rate:,.0f}/s)' for count, rate in rates.items())}")
+        peer = stack.enter_context(start(best))
+    except PeerError as error:
+        log(f"left out: {error}")
+        return Contender(name=entry.name, run=_not_started, left_out=error.reason)
+    facts: dict[str, Any] = {"num_workers": best, "images_per_s_by_workers": rates} | peer.check | peer.versions
+    return Contender(name=entry.name, run=peer.run, facts=facts)
+
+
+def worker_counts(least: int, cores: int) -> list[int]:
+    """The numbers of workers to try: all from ``least`` to ``cores``, and on larger machines powers of two in place of the middle."""
+    powers = [1 << power for power in range(_EACH_COUNT_UP_TO.bit_length(), cores.bit_length())]
+    counts = {*range(min(cores, _EACH_COUNT_UP_TO) + 1), *powers, cores}
+    return sorted(count for count in counts if count >= least)
+
+
+def tune(start: Callable[[int], Peer], counts: Sequence[int]) -> tuple[int, dict[int, float]]:
+    """The best of ``counts`` by one epoch each, after the one that checks the peer; and the images/s of each that worked.
+
+    Raises the last :class:`PeerError` where none works.
+    """
+    rates: dict[int, float] = {}
+    failure: PeerError | None = None
+    for count in counts:
+        try:
+            with start(count) as peer:
+                started = time.perf_counter()
+                images = peer.run()
+                rates[count] = images / (time.perf_counter() - started)
+        except PeerError as error:
+            failure = error
+    if not rates:
+        raise failure or ValueError("no number of workers to try")
+    return max(rates, key=lambda count: rates[count]), rates
+
+
+def _python_of(entry: Entry, environments: Path | None) -> Path:
+    if entry.environment is None:
+        return Path(sys.executable)
+    if environments is None:
+        raise PeerError(entry.name, "needs an environment of its own; name a folder with --peers")
+    requirements = read_requirements(HERE / f"requirements-{entry.environment}.txt")
+    return make_environment(entry.environment, requirements, environments.resolve(), over_ours=entry.over_ours)
+
+
+def _not_started() -> int:
+    raise RuntimeError("this peer is not in the race")

@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Peer: MosaicML Streaming, MDSWriter and StreamingDataset, in an environment over ours (requirements-streaming.txt).
+
+--stored png: a column of bytes, the files' own (the "png" column would compress them anew, to the same pixels), opened by Pillow as
+that column does, and the original's transforms in __getitem__, as its manual has it. Compared: every value, equal to Pillow's.
+--stored raw: a column "ndarray:uint8:S,S,3" of ready pixels; workers only collate. Compared: every value, equal to Pillow's.
+DataLoader over StreamingDataset(local=...), workers that stay, shards of the default 64 MiB uncompressed, the default shuffle (py1e).
+
+Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peers.pictures import collate, pillow_transform
+from peers.serving import Delivery, loader_options, make_parser, parse, read_pictures, serve_epochs
+from PIL import Image
+from streaming import MDSWriter, StreamingDataset  # type: ignore[import-not-found, unused-ignore]
+from torch.utils.data import DataLoader
+
+
+class Decoded(StreamingDataset):  # type: ignore[misc, unused-ignore]
+    """PNG bytes decoded and resized while loading."""
+
+    def __init__(self, transform: Any, **options: Any) -> None:
+        super().__init__(**options)
+        self.transform = transform
+
+    def __getitem__(self, index: Any) -> tuple[torch.Tensor, int]:
+        sample = super().__getitem__(index)
+        with Image.open(io.BytesIO(sample["image"])) as image:
+            return self.transform(image.convert("RGB")), sample["number"]
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--stored", choices=("png", "raw"), default="raw")
+    options = parse(parser)
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor is it written to
+    pixels = np.load(options.pixels, mmap_mode="r")
+    size = pixels.shape[1]
+    png = options.stored == "png"
+    store = options.work_dir / (f"streaming_png_{len(pixels)}" if png else f"streaming_raw_{len(pixels)}x{size}")
+    if not store.is_dir():
+        if png:
+            _write(store, "bytes", (Path(file).read_bytes() for file in read_pictures(options.pictures)))
+        else:
+            _write(store, f"ndarray:uint8:{size},{size},3", map(np.array, pixels))
+    reading = {"local": str(store), "shuffle": True, "shuffle_seed": 9176 + options.seed, "batch_size": options.batch_size}
+    dataset = Decoded(pillow_transform(size, options.dtype), **reading) if png else StreamingDataset(**reading)
+    loader = DataLoader(dataset, collate_fn=collate if png else None, **loader_options(options))
+    delivery = Delivery(options, size)
+
+    def epoch() -> Iterator[tuple[torch.Tensor, Any]]:
+        for batch in loader:
+            if png:
+                yield delivery.images(batch[0]), batch[1]
+            else:
+                yield delivery.pixels(batch["image"]), batch["number"]
+
+    serve_epochs(epoch, options, ("mosaicml-streaming", "numpy", "Pillow", "torch"))
+
+
+def _write(store: Path, kind: str, pictures: Iterable[Any]) -> None:
+    unfinished = store.with_name(store.name + ".unfinished")
+    with MDSWriter(out=str(unfinished), columns={"image": kind, "number": "int"}, exist_ok=True) as writer:
+        for number, picture in enumerate(pictures):
+            writer.write({"image": picture, "number": number})
+    unfinished.rename(store)
+
+
+if __name__ == "__main__":
+    main()

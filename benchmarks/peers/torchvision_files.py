@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""Peer: torchvision alone. A PNG tree, decode_image and the v2 transforms in DataLoader's workers.
+
+decode_image(mode=RGB) gives channels-last memory, which v2's resize, antialiased on uint8, and all that follows keep: the batch is
+stacked without another layout. Compared: every value, which by v2's resize may be one level off Pillow's, and in the mean 0.05.
+
+Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from peers.pictures import collate, tensor_transform
+from peers.serving import Delivery, Tolerance, loader_options, make_parser, parse, read_pictures, serve_epochs
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_image
+
+TOLERANCE = Tolerance(most=1, mean=0.05)
+
+
+class Pictures(Dataset[tuple[torch.Tensor, int]]):
+    """The tree; the number stands where a user has the label, so that batches can be checked."""
+
+    def __init__(self, files: list[str], transform: Any) -> None:
+        self.files = files
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
+        return self.transform(decode_image(self.files[number], ImageReadMode.RGB)), number
+
+
+def main() -> None:
+    options = parse(make_parser(__doc__))
+    warnings.filterwarnings(
+        "ignore", message=".*TorchCodec"
+    )  # decode_image is deprecated since torchvision 0.29, but what is asked for
+    size = np.load(options.pixels, mmap_mode="r").shape[1]
+    pictures = Pictures(read_pictures(options.pictures), tensor_transform(size, options.dtype))
+    torch.manual_seed(options.seed)
+    loader = DataLoader(pictures, shuffle=True, collate_fn=collate, **loader_options(options))
+    delivery = Delivery(options, size)
+
+    def epoch() -> Iterator[tuple[torch.Tensor, list[int]]]:
+        for images, numbers in loader:
+            yield delivery.images(images), numbers
+
+    serve_epochs(epoch, options, ("torch", "torchvision"), tolerance=TOLERANCE)
+
+
+if __name__ == "__main__":
+    main()
