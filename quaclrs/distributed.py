@@ -150,10 +150,8 @@ def joined_world(device: str) -> Iterator[World]:
     if not is_rank():
         yield World()
         return
-    rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-    local_rank, local_size = (
-        int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", size))
-    )
+    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
         found = torch.cuda.device_count()

@@ -264,7 +264,7 @@ def test_training_is_what_a_hand_written_loop_does(tree: PngTree, tmp_path: Path
     model = torchvision_models.mobilenet_v2(weights=None)
     model.classifier[1] = nn.Linear(model.last_channel, 3)
     model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, weight_decay=1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, weight_decay=1e-2, fused=True)
     weights = balanced_weights(load_rows(tree, rows_of_folds(tree, 2))[1])
     criterion = nn.CrossEntropyLoss(weights)
     summed = nn.CrossEntropyLoss(weights, reduction="sum")
