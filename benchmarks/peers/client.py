@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,20 +39,30 @@ class Peer:
     Raises :class:`PeerError` with the last line the process wrote when it ends early or lets us wait more than ``deadline_s``.
     """
 
-    def __init__(self, name: str, python: Path, script: Path, arguments: Sequence[object], *, deadline_s: float = 900) -> None:
+    def __init__(
+        self,
+        name: str,
+        python: Path,
+        script: Path,
+        arguments: Sequence[object],
+        *,
+        deadline_s: float = 900,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
         self.deadline_s = deadline_s
         self.versions: dict[str, str] = {}
         """What the peer runs on, known once it is ready."""
         self.check: dict[str, float] = {}
         """How far its pixels are from Pillow's, known once it is ready."""
+        self._variables = dict(variables or {})
         self._command = [str(python), str(script), *map(str, arguments)]
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._complaints = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed in close()
 
     def __enter__(self) -> Peer:
-        environment = os.environ | {"PYTHONPATH": str(HERE.parent)}  # for `from peers...`; nothing else of ours
+        environment = self._variables | os.environ | {"PYTHONPATH": str(HERE.parent)}  # for `from peers...`; nothing else of ours
         try:
             self._process = subprocess.Popen(
                 self._command,

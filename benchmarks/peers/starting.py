@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ def open_peer(entry: Entry, setting: Setting, stack: contextlib.ExitStack, log: 
     """A contender whose process is ready and lives as long as ``stack``; one that says why it is left out where that fails."""
 
     def start(num_workers: int) -> Peer:
-        return Peer(entry.name, python, HERE / entry.script, setting.arguments(entry, num_workers))
+        return Peer(entry.name, python, HERE / entry.script, setting.arguments(entry, num_workers), variables=_variables(entry))
 
     try:
         python = _python_of(entry, setting.environments)
@@ -57,7 +58,8 @@ def open_peer(entry: Entry, setting: Setting, stack: contextlib.ExitStack, log: 
     except PeerError as error:
         log(f"left out: {error}")
         return Contender(name=entry.name, run=_not_started, left_out=error.reason)
-    facts: dict[str, Any] = {"num_workers": best, "images_per_s_by_workers": rates} | peer.check | peer.versions
+    facts: dict[str, Any] = {"num_workers": best, "images_per_s_by_workers": rates} | _variables(entry)
+    facts |= peer.check | peer.versions
     return Contender(name=entry.name, run=peer.run, facts=facts)
 
 
@@ -95,6 +97,11 @@ def _python_of(entry: Entry, environments: Path | None) -> Path:
         raise PeerError(entry.name, "needs an environment of its own; name a folder with --peers")
     requirements = read_requirements(HERE / f"requirements-{entry.environment}.txt")
     return make_environment(entry.environment, requirements, environments.resolve(), over_ours=entry.over_ours)
+
+
+def _variables(entry: Entry) -> dict[str, str]:
+    """Environment variables, which those that are set already override."""
+    return {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")} if entry.waits_passively else {}
 
 
 def _not_started() -> int:

@@ -1,0 +1,406 @@
+"""The peers of the benchmark: what they are asked, how they are checked, and that none of them can spoil a run."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from png_trees import PngTree
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import measure  # noqa: E402
+from measure import Contender, Group  # noqa: E402
+from peers.client import HERE, Peer, PeerError, make_environment, read_requirements  # noqa: E402
+from peers.registry import DECODING, KEYS, PEERS, READY, Entry  # noqa: E402
+from peers.serving import IMAGENET_MEAN, IMAGENET_STD, KeptBuffer, Tolerance, check_batch, check_epoch  # noqa: E402
+from peers.starting import Setting, open_peer, tune, worker_counts  # noqa: E402
+
+SIZE = 32
+BATCH = 8
+SAMPLES = 20
+ENVIRONMENTS = "QUACLRS_PEERS"
+"""Names the folder of the peers' environments, as throughput.py --peers has it; without it those peers are skipped."""
+NEEDS = {"dali": "nvidia.dali", "webdataset": "webdataset"}
+
+
+@pytest.fixture(scope="session")
+def setting(png_tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """The first samples of ``png_tree``: pixels by Pillow alone, their list, and png shards of them."""
+    from quaclrs.config import PackConfig
+    from quaclrs.shards.pack import pack
+
+    folder = tmp_path_factory.mktemp("peers")
+    with png_tree.csv_file.open(newline="") as file:
+        lines = file.readlines()
+    small = folder / "data.csv"
+    small.write_text("".join(lines[: 1 + SAMPLES]))
+    shards = folder / "shards-png"
+    pack(
+        PackConfig(
+            csv_file=small, spectrograms_dir=png_tree.spectrograms_dir, output_dir=shards, num_workers=1, shard_size=8 * 1024
+        )
+    )
+    files = [png_tree.path(int(row)) for row in np.load(shards / "samples.npy")["row"]]
+    pixels = [np.asarray(Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)) for path in files]
+    np.save(folder / "pixels.npy", np.stack(pixels))
+    with (folder / "pictures.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("number", "file"), *enumerate(map(str, files))])
+    return Setting(
+        pixels=folder / "pixels.npy",
+        pictures=folder / "pictures.csv",
+        shards=shards,
+        work_dir=folder / "stores",
+        batch_size=BATCH,
+        dtype="float32",
+        device="cpu",
+        cores=1,
+        environments=None,
+    )
+
+
+def entry(key: str) -> Entry:
+    return next(entry for entry in PEERS if entry.key == key)
+
+
+def served(python: Path, entry: Entry, setting: Setting, num_workers: int) -> tuple[int, Peer]:
+    peer = Peer(entry.name, python, HERE / entry.script, setting.arguments(entry, num_workers), deadline_s=120)
+    with peer:
+        return peer.run(), peer
+
+
+# one process each, in turn over the number of workers and the dtype: the script's own check of a whole epoch is the test
+@pytest.mark.parametrize(
+    ("key", "num_workers", "dtype"),
+    [
+        ("pillow", 0, "float32"),
+        ("torchvision", 1, "uint8"),
+        ("webdataset", 2, "float32"),
+        ("dali", 1, "float32"),
+        ("memmap", 1, "float32"),
+        ("memmap-kept", 1, "float32"),
+    ],
+)
+def test_a_peer_of_our_environment_serves_every_sample_once(key: str, num_workers: int, dtype: str, setting: Setting) -> None:
+    if key in NEEDS:
+        pytest.importorskip(NEEDS[key])
+    images, peer = served(Path(sys.executable), entry(key), _with(setting, dtype=dtype), num_workers)
+    assert images == SAMPLES
+    assert peer.versions["torch"]
+    if key not in ("dali", "torchvision"):
+        assert peer.check["most_levels_from_pillow"] == 0
+
+
+@pytest.mark.parametrize("key", [entry.key for entry in PEERS if entry.environment is not None])
+def test_a_peer_of_another_environment_serves_every_sample_once(key: str, setting: Setting) -> None:
+    wanted = entry(key)
+    folder = os.environ.get(ENVIRONMENTS)
+    if folder is None:
+        pytest.skip(f"{ENVIRONMENTS} names no folder of peers' environments")
+    python = Path(folder) / str(wanted.environment) / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"no environment {wanted.environment} in {ENVIRONMENTS}")
+    assert served(python, wanted, setting, num_workers=1)[0] == SAMPLES
+
+
+def test_the_registry_is_whole() -> None:
+    assert len(set(KEYS)) == len({entry.name for entry in PEERS}) == len(PEERS)
+    for entry in PEERS:
+        assert (HERE / entry.script).is_file()
+        assert entry.group in (DECODING, READY)
+        if entry.environment is not None:
+            requirements = read_requirements(HERE / f"requirements-{entry.environment}.txt")
+            assert requirements
+            assert all("==" in requirement for requirement in requirements)
+
+
+def test_normalisation_of_the_peers_is_ours() -> None:
+    torch = pytest.importorskip("torch")
+    from quaclrs.imaging import normalise
+
+    assert (IMAGENET_MEAN, IMAGENET_STD) == (normalise.IMAGENET_MEAN, normalise.IMAGENET_STD)
+    pictures = torch.arange(2 * 4 * 4 * 3, dtype=torch.uint8).reshape(2, 4, 4, 3)
+    kept = KeptBuffer(3, 4).normalise(pictures).permute(0, 3, 1, 2)
+    torch.testing.assert_close(kept, normalise.normalise(pictures), rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------------- the check
+
+
+def _pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (3, 4, 4, 3), dtype=np.uint8)
+
+
+def _batch(pixels: np.ndarray, dtype: str) -> Any:
+    import torch
+
+    from quaclrs.imaging.normalise import normalise
+
+    tensor = torch.from_numpy(pixels.copy())
+    return normalise(tensor) if dtype == "float32" else tensor.permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_check_passes_equal_pixels_and_refuses_one_wrong_level(dtype: str) -> None:
+    pixels = _pixels()
+    assert check_batch(_batch(pixels, dtype), pixels, dtype) == (0, 0)
+    wrong = pixels.copy()
+    wrong[1, 2, 3, 0] += 1
+    with pytest.raises(SystemExit, match=r"up to 1 levels, 0\.0069\d in the mean; allowed are 0 and 0"):
+        check_batch(_batch(wrong, dtype), pixels, dtype)
+    most, mean = check_batch(_batch(wrong, dtype), pixels, dtype, Tolerance(most=1, mean=0.1))
+    assert (most, mean) == pytest.approx((1, 1 / pixels.size), abs=1e-3)
+    with pytest.raises(SystemExit, match=r"allowed are 1 and 0\.001"):
+        check_batch(_batch(wrong, dtype), pixels, dtype, Tolerance(most=1, mean=0.001))
+
+
+def test_check_refuses_other_layouts_types_and_shapes() -> None:
+    pixels = _pixels()
+    with pytest.raises(SystemExit, match="not in channels_last memory"):
+        check_batch(_batch(pixels, "float32").contiguous(), pixels, "float32")
+    with pytest.raises(SystemExit, match=r"the batch is torch\.uint8, not float32"):
+        check_batch(_batch(pixels, "uint8"), pixels, "float32")
+    with pytest.raises(SystemExit, match=r"the batch is \(2, 4, 4, 3\), not \(3, 4, 4, 3\)"):
+        check_batch(_batch(pixels[:2], "uint8"), pixels, "uint8")
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ([[0, 1], [2]], None),
+        ([[2], [0, 1]], None),
+        ([[0, 1]], "an epoch has 2 samples, 2 of them different, where there are 3"),
+        ([[0, 1], [2], [0]], "an epoch has 4 samples, 3 of them different, where there are 3"),
+        ([[0, 1], [1]], "an epoch has 3 samples, 2 of them different, where there are 3"),
+        ([], "an epoch has 0 samples, 0 of them different, where there are 3"),
+    ],
+)
+def test_check_wants_every_sample_once(order: list[list[int]], message: str | None) -> None:
+    pixels = _pixels()
+
+    def epoch() -> Iterator[tuple[Any, Any]]:
+        for numbers in order:
+            yield _batch(pixels[numbers], "uint8"), numbers
+
+    with contextlib.nullcontext() if message is None else pytest.raises(SystemExit, match=message):
+        check = check_epoch(epoch, pixels, "uint8", Tolerance(), np.asarray)
+        assert check == {"most_levels_from_pillow": 0, "mean_levels_from_pillow": 0}
+
+
+def test_a_peer_with_wrong_pixels_is_not_timed(setting: Setting, tmp_path: Path) -> None:
+    other = tmp_path / "other.npy"
+    np.save(other, 255 - np.load(setting.pixels))
+    with pytest.raises(PeerError, match="differs from Pillow's pixels by up to") as caught:
+        served(Path(sys.executable), entry("pillow"), _with(setting, pixels=other), 0)
+    assert caught.value.reason.startswith("ended early with exit code 1: ValueError: the batch differs")
+
+
+# ---------------------------------------------------------------------- the protocol, by scripts that do nothing
+
+
+READY_LINE = json.dumps({"ready": True, "versions": {"python": "3"}, "check": {"most_levels_from_pillow": 0.5}})
+
+
+def _script(tmp_path: Path, text: str) -> Entry:
+    script = tmp_path / "peer.py"
+    script.write_text(text)
+    return Entry(key="test", name="a test's peer", script=str(script), group=READY)
+
+
+def _serving(run: str) -> str:
+    """A script that is ready at once; ``run`` is done for each line of its input, which is ``line``."""
+    return f"import sys, os, json, time\nprint({READY_LINE!r}, flush=True)\nfor line in sys.stdin:\n    {run}\n"
+
+
+ANSWER = 'print(json.dumps({"images": 7}), flush=True)'
+
+
+def test_protocol(tmp_path: Path) -> None:
+    script = Path(_script(tmp_path, _serving(f'assert line == "run\\n"; {ANSWER}')).script)
+    with Peer("a test's peer", Path(sys.executable), script, [], deadline_s=30) as peer:
+        assert peer.versions == {"python": "3"}
+        assert peer.check == {"most_levels_from_pillow": 0.5}
+        assert [peer.run(), peer.run()] == [7, 7]
+
+
+def test_what_a_library_prints_is_not_an_answer(tmp_path: Path, setting: Setting) -> None:
+    script = tmp_path / "peer.py"
+    script.write_text(
+        "from peers.serving import make_parser, parse, serve\n"
+        "options = parse(make_parser(None))\n"
+        "print('a library says hello')\n"
+        "serve(lambda: print('and again') or 3, options, ('numpy',))\n"
+    )
+    with Peer("a test's peer", Path(sys.executable), script, setting.arguments(entry("pillow"), 0), deadline_s=30) as peer:
+        assert peer.run() == 3
+        assert peer.versions["numpy"] == np.__version__
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("raise MemoryError('no room')", "ended early with exit code 1: MemoryError: no room"),
+        (_serving("os._exit(9)"), "ended early with exit code 9: it said nothing"),
+        ("import a_library_that_nobody_has", "exit code 1: ModuleNotFoundError: No module named 'a_library_that_nobody_has'"),
+    ],
+)
+def test_a_peer_that_crashes_is_left_out_with_its_reason(text: str, reason: str, tmp_path: Path, setting: Setting) -> None:
+    said: list[str] = []
+    with contextlib.ExitStack() as stack:
+        contender = open_peer(_script(tmp_path, text), setting, stack, said.append)
+    assert contender.left_out is not None
+    assert reason in contender.left_out
+    assert len(said) == 1
+    assert said[0].startswith("left out: a test's peer: ")
+
+
+def test_a_peer_that_cannot_be_installed_is_left_out_with_its_reason(
+    tmp_path: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def install(name: str, requirements: list[str], folder: Path, *, over_ours: bool) -> Path:
+        raise PeerError(name, "not installed: ERROR: No matching distribution found for ffcv==1.0.2")
+
+    monkeypatch.setattr("peers.starting.make_environment", install)
+    with contextlib.ExitStack() as stack:
+        contender = open_peer(entry("ffcv-raw"), _with(setting, environments=tmp_path), stack, lambda line: None)
+        without = open_peer(entry("ffcv-raw"), setting, stack, lambda line: None)
+    assert contender.left_out == "not installed: ERROR: No matching distribution found for ffcv==1.0.2"
+    assert without.left_out == "needs an environment of its own; name a folder with --peers"
+
+
+def test_pips_reason_is_told(tmp_path: Path) -> None:
+    with pytest.raises(PeerError, match=r"^ours: not installed: ERROR: .*no-such-file\.whl"):
+        make_environment("ours", [str(tmp_path / "no-such-file.whl")], tmp_path)
+    assert not (tmp_path / "ours" / "requirements.txt").exists()  # so that it is made anew
+
+
+def test_an_environment_over_ours_has_our_packages(tmp_path: Path) -> None:
+    # an installed requirement: pip finds it in ours and installs nothing
+    python = make_environment("over", ["numpy"], tmp_path, over_ours=True)
+    asked = subprocess.run([str(python), "-c", "import numpy; print(numpy.__file__)"], capture_output=True, text=True, check=True)
+    assert asked.stdout.strip() == np.__file__
+    before = (tmp_path / "over" / "requirements.txt").stat().st_mtime_ns
+    assert make_environment("over", ["numpy"], tmp_path, over_ours=True) == python
+    assert (tmp_path / "over" / "requirements.txt").stat().st_mtime_ns == before
+
+
+# ---------------------------------------------------------------------- tuning and racing
+
+
+def test_tuning_keeps_the_best_number_of_workers(tmp_path: Path) -> None:
+    seconds = "{0: 0.2, 1: 0.02, 2: 0.1}[int(sys.argv[1])]"
+    script = Path(_script(tmp_path, _serving(f"time.sleep({seconds}); {ANSWER}")).script)
+    best, rates = tune(lambda count: Peer("a test's peer", Path(sys.executable), script, [count], deadline_s=30), [0, 1, 2])
+    assert best == 1
+    assert list(rates) == [0, 1, 2]
+    assert rates[1] == max(rates.values())
+
+
+@pytest.mark.parametrize("ours", [None, "active"])
+def test_torchs_threads_of_peers_sleep_unless_told_otherwise(
+    ours: str | None, tmp_path: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if ours is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", ours)
+    wanted = ours or "passive"
+    test = _script(tmp_path, f"import os\nassert os.environ['OMP_WAIT_POLICY'] == {wanted!r}\n" + _serving(ANSWER))
+    with contextlib.ExitStack() as stack:
+        contender = open_peer(test, setting, stack, lambda line: None)
+        assert contender.left_out is None
+        assert contender.facts["OMP_WAIT_POLICY"] == wanted
+        assert contender.run() == 7
+
+
+def test_tuning_passes_over_numbers_of_workers_that_fail() -> None:
+    class Picky:
+        def __init__(self, count: int) -> None:
+            self.count = count
+
+        def __enter__(self) -> Picky:
+            if self.count == 0:
+                raise PeerError("picky", "wants a worker")
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def run(self) -> int:
+            return 1
+
+    best, rates = tune(Picky, [0, 1])  # type: ignore[arg-type]
+    assert (best, list(rates)) == (1, [1])
+    with pytest.raises(PeerError, match="picky: wants a worker"):
+        tune(Picky, [0])  # type: ignore[arg-type]
+
+
+def test_worker_counts() -> None:
+    assert worker_counts(0, 1) == [0, 1]
+    assert worker_counts(0, 2) == [0, 1, 2]
+    assert worker_counts(1, 4) == [1, 2, 3, 4]
+    assert worker_counts(0, 8) == [0, 1, 2, 3, 4, 8]
+    assert worker_counts(0, 20) == [0, 1, 2, 3, 4, 8, 16, 20]
+
+
+def test_a_peer_that_fails_in_the_race_is_left_out_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    runs = iter([5, 5])
+
+    def weak() -> int:
+        try:
+            return next(runs)
+        except StopIteration:
+            raise PeerError("weak", f"ended early: {tmp_path}/secret/file.py: killed") from None
+
+    good, bad = Contender(name="good", run=lambda: 4), Contender(name="weak", run=weak)
+    group = Group(name="a group", contenders=[bad, good], baseline=good)
+    measure.race(group.contenders, repeats=3)
+    assert len(good.rates) == 3
+    assert good.left_out is None
+    assert bad.rates == []
+    assert "left out: ended early" in measure.table(group)
+    assert math.isnan(measure.ratio(good, bad))
+
+    written: dict[str, Any] = {}
+    monkeypatch.setattr(measure, "write_result", lambda what, rows, setting, device: written.update(rows=rows))
+    measure.save("load", [group], {}, SimpleNamespace(type="cpu"))  # type: ignore[arg-type]
+    row = written["rows"][0]
+    assert (row["group"], row["name"]) == ("a group", "weak")
+    assert row["left_out"] == "ended early: file.py: killed"  # and nothing of the machine's folders
+    assert written["rows"][1]["ratio_to_baseline"] == 1
+
+
+def test_errors_of_our_own_loaders_are_not_swallowed() -> None:
+    def broken() -> int:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        measure.race([Contender(name="ours", run=broken)], repeats=1)
+
+
+def _with(setting: Setting, **changes: Any) -> Setting:
+    import dataclasses
+
+    return dataclasses.replace(setting, **changes)
+
+
+def test_no_script_hides_a_library() -> None:
+    """A script's folder comes first where it looks for modules."""
+    names = {path.stem for path in HERE.glob("*.py")}
+    libraries = ("litdata", "datasets", "streaming", "ffcv", "webdataset", "torch", "numpy", "PIL", "nvidia")
+    assert not names.intersection(libraries)
+    assert all(name not in sys.stdlib_module_names for name in names)
+    assert importlib.util.find_spec("peers.serving") is not None
