@@ -1,4 +1,4 @@
-"""Mode ``load`` of throughput.py: every loader of ours and every peer, in the group of those that do the same work."""
+"""Modes ``decode`` and ``load`` of throughput.py: every loader of ours and every peer, in the group of those that do the same work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from bench_data import packed, pixels_of, tree_of, write_pictures
 from measure import Contender, Group, Outcome, race_and_print
-from peers.registry import DECODING, PEERS, READY, Entry
+from peers.registry import DECODING, PEERS, Entry
 from peers.starting import Setting, open_peer
 
 from quaclrs.config import ENCODINGS, default_num_workers
@@ -27,47 +27,46 @@ _YARDSTICKS = ("dali", "ffcv-raw", "memmap")
 """Keys of the peers that a group is compared with, where they are in it: the first that works."""
 
 
-def measure_loading(options: Any, work_dir: Path) -> Outcome:
-    """Race the decoding loaders, then those with nothing to decode, each for every one of ``--dtypes``."""
+def measure_loading(kind: str, options: Any, work_dir: Path) -> Outcome:
+    """Race the loaders of ``kind``, DECODING or READY, for every one of ``--dtypes``."""
     device = pick_device(options.device)
     datasets = {name: packed(options, work_dir, name) for name in ENCODINGS}
     tree = tree_of(options)
     pixels, pictures = pixels_of(datasets["rgb"], work_dir), write_pictures(tree, work_dir)
     groups = []
-    for kind in (DECODING, READY):
-        for dtype in options.dtypes:
-            config = LoaderConfig(
-                image_size=options.image_size,
-                device=device,
-                dtype=getattr(torch, dtype),
-                max_batch=options.batch_size,
-                num_workers=options.num_workers,
-            )
-            setting = Setting(
-                pixels=pixels,
-                pictures=pictures,
-                shards=work_dir / "shards-png",
-                work_dir=work_dir,
-                batch_size=options.batch_size,
-                dtype=dtype,
-                device=str(device),
-                cores=default_num_workers(),
-                environments=options.peers,
-            )
-            entries = [entry for entry in PEERS if entry.group == kind and dtype in entry.dtypes and _wanted(entry, options)]
-            with contextlib.ExitStack() as stack:  # one group at a time, since loaders and peers keep memory and processes
-                with_ours = not options.only or OURS in options.only
-                ours = _ours(kind, tree, datasets, config, stack) if with_ours else []
-                peers = {entry.key: open_peer(entry, setting, stack) for entry in entries}
-                contenders = [*peers.values(), *ours]
-                if any(contender.left_out is None for contender in contenders):
-                    group = Group(name=f"{kind}, {dtype}", contenders=contenders, baseline=_yardstick(peers, contenders))
-                    race_and_print(group, options.repeats)
-                    groups.append(group)
-            for contender in ours:
-                contender.run = _spent  # it would keep the loader's memory
+    for dtype in options.dtypes:
+        config = LoaderConfig(
+            image_size=options.image_size,
+            device=device,
+            dtype=getattr(torch, dtype),
+            max_batch=options.batch_size,
+            num_workers=options.num_workers,
+        )
+        setting = Setting(
+            pixels=pixels,
+            pictures=pictures,
+            shards=work_dir / "shards-png",
+            work_dir=work_dir,
+            batch_size=options.batch_size,
+            dtype=dtype,
+            device=str(device),
+            cores=default_num_workers(),
+            environments=options.peers,
+        )
+        entries = [entry for entry in PEERS if entry.group == kind and dtype in entry.dtypes and _wanted(entry, options)]
+        with contextlib.ExitStack() as stack:  # one group at a time, since loaders and peers keep memory and processes
+            with_ours = not options.only or OURS in options.only
+            ours = _ours(kind, tree, datasets, config, stack) if with_ours else []
+            peers = {entry.key: open_peer(entry, setting, stack) for entry in entries}
+            contenders = [*peers.values(), *ours]
+            if any(contender.left_out is None for contender in contenders):
+                group = Group(name=f"{kind}, {dtype}", contenders=contenders, baseline=_yardstick(peers, contenders))
+                race_and_print(group, options.repeats)
+                groups.append(group)
+        for contender in ours:
+            contender.run = _spent  # it would keep the loader's memory
     figures = {"images": len(tree), "batch_size": options.batch_size, "image_size": options.image_size}
-    return Outcome(what="load", groups=groups, setting=figures, device=device)
+    return Outcome(what="decode" if kind == DECODING else "load", groups=groups, setting=figures, device=device)
 
 
 def _wanted(entry: Entry, options: Any) -> bool:

@@ -2,12 +2,12 @@
 """Images per second of packing, of loading and of training, each beside its yardstick, in one run.
 
     python benchmarks/throughput.py pack     packing png shards, against bare decoding of the same files on the same cores
-    python benchmarks/throughput.py load     every loader: those that decode against a bare DALI pipeline with DALI's own WebDataset
-                                             reader, the others against a memory-mapped array with torch. With --peers DIR against
-                                             all of peers/registry.py, and those with nothing to decode are compared with FFCV
+    python benchmarks/throughput.py decode   loaders that decode PNGs, against a bare DALI pipeline with DALI's own WebDataset reader
+    python benchmarks/throughput.py load     loaders with nothing to decode, against a memory-mapped array with torch
+                                             --peers DIR adds all of peers/registry.py to both, and compares the latter with FFCV
     python benchmarks/throughput.py step     the trainer's step on one batch that is on the device already: the ceiling of each model
     python benchmarks/throughput.py train    the trainer's epoch over a loader, against that ceiling
-    python benchmarks/throughput.py all      pack, load and train, a result file each
+    python benchmarks/throughput.py all      pack, decode, load and train, a result file each
 
 Without --csv_file it makes its own synthetic data. Every batch is touched; one warm-up, then interleaved repeats. Each peer is checked
 against Pillow's pixels, and given the number of workers, 0 to the machine's cores, with which it is fastest; ours have --num_workers.
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_data import make_data
+from bench_data import fewer_pictures, make_data
 from measure import Outcome, save
 from packing_speed import measure_packing
 from peers.registry import KEYS
@@ -33,10 +33,12 @@ from quaclrs.arguments import Parser, add_dataset_arguments
 from quaclrs.config import COMPILERS, ENCODINGS, default_num_workers
 from quaclrs.errors import run_command
 
+_MODES = ("pack", "decode", "load", "train")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="throughput.py", description=__doc__)
-    parser.add_argument("mode", choices=("pack", "load", "step", "train", "all"))
+    parser.add_argument("mode", choices=(*_MODES, "step", "all"))
     add_dataset_arguments(parser)
     parser.add_argument("--work_dir", type=Path, help="where data and shards are made; a temporary folder if not given")
     parser.add_argument("--samples_per_class", type=int, default=8, help="of the synthetic data, per fold")
@@ -47,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtypes", nargs="+", default=("float32", "uint8"), choices=("float32", "uint8"), help="to load")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--decode_images", type=int, default=520, metavar="N", help="decode only so many, spread over the dataset")
     parser.add_argument(
         "--peers", type=Path, metavar="DIR", help="measure all peers, in environments made in DIR if they are not there"
     )
@@ -75,7 +78,7 @@ def _run(options: Any) -> None:
     try:
         if options.csv_file is None:
             make_data(options, work_dir / "data")
-        for mode in ("pack", "load", "train") if options.mode == "all" else (options.mode,):
+        for mode in _MODES if options.mode == "all" else (options.mode,):
             outcome = _measure(mode, options, work_dir)
             setting = outcome.setting | {"num_workers": options.num_workers, "repeats": options.repeats}
             print(f"written to {save(outcome.what, outcome.groups, setting, outcome.device)}", flush=True)
@@ -92,8 +95,12 @@ def _measure(mode: str, options: Any, work_dir: Path) -> Outcome:
 
         return measure_training(options, work_dir, train=mode == "train")
     from loading_speed import measure_loading  # imports torch, for which spawned workers of `pack` shall not wait
+    from peers.registry import DECODING, READY
 
-    return measure_loading(options, work_dir)
+    if mode == "load":
+        return measure_loading(READY, options, work_dir)
+    few = fewer_pictures(options, options.decode_images, work_dir / "decode")
+    return measure_loading(DECODING, few, work_dir / "decode")
 
 
 if __name__ == "__main__":
