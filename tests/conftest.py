@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from png_trees import PngTree, make_rows, write_tree
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for a command that a shell runs in the background; tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 RGB_IMAGE_SIZE = 32
 SHARD_SIZE = 32 * 1024
