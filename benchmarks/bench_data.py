@@ -14,16 +14,20 @@ from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, PackConfi
 
 if TYPE_CHECKING:  # spawned workers import the scripts anew, and shall not wait for torch
     from quaclrs.dataset import Dataset
+    from quaclrs.synthesize import SynthesisSummary
+
+
+def synthesis(folder: Path, *, samples_per_class: int, num_workers: int, progress: bool = False) -> SynthesisSummary:
+    """Draw a dataset into ``folder``; one that is there is left as it is."""
+    from quaclrs.synthesize import SynthesisConfig, synthesize_dataset
+
+    config = SynthesisConfig(output_dir=folder, samples_per_class=samples_per_class, num_workers=num_workers)
+    return synthesize_dataset(config, progress=progress)
 
 
 def make_data(options: Any, folder: Path) -> None:
     """Synthesise a dataset and have ``options`` name it."""
-    from quaclrs.synthesize import SynthesisConfig, synthesize_dataset
-
-    synthesize_dataset(
-        SynthesisConfig(output_dir=folder, samples_per_class=options.samples_per_class, num_workers=options.num_workers),
-        progress=True,
-    )
+    synthesis(folder, samples_per_class=options.samples_per_class, num_workers=options.num_workers, progress=True)
     options.csv_file, options.spectrograms_dir = folder / DEFAULT_CSV_FILE, folder / DEFAULT_SPECTROGRAMS_DIR
 
 
@@ -57,7 +61,7 @@ def packed(options: Any, work_dir: Path, encoding: str) -> Dataset:
 
     output_dir = work_dir / f"shards-{encoding}"
     pack(pack_config(options, output_dir, encoding), progress=True)
-    return open_dataset(TrainConfig(shards=output_dir), want_shards=True, log=print)
+    return open_dataset(TrainConfig(shards=output_dir), want_shards=True, log=options.log)
 
 
 def tree_of(options: Any) -> Dataset:
@@ -65,7 +69,7 @@ def tree_of(options: Any) -> Dataset:
     from quaclrs.dataset import open_dataset
 
     config = TrainConfig(csv_file=options.csv_file, spectrograms_dir=options.spectrograms_dir, columns=columns_of(options))
-    return open_dataset(config, want_shards=False, log=print)
+    return open_dataset(config, want_shards=False, log=options.log)
 
 
 def pixels_of(rgb: Dataset, work_dir: Path) -> Path:

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import write_result
+from records import write_result
 
 from quaclrs.arguments import Parser
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,31 +12,40 @@ from typing import Any
 import numpy as np
 import torch
 from bench_data import packed, pixels_of, tree_of, write_pictures
-from measure import Contender, Group, Outcome, race_and_print
+from limits import copying_limit, inflate_limit, writing_limit
+from measure import Contender, Group, Outcome, repeated
+from peers.client import Pass
 from peers.registry import DECODING, PEERS, Entry
+from peers.serving import DeviceClock, bytes_on_disk
 from peers.starting import Setting, open_peer
+from processes import own_processes, peak_bytes, reset_peak, resident_bytes
+from tables import race_and_print
 
 from quaclrs.config import ENCODINGS, default_num_workers
 from quaclrs.crossval import pick_device
 from quaclrs.dataset import Dataset
 from quaclrs.loaders import Choice, build_loader
-from quaclrs.loaders.base import LoaderConfig
+from quaclrs.loaders.base import Loader, LoaderConfig
 from quaclrs.order import epoch_order, evaluation_batches
 
 OURS = "quaclrs"
 """The key of our own loaders for ``--only``."""
 _YARDSTICKS = ("dali", "ffcv-raw", "memmap")
 """Keys of the peers that a group is compared with, where they are in it: the first that works."""
+_LOSSY = "ffcv-jpeg"
+"""The peer that decodes other, smaller pictures than the PNGs whose inflating is the limit of all others."""
 
 
 def measure_loading(kind: str, options: Any, work_dir: Path) -> Outcome:
     """Race the loaders of ``kind``, DECODING or READY, for every one of ``--dtypes``."""
-    device = pick_device(options.device)
-    datasets = {name: packed(options, work_dir, name) for name in ENCODINGS}
-    tree = tree_of(options)
-    pixels, pictures = pixels_of(datasets["rgb"], work_dir), write_pictures(tree, work_dir)
+    device, world = pick_device(options.device, options.world), options.world
+    with world.in_turn():  # the first process packs, the others find the shards
+        datasets = {name: packed(options, work_dir, name) for name in ENCODINGS}
+        tree = tree_of(options)
+        pixels, pictures = pixels_of(datasets["rgb"], work_dir), write_pictures(tree, work_dir)
+    base_bytes = resident_bytes(own_processes())
     groups = []
-    for dtype in options.dtypes:
+    for dtype in options.dtypes or (("float32", "uint8", "float16") if device.type == "cuda" else ("float32", "uint8")):
         config = LoaderConfig(
             image_size=options.image_size,
             device=device,
@@ -56,20 +67,31 @@ def measure_loading(kind: str, options: Any, work_dir: Path) -> Outcome:
         entries = [entry for entry in PEERS if entry.group == kind and dtype in entry.dtypes and _wanted(entry, options)]
         with contextlib.ExitStack() as stack:  # one group at a time, since loaders and peers keep memory and processes
             with_ours = not options.only or OURS in options.only
-            ours = _ours(kind, tree, datasets, config, stack) if with_ours else []
-            peers = {entry.key: open_peer(entry, setting, stack) for entry in entries}
+            ours = _ours(kind, tree, datasets, _Opening(config, world, base_bytes, stack)) if with_ours else []
+            peers = {entry.key: open_peer(entry, setting, stack, options.log) for entry in entries}
             contenders = [*peers.values(), *ours]
             if any(contender.left_out is None for contender in contenders):
-                group = Group(name=f"{kind}, {dtype}", contenders=contenders, baseline=_yardstick(peers, contenders))
-                race_and_print(group, options.repeats)
+                limits = _set_limits(kind, peers, ours, tree, pixels, config, world)
+                if kind != DECODING:
+                    for contender in [*contenders, *limits]:
+                        contender.run = repeated(contender.run, options.load_epochs)
+                group = Group(name=f"{kind}, {dtype}", contenders=[*contenders, *limits], baseline=_yardstick(peers, contenders))
+                race_and_print(group, options.repeats, world)
                 groups.append(group)
-        for contender in ours:
+        for contender in [group for it in groups for group in it.contenders]:
             contender.run = _spent  # it would keep the loader's memory
-    figures = {"images": len(tree), "batch_size": options.batch_size, "image_size": options.image_size}
+    figures = {
+        "images": len(tree),
+        "batch_size": options.batch_size,
+        "image_size": options.image_size,
+        "epochs_per_repeat": 1 if kind == DECODING else options.load_epochs,
+    }
     return Outcome(what="decode" if kind == DECODING else "load", groups=groups, setting=figures, device=device)
 
 
 def _wanted(entry: Entry, options: Any) -> bool:
+    if options.world.size > 1:
+        return False  # peers know nothing of our ranks, and would each load everything
     if options.only:
         return entry.key in options.only
     return options.peers is not None or (entry.key in _YARDSTICKS and entry.environment is None)
@@ -80,33 +102,103 @@ def _yardstick(peers: dict[str, Contender], contenders: Sequence[Contender]) -> 
     return next(contender for contender in candidates if contender.left_out is None)
 
 
-def _ours(
-    kind: str, tree: Dataset, datasets: dict[str, Dataset], config: LoaderConfig, stack: contextlib.ExitStack
+def _set_limits(
+    kind: str,
+    peers: dict[str, Contender],
+    ours: Sequence[Contender],
+    tree: Dataset,
+    pixels: Path,
+    config: LoaderConfig,
+    world: Any,
 ) -> list[Contender]:
+    """The limits of a group, each contender told which one is its own."""
+    contenders = [*(peer for key, peer in peers.items() if key != _LOSSY), *ours]
     if kind == DECODING:
-        loaders = [("dali", datasets["png"], "png shards"), ("files", tree, "PNG tree")]
+        assert tree.paths is not None
+        limits = [inflate_limit(tree.paths, default_num_workers() // world.local_size or 1)]
     else:
-        loaders = [(name, datasets[it], f"{it} shards") for name in ("mapped", "resident") for it in ("indexed", "rgb")]
-    return [_loading(name, dataset, source, config, stack) for name, dataset, source in loaders]
+        batches = _batches(len(tree), config, world)
+        limits = [writing_limit(config.max_batch, len(batches), config.image_size, config.dtype, config.device)]
+        if config.dtype == torch.uint8:  # ready pixels have to be read too, which takes longer than to write them
+            limits.append(copying_limit(np.load(pixels, mmap_mode="r"), batches, config.device))
+    for contender in contenders:
+        contender.bounded_by = limits[0] if "indexed" in contender.name else limits[-1]
+        if contender in peers.values():
+            contender.work = "decoding" if kind == DECODING else "copying and normalising"
+    return limits
 
 
-def _loading(name: str, dataset: Dataset, source: str, config: LoaderConfig, stack: contextlib.ExitStack) -> Contender:
-    """One shuffled epoch over everything, with every batch touched."""
-    loader = build_loader(Choice(name=name, reason="benchmark"), dataset, config)
-    stack.callback(loader.close)
-    batches = evaluation_batches(epoch_order(np.arange(len(dataset)), seed=0, epoch=1), config.max_batch)
+# --- our own loaders ---
 
-    def run() -> int:
-        images = 0
+
+class _Opening:
+    """What is needed to open a loader and to say what that takes."""
+
+    def __init__(self, config: LoaderConfig, world: Any, base_bytes: int, stack: contextlib.ExitStack) -> None:
+        self.config, self.world, self.base_bytes, self.stack = config, world, base_bytes, stack
+
+    def contender(self, name: str, dataset: Dataset, source: str, work: str) -> Contender:
+        """One shuffled epoch over everything, with every batch touched; run once, to see what it takes."""
+        held = resident_bytes(own_processes())
+        reset_peak()
+        started = time.perf_counter()
+        loader = build_loader(Choice(name=name, reason="benchmark"), dataset, self.config)
+        self.stack.callback(loader.close)
+        batches = _batches(len(dataset), self.config, self.world)
+        next(iter(loader.load(batches[:1])), None)
+        opened_s = time.perf_counter() - started
+        run = functools.partial(_load_all, loader, batches, self.config.device)
+        run()
+        # all of ours live in this process: its memory before any of them, and what this one added
+        peak = self.base_bytes + peak_bytes(own_processes()) - held
+        facts = {
+            "num_workers": self.config.num_workers,
+            "open_to_first_batch_s": opened_s,
+            "bytes_per_image": _bytes_per_image(dataset),
+            "host_peak_mb": peak / 1e6,
+        }
+        if self.config.device.type == "cuda":
+            facts["device_peak_mb"] = torch.cuda.max_memory_allocated(self.config.device) / 1e6
+            torch.cuda.reset_peak_memory_stats(self.config.device)
+        return Contender(name=f"{name}, {source}", run=run, facts=facts, work=work)
+
+
+def _ours(kind: str, tree: Dataset, datasets: dict[str, Dataset], opening: _Opening) -> list[Contender]:
+    if kind == DECODING:
+        return [
+            opening.contender("dali", datasets["png"], "png shards", "decoding"),
+            opening.contender("files", tree, "PNG tree", "decoding"),
+        ]
+    works = {"indexed": "redraw", "rgb": "copying and normalising"}
+    return [
+        opening.contender(name, datasets[encoding], f"{encoding} shards", work)
+        for name in ("mapped", "resident")
+        for encoding, work in works.items()
+    ]
+
+
+def _batches(samples: int, config: LoaderConfig, world: Any) -> list[np.ndarray]:
+    """This rank's part of a shuffled epoch."""
+    order = epoch_order(np.arange(samples), seed=0, epoch=1)
+    return evaluation_batches(order, config.max_batch * world.size, world.size, world.rank)
+
+
+def _load_all(loader: Loader, batches: Sequence[np.ndarray], device: torch.device) -> Pass:
+    images, first = 0, None
+    started = time.perf_counter()
+    with DeviceClock(device) as clock:
         for batch in loader.load(batches):
+            first = first or time.perf_counter()
             images += len(batch)
             batch.images[:, 0, 0, 0].sum()  # one value of each picture, as serving.py does
-        if config.device.type == "cuda":
-            torch.cuda.synchronize(config.device)
-        return images
-
-    return Contender(name=f"{name}, {source}", run=run, facts={"num_workers": config.num_workers})
+    return Pass(images=images, first_batch_s=first and first - started, device_s=clock.seconds())
 
 
-def _spent() -> int:
+def _bytes_per_image(dataset: Dataset) -> float:
+    stored = [dataset.shards.root] if dataset.shards is not None else dataset.paths
+    assert stored is not None
+    return bytes_on_disk(stored) / len(dataset)
+
+
+def _spent() -> Pass:
     raise RuntimeError("this contender's race is over")

@@ -1,17 +1,20 @@
 #!/usr/bin/env python3
-"""Images per second of packing, of loading and of training, each beside its yardstick, in one run.
+"""Images per second of packing, of loading and of training, each beside its yardstick and its physical limit, in one run.
 
     python benchmarks/throughput.py pack     packing png shards, against bare decoding of the same files on the same cores
     python benchmarks/throughput.py decode   loaders that decode PNGs, against a bare DALI pipeline with DALI's own WebDataset reader
     python benchmarks/throughput.py load     loaders with nothing to decode, against a memory-mapped array with torch
-                                             --peers DIR adds all of peers/registry.py to both, and compares the latter with FFCV
     python benchmarks/throughput.py step     the trainer's step on one batch that is on the device already: the ceiling of each model
     python benchmarks/throughput.py train    the trainer's epoch over a loader, against that ceiling
-    python benchmarks/throughput.py all      pack, decode, load and train, a result file each
+    python benchmarks/throughput.py --all --peers
+                                             pack, decode, load and train, a result file each, with all of peers/registry.py; FFCV is
+                                             then what `load` is compared with
+    torchrun --nproc_per_node 2 benchmarks/throughput.py load train
+                                             every process does its part; images/s are those of all of them together
 
 Without --csv_file it makes its own synthetic data. Every batch is touched; one warm-up, then interleaved repeats. Each peer is checked
 against Pillow's pixels, and given the number of workers, 0 to the machine's cores, with which it is fastest; ours have --num_workers.
-A peer that cannot be installed, or fails, is left out with its reason.
+A peer that cannot be installed, or fails, is left out with its reason. The first run with --peers makes the peers' environments.
 """
 
 from __future__ import annotations
@@ -20,52 +23,82 @@ import argparse
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench_data import fewer_pictures, make_data
-from measure import Outcome, save
+from measure import Outcome
 from packing_speed import measure_packing
 from peers.registry import KEYS
+from records import RESULTS, save
+from tables import summary
 
 from quaclrs.arguments import Parser, add_dataset_arguments
 from quaclrs.config import COMPILERS, ENCODINGS, default_num_workers
-from quaclrs.errors import run_command
+from quaclrs.demo import cache_root
+from quaclrs.errors import UsageError, run_command, told_once
 
-_MODES = ("pack", "decode", "load", "train")
+_ALL = ("pack", "decode", "load", "train")
+_MODES = ("pack", "decode", "load", "step", "train")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="throughput.py", description=__doc__)
-    parser.add_argument("mode", choices=(*_MODES, "step", "all"))
+    from quaclrs.distributed import is_rank, run_rank
+
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    return run_command(lambda: run_rank(lambda: _run(options), parser.prog) if is_rank() else _run(options), parser.prog)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="throughput.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modes", nargs="*", type=_mode, metavar="MODE", help=f"any of {', '.join(_MODES)}")
+    parser.add_argument("--all", action="store_true", help=", ".join(_ALL))
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        nargs="?",
+        const=cache_root() / "peers",
+        metavar="DIR",
+        help="measure all peers, in environments made in DIR (~/.cache/quaclrs/peers) if they are not there",
+    )
     add_dataset_arguments(parser)
     parser.add_argument("--work_dir", type=Path, help="where data and shards are made; a temporary folder if not given")
-    parser.add_argument("--samples_per_class", type=int, default=8, help="of the synthetic data, per fold")
-    parser.add_argument("--encodings", nargs="+", default=ENCODINGS, choices=ENCODINGS, help="to pack")
+    parser.add_argument("--results_dir", type=Path, default=RESULTS, help="where result files go (benchmarks/results)")
+    parser.add_argument("--samples_per_class", type=int, default=8, help="of the synthetic data, per fold (8)")
+    parser.add_argument("--encodings", nargs="+", default=ENCODINGS, choices=ENCODINGS, help="to pack (all)")
     parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--num_workers", type=int, default=default_num_workers(), help="of our own loaders, and for packing")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtypes", nargs="+", default=("float32", "uint8"), choices=("float32", "uint8"), help="to load")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--decode_images", type=int, default=520, metavar="N", help="decode only so many, spread over the dataset")
+    parser.add_argument("--batch_size", type=int, default=64, help="of each process, to decode and load (64)")
     parser.add_argument(
-        "--peers", type=Path, metavar="DIR", help="measure all peers, in environments made in DIR if they are not there"
+        "--num_workers", type=int, help="of our own loaders, and for packing; the processors, shared by the processes"
     )
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "uint8", "float16"), help="to load; peers have the first two")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--decode_images", type=int, default=520, metavar="N", help="decode only so many, spread over the data (520)"
+    )
+    parser.add_argument("--load_epochs", type=int, default=4, metavar="N", help="epochs in each repeat of `load` (4)")
     parser.add_argument(
         "--only", nargs="+", choices=("quaclrs", *KEYS), metavar="NAME", help=f"load only these: quaclrs (ours), {', '.join(KEYS)}"
     )
     _add_training_flags(parser.add_argument_group("step and train"))
-    options = parser.parse_args(arguments)
-    return run_command(lambda: _run(options), parser.prog)
+    return parser
+
+
+def _mode(text: str) -> str:
+    if text not in _MODES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a mode; choose among {', '.join(_MODES)}")
+    return text
 
 
 def _add_training_flags(group: Any) -> None:
     models = ("alexnet", "vgg16", "resnet18", "mobilenet", "inception", "efficientnet", "convnext")
     group.add_argument("--models", nargs="+", default=models, choices=models, metavar="NAME", help="all seven if not given")
     group.add_argument("--train_batch_sizes", type=int, nargs="+", metavar="B", help="16 on the CPU, 256 and 32 on a GPU")
-    group.add_argument("--compile", nargs="+", choices=COMPILERS, help="none, and at batches up to 32 on a GPU cudagraph")
+    group.add_argument("--compile", nargs="+", choices=COMPILERS, help="none, and at batches up to 32 on one GPU cudagraph")
     group.add_argument("--use_amp", action=argparse.BooleanOptionalAction, help="on a GPU yes, on the CPU no")
     group.add_argument("--train_loader", choices=("resident", "mapped", "files", "dali"), help="resident on a GPU, else mapped")
     group.add_argument("--train_encoding", default="indexed", choices=ENCODINGS)
@@ -73,18 +106,80 @@ def _add_training_flags(group: Any) -> None:
 
 
 def _run(options: Any) -> None:
-    work_dir = (options.work_dir or Path(tempfile.mkdtemp(prefix="quaclrs-bench-"))).resolve()
-    work_dir.mkdir(parents=True, exist_ok=True)
-    try:
+    from quaclrs.distributed import joined_world
+
+    with told_once():
+        modes = _chosen_modes(options)
+        _check_numbers(options)
+    with joined_world(options.device) as world:
+        with told_once():
+            _refuse_in_several_processes(options, modes, world.size)
+        options.world, options.log = world, print if world.is_main else _silent
+        if options.num_workers is None:
+            options.num_workers = max(1, default_num_workers() // world.local_size)
+        temporary = world.from_main(tempfile.mkdtemp(prefix="quaclrs-bench-") if world.is_main and not options.work_dir else "")
+        work_dir = Path(temporary or options.work_dir).resolve()
+        try:
+            _measure_all(modes, options, work_dir)
+        finally:
+            if temporary and world.is_main:
+                shutil.rmtree(work_dir, ignore_errors=True)
+
+
+def _chosen_modes(options: Any) -> list[str]:
+    chosen = {*options.modes, *(_ALL if options.all else ())}
+    if not chosen:
+        raise UsageError(f"nothing to measure; give --all, or any of {', '.join(_MODES)} (before --peers, which takes a folder)")
+    return [mode for mode in _MODES if mode in chosen]
+
+
+def _check_numbers(options: Any) -> None:
+    for name in ("samples_per_class", "batch_size", "num_workers", "repeats", "decode_images", "load_epochs", "steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: at least 1")
+    for size in options.train_batch_sizes or ():
+        if size < 2:
+            raise UsageError(f"--train_batch_sizes {size}: at least 2, or BatchNorm has nothing to compare")
+
+
+def _refuse_in_several_processes(options: Any, modes: Sequence[str], processes: int) -> None:
+    if processes == 1:
+        return
+    if options.peers is not None or set(options.only or ()) - {"quaclrs"}:
+        flag = f"--peers {options.peers}" if options.peers is not None else f"--only {' '.join(options.only)}"
+        raise UsageError(f"{flag}: peers know nothing of {processes} processes; measure them without torchrun")
+    if "pack" in modes:
+        raise UsageError(
+            f"pack: has workers of its own, and {processes} processes would each pack all; leave it out under torchrun"
+        )
+
+
+def _measure_all(modes: Sequence[str], options: Any, work_dir: Path) -> None:
+    world = options.world
+    with world.in_turn():
+        work_dir.mkdir(parents=True, exist_ok=True)
         if options.csv_file is None:
             make_data(options, work_dir / "data")
-        for mode in _MODES if options.mode == "all" else (options.mode,):
-            outcome = _measure(mode, options, work_dir)
-            setting = outcome.setting | {"num_workers": options.num_workers, "repeats": options.repeats}
-            print(f"written to {save(outcome.what, outcome.groups, setting, outcome.device)}", flush=True)
-    finally:
-        if options.work_dir is None:
-            shutil.rmtree(work_dir, ignore_errors=True)
+    outcomes = []
+    for mode in modes:
+        started = time.perf_counter()
+        outcome = _measure(mode, options, work_dir)
+        outcomes.append(outcome)
+        if world.is_main:
+            seconds = time.perf_counter() - started
+            setting = {"num_workers": options.num_workers, "repeats": options.repeats, "world_size": world.size, "seconds": seconds}
+            path = save(outcome, setting | _machine_limits(outcome), options.results_dir)
+            print(f"{mode}: {seconds:.0f} s; written to {path}\n", flush=True)
+    if len(modes) > 1:
+        options.log(summary([group for outcome in outcomes for group in outcome.groups]))
+
+
+def _machine_limits(outcome: Outcome) -> dict[str, float]:
+    import torch
+    from limits import matmul_speed, memory_bandwidth
+
+    return memory_bandwidth(outcome.device) | matmul_speed(torch.float32, outcome.device)
 
 
 def _measure(mode: str, options: Any, work_dir: Path) -> Outcome:
@@ -99,8 +194,13 @@ def _measure(mode: str, options: Any, work_dir: Path) -> Outcome:
 
     if mode == "load":
         return measure_loading(READY, options, work_dir)
-    few = fewer_pictures(options, options.decode_images, work_dir / "decode")
+    with options.world.in_turn():
+        few = fewer_pictures(options, options.decode_images, work_dir / "decode")
     return measure_loading(DECODING, few, work_dir / "decode")
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 if __name__ == "__main__":

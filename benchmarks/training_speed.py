@@ -1,14 +1,13 @@
 """Modes ``step`` and ``train`` of throughput.py: what a model can learn per second when data cost nothing, and what it does learn.
 
 The ceiling is the trainer's own step (quaclrs.training.Training.step) on one batch that is on the device already; ``train`` is the
-trainer's own epoch (quaclrs.engine.train_epoch) over a loader. Both run in turn, on the same model, so their ratio is honest.
+trainer's own epoch (quaclrs.engine.train_epoch) over a loader. Both run in turn, on the same model, so their ratio is honest. Under
+torchrun both average their gradients over the ranks, as the trainer does.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,23 +17,27 @@ from typing import Any, cast
 import numpy as np
 import torch
 from bench_data import packed
-from measure import Contender, Group, Outcome, race_and_print
+from limits import arithmetic_limit
+from measure import Contender, Group, Outcome, race
+from peers.client import Pass
+from peers.serving import DeviceClock, bytes_on_disk
+from processes import own_processes, peak_bytes, reset_peak
+from tables import table
+from verdicts import training_bound_by
 
 from quaclrs import engine
 from quaclrs.config import TrainConfig
-from quaclrs.crossval import pick_device
+from quaclrs.crossval import pick_device, refuse_for_device
 from quaclrs.dataset import Dataset
+from quaclrs.distributed import World
 from quaclrs.folds import class_weights
 from quaclrs.graph import GraphedStep
 from quaclrs.loaders import Choice, build_loader
-from quaclrs.loaders.base import DeviceLoader, Loader, LoaderConfig
+from quaclrs.loaders.base import Batch, DeviceLoader, Loader, LoaderConfig
 from quaclrs.models import build_model, input_size
 from quaclrs.training import Training, amp_dtype, set_tf32
 
-DATA_WAIT_LIMIT = 0.02
-"""Share of the time that the training thread may wait for data before they are what bounds it; design.md's target."""
-_SPREAD = 0.05
-"""Ratios to the ceiling closer to 1 than this are noise on machines that are shared."""
+CEILING = "step on one batch (ceiling)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,7 @@ class Case:
 
     model_name: str
     batch_size: int
+    """Of each process."""
     use_amp: bool
     compile: str
     loader: str
@@ -57,77 +61,106 @@ class Case:
         graph = "" if self.compile == "none" else f", {self.compile}"
         return f"{self.model_name}, batch {self.batch_size}, {precision}{graph}"
 
+    @property
+    def config(self) -> TrainConfig:
+        """The trainer's own."""
+        return TrainConfig(
+            model_name=self.model_name, batch_size=self.batch_size, use_amp=self.use_amp, compile=self.compile, loader=self.loader
+        )
+
 
 def measure_training(options: Any, work_dir: Path, *, train: bool) -> Outcome:
     """Every case of ``options``, one after the other: the ceilings, and with ``train`` what the trainer makes of them."""
-    device = pick_device(options.device)
-    on_gpu = device.type == "cuda"
+    world = options.world
+    device = pick_device(options.device, world)
     set_tf32(False)
-    dataset = packed(options, work_dir, options.train_encoding)
+    cases = _cases(options, device.type == "cuda", world)
+    for case in cases:  # before anything is packed
+        refuse_for_device(case.config, device, world)
+    with world.in_turn():
+        dataset = packed(options, work_dir, options.train_encoding)
     groups = []
-    for model_name in options.models:
-        for batch_size in options.train_batch_sizes or ([256, 32] if on_gpu else [16]):
-            for compiler in options.compile or (["none", "cudagraph"] if on_gpu and batch_size <= 32 else ["none"]):
-                case = Case(
-                    model_name=model_name,
-                    batch_size=batch_size,
-                    use_amp=options.use_amp if options.use_amp is not None else on_gpu,
-                    compile=compiler,
-                    loader=options.train_loader or ("resident" if on_gpu else "mapped"),
-                    encoding=options.train_encoding,
-                    steps=options.steps or (50 if on_gpu else 3),
-                )
-                groups.append(measure_case(case, dataset, device, options.num_workers, options.repeats, train=train))
+    for case in cases:
+        group = measure_case(case, dataset, device, options.num_workers, options.repeats, world, train=train)
+        options.log(table(group))
+        groups.append(group)
     return Outcome(what="train" if train else "step", groups=groups, setting={"images": len(dataset)}, device=device)
 
 
-def measure_case(case: Case, dataset: Dataset, device: torch.device, num_workers: int, repeats: int, *, train: bool) -> Group:
+def _cases(options: Any, on_gpu: bool, world: World) -> list[Case]:
+    graphs = on_gpu and world.size == 1
+    return [
+        Case(
+            model_name=model_name,
+            batch_size=batch_size,
+            use_amp=options.use_amp if options.use_amp is not None else on_gpu,
+            compile=compiler,
+            loader=options.train_loader or ("resident" if on_gpu else "mapped"),
+            encoding=options.train_encoding,
+            steps=options.steps or (50 if on_gpu else 3),
+        )
+        for model_name in options.models
+        for batch_size in options.train_batch_sizes or ([256, 32] if on_gpu else [16])
+        for compiler in options.compile or (["none", "cudagraph"] if graphs and batch_size <= 32 else ["none"])
+    ]
+
+
+def measure_case(
+    case: Case, dataset: Dataset, device: torch.device, num_workers: int, repeats: int, world: World, *, train: bool
+) -> Group:
     """Race the ceiling of ``case`` and, with ``train``, its training; the model and the loader are gone afterwards."""
-    config = TrainConfig(model_name=case.model_name, batch_size=case.batch_size, use_amp=case.use_amp, compile=case.compile)
+    reset_peak()
     torch.manual_seed(0)
     weights = class_weights(dataset.label, dataset.classes)
-    training = Training.begin(build_model(case.model_name, len(dataset.classes)), weights, device, config)
+    training = Training.begin(build_model(case.model_name, len(dataset.classes)), weights, device, case.config, world)
     loader_config = LoaderConfig(
         image_size=input_size(case.model_name),
         device=device,
-        dtype=amp_dtype(device, config),
+        dtype=amp_dtype(device, case.config),
         max_batch=case.batch_size + 1,
         num_workers=num_workers,
     )
+    opened = time.perf_counter()
     loader = build_loader(Choice(name=case.loader, reason="benchmark"), dataset, loader_config)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        first = time.perf_counter()
-        batch = next(iter(loader.load([np.arange(case.batch_size)])))
-        _synchronise(device)
-        first_batch_s = time.perf_counter() - first
-        ceiling = Contender(name="step on one batch (ceiling)", run=_steps_on(batch.images, batch.labels, training, case))
+        batch = next(iter(loader.load([np.arange(case.batch_size) % len(dataset)])))
+        opened_s = time.perf_counter() - opened
+        limit = arithmetic_limit(case.model_name, training.dtype, device)
+        ceiling = Contender(name=CEILING, run=_steps_on(batch, training, case), work="model", bounded_by=limit)
         contenders = [ceiling]
-        waits: list[float] = []
         if train:
-            run = _epochs_of(training, loader, dataset, case, waits)
-            contenders.append(Contender(name=f"train, {case.loader}, {case.encoding}", run=run))
-        group = Group(name=case.name, contenders=contenders, baseline=ceiling)
-        race_and_print(group, repeats)
+            run = _epochs_of(training, loader, dataset, case)
+            name = f"train, {case.loader}, {case.encoding}"
+            contenders.append(Contender(name=name, run=run, work="model", bounded_by=limit))
+        group = Group(name=case.name, contenders=[*contenders, limit], baseline=ceiling)
+        race(group.contenders, repeats, world)
         for contender in contenders:
             contender.facts |= dataclasses.asdict(case) | _memory(device)
         if train:
-            trained = contenders[-1]
-            ratio = trained.median / ceiling.median
-            trained.facts |= {
-                "data_wait": float(np.median(waits[1:])),  # the first was the warm-up
-                "first_batch_s": first_batch_s,
-                "bound_by": _verdict(float(np.median(waits[1:])), ratio),
-            }
+            _judge(contenders[-1], ceiling, dataset, opened_s)
     finally:
         loader.close()
-    for contender in contenders:
+    for contender in group.contenders:
         contender.run = _spent  # it would keep the model
     return group
 
 
-def _steps_on(images: torch.Tensor, labels: torch.Tensor, training: Training, case: Case) -> Callable[[], int]:
+def _judge(trained: Contender, ceiling: Contender, dataset: Dataset, opened_s: float) -> None:
+    trained.facts |= {
+        "open_to_first_batch_s": opened_s,
+        "bytes_per_image": bytes_on_disk([dataset.shards.root] if dataset.shards else []) / len(dataset),
+        "bound_by": training_bound_by(
+            data_wait=trained.facts["data_wait"],
+            share_of_ceiling=trained.median / ceiling.median,
+            share_of_limit=trained.facts["share_of_limit"],
+        ),
+    }
+
+
+def _steps_on(batch: Batch, training: Training, case: Case) -> Callable[[], Pass]:
+    images, labels = batch.images, batch.labels
     share = 1 / training.class_weights[labels].sum()
     if case.compile == "cudagraph":
         graphed = GraphedStep(training, _OneBatch(images, labels), len(labels))
@@ -140,12 +173,12 @@ def _steps_on(images: torch.Tensor, labels: torch.Tensor, training: Training, ca
         def step() -> None:
             training.step(images, labels, share)
 
-    def run() -> int:
+    def run() -> Pass:
         training.model.train()
-        for _ in range(case.steps):
-            step()
-        _synchronise(images.device)
-        return case.steps * len(labels)
+        with DeviceClock(images.device) as clock:
+            for _ in range(case.steps):
+                step()
+        return Pass(images=case.steps * len(labels), device_s=clock.seconds())
 
     return run
 
@@ -168,48 +201,44 @@ class _OneBatch:
         pass
 
 
-def _epochs_of(training: Training, loader: Loader, dataset: Dataset, case: Case, waits: list[float]) -> Callable[[], int]:
-    """Each call trains the first ``case.steps`` batches of another epoch; notes the share of time spent waiting for data."""
+def _epochs_of(training: Training, loader: Loader, dataset: Dataset, case: Case) -> Callable[[], Pass]:
+    """Each call trains the first ``case.steps`` batches of another epoch."""
     graphed = None
     if case.compile == "cudagraph":
         graphed = GraphedStep(training, cast(DeviceLoader, loader), case.batch_size)
-    samples = np.arange(len(dataset))
+    samples, world = np.arange(len(dataset)), training.world
     epoch = 0
 
-    def run() -> int:
+    def run() -> Pass:
         nonlocal epoch
         epoch += 1
-        plan = engine.plan_epoch(training, samples, dataset.label, case.batch_size, seed=0, epoch=epoch)
+        plan = engine.plan_epoch(training, samples, dataset.label, case.batch_size * world.size, seed=0, epoch=epoch)
         part = slice(case.steps)
         plan = engine.EpochPlan(
             batches=plan.batches[part], samples=plan.samples[part], shares=plan.shares[part], seeds=plan.seeds[part]
         )
-        trained = engine.train_epoch(training, loader, plan, graphed=graphed)
+        first: list[float] = []
+        with DeviceClock(training.device) as clock:
+            trained = engine.train_epoch(
+                training, loader, plan, on_step=lambda batch, totals, waited_s: first.append(waited_s), graphed=graphed
+            )
         training.progress = None
-        waits.append(trained.waited_s / trained.seconds)
-        return trained.samples
+        return Pass(
+            images=sum(map(len, plan.batches)),
+            first_batch_s=first[0],
+            data_wait=trained.waited_s / trained.seconds,
+            device_s=clock.seconds(),
+        )
 
     return run
 
 
-def _verdict(data_wait: float, ratio: float) -> str:
-    if data_wait > DATA_WAIT_LIMIT:
-        return "data"
-    return "model" if ratio >= 1 - _SPREAD else "host"  # neither waits for data nor keeps up: Python and launches between the steps
-
-
 def _memory(device: torch.device) -> dict[str, float]:
-    unit = 1 if sys.platform == "darwin" else 1024
-    facts = {"host_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6}
+    facts = {"host_peak_mb": peak_bytes(own_processes()) / 1e6}
     if device.type == "cuda":
         facts["device_peak_mb"] = torch.cuda.max_memory_allocated(device) / 1e6
     return facts
 
 
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _spent() -> int:
+def _spent() -> Pass:
     raise RuntimeError("this contender's race is over")

@@ -24,11 +24,13 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import measure  # noqa: E402
-from measure import Contender, Group  # noqa: E402
-from peers.client import HERE, Peer, PeerError, make_environment, read_requirements  # noqa: E402
+import records  # noqa: E402
+from measure import Contender, Group, Outcome  # noqa: E402
+from peers.client import HERE, Pass, Peer, PeerError, make_environment, read_requirements  # noqa: E402
 from peers.registry import DECODING, KEYS, PEERS, READY, Entry  # noqa: E402
 from peers.serving import IMAGENET_MEAN, IMAGENET_STD, KeptBuffer, Tolerance, check_batch, check_epoch  # noqa: E402
 from peers.starting import Setting, open_peer, tune, worker_counts  # noqa: E402
+from tables import table  # noqa: E402
 
 SIZE = 32
 BATCH = 8
@@ -80,7 +82,12 @@ def entry(key: str) -> Entry:
 def served(python: Path, entry: Entry, setting: Setting, num_workers: int) -> tuple[int, Peer]:
     peer = Peer(entry.name, python, HERE / entry.script, setting.arguments(entry, num_workers), deadline_s=120)
     with peer:
-        return peer.run(), peer
+        done = peer.run()
+        assert done.first_batch_s is not None
+        assert 0 < done.first_batch_s < 60
+        assert done.device_s is None
+        assert peer.stored["bytes_per_image"] > 100
+        return int(done.images), peer
 
 
 # one process each, in turn over the number of workers and the dtype: the script's own check of a whole epoch is the test
@@ -234,7 +241,7 @@ def test_protocol(tmp_path: Path) -> None:
     with Peer("a test's peer", Path(sys.executable), script, [], deadline_s=30) as peer:
         assert peer.versions == {"python": "3"}
         assert peer.check == {"most_levels_from_pillow": 0.5}
-        assert [peer.run(), peer.run()] == [7, 7]
+        assert [peer.run(), peer.run()] == [Pass(images=7), Pass(images=7)]
 
 
 def test_what_a_library_prints_is_not_an_answer(tmp_path: Path, setting: Setting) -> None:
@@ -243,10 +250,10 @@ def test_what_a_library_prints_is_not_an_answer(tmp_path: Path, setting: Setting
         "from peers.serving import make_parser, parse, serve\n"
         "options = parse(make_parser(None))\n"
         "print('a library says hello')\n"
-        "serve(lambda: print('and again') or 3, options, ('numpy',))\n"
+        "serve(lambda: print('and again') or {'images': 3}, options, ('numpy',))\n"
     )
     with Peer("a test's peer", Path(sys.executable), script, setting.arguments(entry("pillow"), 0), deadline_s=30) as peer:
-        assert peer.run() == 3
+        assert peer.run() == Pass(images=3)
         assert peer.versions["numpy"] == np.__version__
 
 
@@ -323,7 +330,7 @@ def test_torchs_threads_of_peers_sleep_unless_told_otherwise(
         contender = open_peer(test, setting, stack, lambda line: None)
         assert contender.left_out is None
         assert contender.facts["OMP_WAIT_POLICY"] == wanted
-        assert contender.run() == 7
+        assert contender.run() == Pass(images=7)
 
 
 def test_tuning_passes_over_numbers_of_workers_that_fail() -> None:
@@ -339,8 +346,8 @@ def test_tuning_passes_over_numbers_of_workers_that_fail() -> None:
         def __exit__(self, *error: object) -> None:
             pass
 
-        def run(self) -> int:
-            return 1
+        def run(self) -> Pass:
+            return Pass(images=1)
 
     best, rates = tune(Picky, [0, 1])  # type: ignore[arg-type]
     assert (best, list(rates)) == (1, [1])
@@ -359,24 +366,24 @@ def test_worker_counts() -> None:
 def test_a_peer_that_fails_in_the_race_is_left_out_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     runs = iter([5, 5])
 
-    def weak() -> int:
+    def weak() -> Pass:
         try:
-            return next(runs)
+            return Pass(images=next(runs))
         except StopIteration:
             raise PeerError("weak", f"ended early: {tmp_path}/secret/file.py: killed") from None
 
-    good, bad = Contender(name="good", run=lambda: 4), Contender(name="weak", run=weak)
+    good, bad = Contender(name="good", run=lambda: Pass(images=4)), Contender(name="weak", run=weak)
     group = Group(name="a group", contenders=[bad, good], baseline=good)
     measure.race(group.contenders, repeats=3)
     assert len(good.rates) == 3
     assert good.left_out is None
     assert bad.rates == []
-    assert "left out: ended early" in measure.table(group)
+    assert "left out: ended early" in table(group)
     assert math.isnan(measure.ratio(good, bad))
 
     written: dict[str, Any] = {}
-    monkeypatch.setattr(measure, "write_result", lambda what, rows, setting, device: written.update(rows=rows))
-    measure.save("load", [group], {}, SimpleNamespace(type="cpu"))  # type: ignore[arg-type]
+    monkeypatch.setattr(records, "write_result", lambda what, rows, setting, device, folder: written.update(rows=rows))
+    records.save(Outcome(what="load", groups=[group], setting={}, device=SimpleNamespace(type="cpu")), {})  # type: ignore[arg-type]
     row = written["rows"][0]
     assert (row["group"], row["name"]) == ("a group", "weak")
     assert row["left_out"] == "ended early: file.py: killed"  # and nothing of the machine's folders
@@ -384,7 +391,7 @@ def test_a_peer_that_fails_in_the_race_is_left_out_and_the_others_go_on(monkeypa
 
 
 def test_errors_of_our_own_loaders_are_not_swallowed() -> None:
-    def broken() -> int:
+    def broken() -> Pass:
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):

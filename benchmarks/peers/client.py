@@ -13,6 +13,7 @@ import sysconfig
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +24,19 @@ HERE = Path(__file__).parent
 
 INSTALLED = "requirements.txt"
 """In an environment: what was installed there, written when it was whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One run over everything, and what it tells about itself beside the time it takes."""
+
+    images: float
+    first_batch_s: float | None = None
+    """From asking for the first batch to having it."""
+    data_wait: float | None = None
+    """Share of the time in which the consumer had no batch."""
+    device_s: float | None = None
+    """Between CUDA events around all of it; None on the CPU."""
 
 
 class PeerError(MissingDependencyError):
@@ -55,6 +69,8 @@ class Peer:
         """What the peer runs on, known once it is ready."""
         self.check: dict[str, float] = {}
         """How far its pixels are from Pillow's, known once it is ready."""
+        self.stored: dict[str, float] = {}
+        """``bytes_per_image`` on disk, known once it is ready."""
         self._variables = dict(variables or {})
         self._command = [str(python), str(script), *map(str, arguments)]
         self._process: subprocess.Popen[str] | None = None
@@ -78,7 +94,7 @@ class Peer:
         threading.Thread(target=self._listen, args=[self._process], name=f"peer-{self.name}", daemon=True).start()
         try:
             ready = self._answer()
-            self.versions, self.check = ready["versions"], ready["check"]
+            self.versions, self.check, self.stored = ready["versions"], ready["check"], ready.get("stored", {})
         except BaseException:
             self.close()
             raise
@@ -87,14 +103,20 @@ class Peer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def run(self) -> int:
-        """One shuffled epoch; returns the images it handled."""
+    @property
+    def pid(self) -> int:
+        """Of the process, while it runs."""
+        assert self._process is not None
+        return self._process.pid
+
+    def run(self) -> Pass:
+        """One shuffled epoch."""
         assert self._process is not None
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended: the answer says so
             self._process.stdin.write("run\n")
             self._process.stdin.flush()
-        return int(self._answer()["images"])
+        return Pass(**self._answer())
 
     def close(self) -> None:
         """End the process: by the end of its input, and if it does not heed that, by force."""

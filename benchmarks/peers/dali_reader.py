@@ -11,6 +11,7 @@ Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def main() -> None:
         files, count = sources  # of each sample: its tar, its offset and its name there
         return [number[bytes(files.at(i)).decode().rpartition(":")[2].partition(".")[0]] for i in range(count)]
 
-    serve_epochs(epoch, options, (DALI_PACKAGE, "torch"), tolerance=TOLERANCE, number_of=numbers_of)
+    serve_epochs(epoch, options, (DALI_PACKAGE, "torch"), stored=map(Path, tars), tolerance=TOLERANCE, number_of=numbers_of)
 
 
 def _pipeline(tars: list[str], options: Any, size: int) -> Any:

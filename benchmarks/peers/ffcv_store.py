@@ -60,7 +60,7 @@ def main() -> None:
             yield delivery.pixels(batch.permute(0, 2, 3, 1)) if behind else batch, numbers
 
     tolerance = JPEG_TOLERANCE if options.stored == "jpeg" else EXACT
-    serve_epochs(epoch, options, ("ffcv", "numba", "numpy", "torch"), tolerance=tolerance)
+    serve_epochs(epoch, options, ("ffcv", "numba", "numpy", "torch"), stored=[beton], tolerance=tolerance)
 
 
 def _write(beton: Path, pixels: np.ndarray, write_mode: str) -> None:

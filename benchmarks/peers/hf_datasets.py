@@ -59,7 +59,7 @@ def main() -> None:
             else:
                 yield delivery.pixels(batch["image"]), batch["number"]
 
-    serve_epochs(epoch, options, ("datasets", "Pillow", "pyarrow", "torch"))
+    serve_epochs(epoch, options, ("datasets", "Pillow", "pyarrow", "torch"), stored=[store])
 
 
 class _Transform:

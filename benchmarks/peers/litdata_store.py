@@ -58,7 +58,7 @@ def main() -> None:
                 yield delivery.pixels(batch["image"]), batch["number"]
 
     packages = ("litdata", "torch", "torchvision")
-    serve_epochs(epoch, options, packages, tolerance=RESIZE_TOLERANCE if png else EXACT)
+    serve_epochs(epoch, options, packages, stored=[store], tolerance=RESIZE_TOLERANCE if png else EXACT)
 
 
 def _write(store: Path, samples: int, sample: Any) -> None:

@@ -39,7 +39,7 @@ def main() -> None:
             else:
                 yield delivery.pixels(batch.pin_memory() if on_gpu(options) else batch), numbers
 
-    serve_epochs(epoch, options, ("numpy", "torch"))
+    serve_epochs(epoch, options, ("numpy", "torch"), stored=[options.pixels])
 
 
 if __name__ == "__main__":

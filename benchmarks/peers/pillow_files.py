@@ -10,6 +10,7 @@ Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def main() -> None:
         for images, numbers in loader:
             yield delivery.images(images), numbers
 
-    serve_epochs(epoch, options, ("Pillow", "torch", "torchvision"))
+    serve_epochs(epoch, options, ("Pillow", "torch", "torchvision"), stored=map(Path, pictures.files))
 
 
 if __name__ == "__main__":

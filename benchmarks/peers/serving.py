@@ -1,7 +1,7 @@
 """What all peers' scripts share: arguments, the check of their pixels, and serving runs. Must import in any peer's environment.
 
-{"ready": true, "versions": {...}, "check": {...}}    printed once all is made, checked and warm
-run  ->  {"images": n}                                for each such line of the input: one shuffled epoch over everything
+{"ready": true, "versions": {...}, "check": {...}, "stored": {...}}    printed once all is made, checked and warm
+run  ->  {"images": n, "first_batch_s": ..., "device_s": ...}          for each such line of the input: one shuffled epoch over everything
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -100,6 +101,40 @@ def loader_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def on_gpu(options: argparse.Namespace) -> bool:
     return str(options.device).startswith("cuda")
+
+
+class DeviceClock:
+    """The seconds between two CUDA events recorded before and after a block, None on the CPU; asked for when the block is over."""
+
+    def __init__(self, device: Any) -> None:
+        self._events: list[Any] = []
+        if str(device).startswith("cuda"):
+            import torch
+
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def __enter__(self) -> DeviceClock:
+        for event in self._events[:1]:
+            event.record()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for event in self._events[1:]:
+            event.record()
+
+    def seconds(self) -> float | None:
+        """Waits for the device."""
+        if not self._events:
+            return None
+        start, stop = self._events
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) / 1e3
+
+
+def bytes_on_disk(paths: Iterable[Path]) -> int:
+    """Of files, each counted once, and of all files in folders."""
+    files = {file for path in set(paths) for file in (path.rglob("*") if path.is_dir() else (path,)) if file.is_file()}
+    return sum(file.stat().st_size for file in files)
 
 
 class KeptBuffer:
@@ -213,29 +248,34 @@ def serve_epochs(
     options: argparse.Namespace,
     packages: tuple[str, ...],
     *,
+    stored: Iterable[Path],
     tolerance: Tolerance = EXACT,
     number_of: Callable[[Any], Any] = np.asarray,
 ) -> None:
-    """Check one epoch, then serve others; ``number_of`` makes sample numbers of what ``epoch`` gives beside the images."""
+    """Check one epoch, then serve others; ``number_of`` makes sample numbers of what ``epoch`` gives beside the images, and
+    ``stored`` are the files and folders that it reads."""
     pixels = np.load(options.pixels, mmap_mode="r")
     check = check_epoch(epoch, pixels, options.dtype, tolerance, number_of)
 
-    def run() -> int:
-        count = 0
-        for images, _ in epoch():
-            count += len(images)
-            images[:, 0, 0, 0].sum()  # one value of each picture: a loader that only promises its batches gains nothing
-        if on_gpu(options):
-            import torch
+    def run() -> dict[str, Any]:
+        count, first = 0, None
+        started = time.perf_counter()
+        with DeviceClock(options.device) as clock:
+            for images, _ in epoch():
+                first = first or time.perf_counter()
+                count += len(images)
+                images[:, 0, 0, 0].sum()  # one value of each picture: a loader that only promises its batches gains nothing
+        return {"images": count, "first_batch_s": first and first - started, "device_s": clock.seconds()}
 
-            torch.cuda.synchronize(options.device)
-        return count
-
-    serve(run, options, packages, check)
+    serve(run, options, packages, check, {"bytes_per_image": bytes_on_disk(stored) / len(pixels)})
 
 
 def serve(
-    run: Callable[[], int], options: argparse.Namespace, packages: tuple[str, ...], check: dict[str, float] | None = None
+    run: Callable[[], dict[str, Any]],
+    options: argparse.Namespace,
+    packages: tuple[str, ...],
+    check: dict[str, float] | None = None,
+    stored: dict[str, float] | None = None,
 ) -> None:
     """Say that all is ready, then ``run`` for each line "run" until the input ends; ``packages``: whose versions to tell."""
 
@@ -243,8 +283,8 @@ def serve(
         print(json.dumps(values), file=options.answers, flush=True)
 
     versions = {"python": platform.python_version()} | {package: version(package) for package in packages}
-    answer(ready=True, versions=versions, check=check or {})
+    answer(ready=True, versions=versions, check=check or {}, stored=stored or {})
     for line in sys.stdin:
         if line.strip() != "run":
             sys.exit(f"ValueError: {line.strip()!r} is not something to do; only 'run' is")
-        answer(images=run())
+        answer(**run())

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from measure import Contender
-from peers.client import HERE, Peer, PeerError, make_environment, read_requirements
+from peers.client import HERE, Pass, Peer, PeerError, make_environment, read_requirements
 from peers.registry import Entry
+from processes import peak_bytes, process_tree
 
 _EACH_COUNT_UP_TO = 4
 
@@ -59,8 +60,12 @@ def open_peer(entry: Entry, setting: Setting, stack: contextlib.ExitStack, log: 
         log(f"left out: {error}")
         return Contender(name=entry.name, run=_not_started, left_out=error.reason)
     facts: dict[str, Any] = {"num_workers": best, "images_per_s_by_workers": rates} | _variables(entry)
-    facts |= peer.check | peer.versions
-    return Contender(name=entry.name, run=peer.run, facts=facts)
+    facts |= peer.check | peer.versions | peer.stored
+
+    def processes() -> list[int]:
+        return process_tree(peer.pid)
+
+    return Contender(name=entry.name, run=peer.run, facts=facts, processes=processes, peak_bytes=lambda: peak_bytes(processes()))
 
 
 def worker_counts(least: int, cores: int) -> list[int]:
@@ -81,7 +86,7 @@ def tune(start: Callable[[int], Peer], counts: Sequence[int]) -> tuple[int, dict
         try:
             with start(count) as peer:
                 started = time.perf_counter()
-                images = peer.run()
+                images = peer.run().images
                 rates[count] = images / (time.perf_counter() - started)
         except PeerError as error:
             failure = error
@@ -104,5 +109,5 @@ def _variables(entry: Entry) -> dict[str, str]:
     return {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")} if entry.waits_passively else {}
 
 
-def _not_started() -> int:
+def _not_started() -> Pass:
     raise RuntimeError("this peer is not in the race")

@@ -65,7 +65,7 @@ def main() -> None:
             else:
                 yield delivery.pixels(batch["image"]), batch["number"]
 
-    serve_epochs(epoch, options, ("mosaicml-streaming", "numpy", "Pillow", "torch"))
+    serve_epochs(epoch, options, ("mosaicml-streaming", "numpy", "Pillow", "torch"), stored=[store])
 
 
 def _write(store: Path, kind: str, pictures: Iterable[Any]) -> None:

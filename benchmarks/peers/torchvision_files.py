@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def main() -> None:
         for images, numbers in loader:
             yield delivery.images(images), numbers
 
-    serve_epochs(epoch, options, ("torch", "torchvision"), tolerance=TOLERANCE)
+    serve_epochs(epoch, options, ("torch", "torchvision"), stored=map(Path, pictures.files), tolerance=TOLERANCE)
 
 
 if __name__ == "__main__":

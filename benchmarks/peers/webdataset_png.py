@@ -12,6 +12,7 @@ Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def main() -> None:
     def numbers_of(keys: Any) -> list[int]:
         return [number[key] for key in keys]
 
-    serve_epochs(epoch, options, ("Pillow", "torch", "webdataset"), number_of=numbers_of)
+    serve_epochs(epoch, options, ("Pillow", "torch", "webdataset"), stored=map(Path, tars), number_of=numbers_of)
 
 
 if __name__ == "__main__":
