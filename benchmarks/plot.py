@@ -55,7 +55,7 @@ def plot(result: Path, picture: Path) -> Path:
         raise DataError(f"{result}: not a result of benchmarks/ ({type(error).__name__}: {error}); name files it wrote") from None
     hardware = environment.get("gpu", {}).get("name") or f"{environment['cpus_usable']} cores, {environment['cpu']}"
     figure.suptitle(f"{document['what']}: {hardware}, torch {environment['packages']['torch']}, {document['date']}", fontsize=9)
-    figure.savefig(picture, dpi=150)
+    figure.savefig(picture, dpi=110)
     plt.close(figure)
     return picture
 
@@ -66,7 +66,8 @@ def _draw_groups(rows: list[dict[str, Any]]) -> Any:
 
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(row["group"], []).append(row)
+        if "left_out" not in row:
+            groups.setdefault(row["group"], []).append(row)
     heights = [len(group) for group in groups.values()]
     height = 0.9 + 0.36 * sum(heights) + 0.7 * len(groups)
     figure, axes = plt.subplots(len(groups), 1, figsize=(8, height), height_ratios=heights, squeeze=False, layout="constrained")
@@ -76,13 +77,18 @@ def _draw_groups(rows: list[dict[str, Any]]) -> Any:
             [row["median_images_per_s"] - min(row["images_per_s"]) for row in group],
             [max(row["images_per_s"]) - row["median_images_per_s"] for row in group],
         ]
-        colours = ["tab:gray" if row["name"] == row["baseline"] else "tab:blue" for row in group]
-        axis.barh([row["name"] for row in group], medians, xerr=spread, color=colours, capsize=2)
+        axis.barh([row["name"] for row in group], medians, xerr=spread, color=[_colour(row) for row in group], capsize=2)
         axis.invert_yaxis()
-        axis.set_title(f"{name} (grey: what ratios are to)", loc="left", fontsize=9)
+        axis.set_title(f"{name} (grey: what ratios are to; orange: a limit of the machine)", loc="left", fontsize=9)
         axis.set_xlabel("images/s", fontsize=8)
         axis.tick_params(labelsize=8)
     return figure
+
+
+def _colour(row: dict[str, Any]) -> str:
+    if row["facts"].get("limit"):
+        return "tab:orange"
+    return "tab:gray" if row["name"] == row["baseline"] else "tab:blue"
 
 
 def _draw_scaling(rows: list[dict[str, Any]]) -> Any:

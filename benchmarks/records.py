@@ -54,11 +54,15 @@ def write_result(what: str, rows: Sequence[Row], setting: dict[str, Any], device
 
     environment = describe_environment(device) | {"commit": _commit()}
     hardware = environment["gpu"]["name"] if "gpu" in environment else f"{environment['cpus_usable']}cores"
+    processes = setting.get("world_size", 1)
+    program = "python"
+    if processes > 1:
+        hardware, program = f"{hardware}_{processes}processes", f"torchrun ({processes} processes)"
     today = date.today().isoformat()
     document: Record = {
         "what": what,
         "date": today,
-        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *map(_without_folder, sys.argv[1:])]),
+        "command": " ".join([program, "benchmarks/" + Path(sys.argv[0]).name, *map(_without_folder, sys.argv[1:])]),
         "setting": setting,
         "rows": list(rows),
         "environment": environment,
@@ -71,9 +75,13 @@ def write_result(what: str, rows: Sequence[Row], setting: dict[str, Any], device
 
 
 def newest(what: str, *, gpu: bool = False, folder: Path = RESULTS) -> Record | None:
-    """The youngest result of ``what`` from a machine with, or without, a GPU; None where there is none."""
+    """The youngest result of ``what`` from one process on a machine with, or without, a GPU; None where there is none."""
     records = [json.loads(path.read_bytes()) for path in sorted(folder.glob(f"{what}_*.json"))]
-    fitting = [record for record in records if record["what"] == what and ("gpu" in record["environment"]) == gpu]
+    fitting = [
+        record
+        for record in records
+        if (record["what"], "gpu" in record["environment"], record["setting"].get("world_size", 1)) == (what, gpu, 1)
+    ]
     return max(fitting, key=lambda record: record["date"], default=None)
 
 
