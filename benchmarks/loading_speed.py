@@ -45,7 +45,7 @@ def measure_loading(kind: str, options: Any, work_dir: Path) -> Outcome:
         pixels, pictures = pixels_of(datasets["rgb"], work_dir), write_pictures(tree, work_dir)
     base_bytes = resident_bytes(own_processes())
     groups = []
-    for dtype in options.dtypes or (("float32", "uint8", "float16") if device.type == "cuda" else ("float32", "uint8")):
+    for dtype in options.dtypes or _default_dtypes(kind, device):
         config = LoaderConfig(
             image_size=options.image_size,
             device=device,
@@ -78,7 +78,7 @@ def measure_loading(kind: str, options: Any, work_dir: Path) -> Outcome:
                 group = Group(name=f"{kind}, {dtype}", contenders=[*contenders, *limits], baseline=_yardstick(peers, contenders))
                 race_and_print(group, options.repeats, world)
                 groups.append(group)
-        for contender in [group for it in groups for group in it.contenders]:
+        for contender in [contender for group in groups for contender in group.contenders]:
             contender.run = _spent  # it would keep the loader's memory
     figures = {
         "images": len(tree),
@@ -87,6 +87,12 @@ def measure_loading(kind: str, options: Any, work_dir: Path) -> Outcome:
         "epochs_per_repeat": 1 if kind == DECODING else options.load_epochs,
     }
     return Outcome(what="decode" if kind == DECODING else "load", groups=groups, setting=figures, device=device)
+
+
+def _default_dtypes(kind: str, device: torch.device) -> tuple[str, ...]:
+    if kind == DECODING:
+        return ("float32",)  # the work is in the decoding, whatever comes after it
+    return ("float32", "uint8", "float16") if device.type == "cuda" else ("float32", "uint8")
 
 
 def _wanted(entry: Entry, options: Any) -> bool:
@@ -112,7 +118,7 @@ def _set_limits(
     world: Any,
 ) -> list[Contender]:
     """The limits of a group, each contender told which one is its own."""
-    contenders = [*(peer for key, peer in peers.items() if key != _LOSSY), *ours]
+    bounded = [*(peer for key, peer in peers.items() if key != _LOSSY), *ours]
     if kind == DECODING:
         assert tree.paths is not None
         limits = [inflate_limit(tree.paths, default_num_workers() // world.local_size or 1)]
@@ -121,10 +127,10 @@ def _set_limits(
         limits = [writing_limit(config.max_batch, len(batches), config.image_size, config.dtype, config.device)]
         if config.dtype == torch.uint8:  # ready pixels have to be read too, which takes longer than to write them
             limits.append(copying_limit(np.load(pixels, mmap_mode="r"), batches, config.device))
-    for contender in contenders:
+    for contender in bounded:
         contender.bounded_by = limits[0] if "indexed" in contender.name else limits[-1]
-        if contender in peers.values():
-            contender.work = "decoding" if kind == DECODING else "copying and normalising"
+    for peer in peers.values():
+        peer.work = "decoding" if kind == DECODING else "copying and normalising"
     return limits
 
 

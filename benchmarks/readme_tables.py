@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import targets
-from records import RESULTS, Record, Row, find_row, newest
+from records import RESULTS, Record, Row, find_row, newest, newest_path
 
 from quaclrs.arguments import Parser
 from quaclrs.errors import DataError, run_command
@@ -69,6 +69,8 @@ _LOADING: tuple[Column, ...] = (
 
 
 def _table(head: str, columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    if not rows:
+        return _NOT_YET
     lines = [f"| {' | '.join([head, *(name for name, _ in columns)])} |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
         nothing = [f"left out: {row['left_out']}", *[""] * (len(columns) - 1)] if "left_out" in row else []
@@ -155,18 +157,27 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "synthesis": ("pack", lambda record: _table("", _RATES, [row for row in record["rows"] if row["name"] == "synthesis"])),
     "scaling": ("scaling", _scaling),
 }
-"""Name of each block to the kind of result file it is made of, and how; ``targets`` takes several."""
+"""Name of each block to the kind of result file it is made of, and how; ``targets`` takes several, ``figure_KIND`` is a picture."""
 
 
 def block(name: str, folder: Path = RESULTS) -> str:
     """The Markdown of one block. Raises :class:`DataError` for a name that is none."""
     if name == "targets":
         return targets.markdown(folder) + "\n"
+    if name.startswith("figure_"):
+        return _figure(name.removeprefix("figure_"), folder)
     if name not in BLOCKS:
-        raise DataError(f"<!-- table: {name} -->: no such table; choose among targets, {', '.join(BLOCKS)}")
+        raise DataError(f"<!-- table: {name} -->: no such table; choose among targets, figure_KIND, {', '.join(BLOCKS)}")
     what, make = BLOCKS[name]
     record = newest(what, folder=folder)
     return _NOT_YET if record is None else make(record)
+
+
+def _figure(what: str, folder: Path) -> str:
+    """The picture that plot.py made of the newest result of ``what``, where it has; seen from benchmarks/README.md."""
+    path = newest_path(what, folder=folder)
+    picture = None if path is None else path.with_suffix(".png")
+    return f"![{what}](results/{picture.name})\n" if picture is not None and picture.is_file() else _NOT_YET
 
 
 def rendered(text: str, folder: Path = RESULTS) -> str:

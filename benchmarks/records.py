@@ -76,19 +76,26 @@ def write_result(what: str, rows: Sequence[Row], setting: dict[str, Any], device
 
 def newest(what: str, *, gpu: bool = False, folder: Path = RESULTS) -> Record | None:
     """The youngest result of ``what`` from one process on a machine with, or without, a GPU; None where there is none."""
-    records = [json.loads(path.read_bytes()) for path in sorted(folder.glob(f"{what}_*.json"))]
-    fitting = [
-        record
-        for record in records
+    path = newest_path(what, gpu=gpu, folder=folder)
+    return None if path is None else json.loads(path.read_bytes())
+
+
+def newest_path(what: str, *, gpu: bool = False, folder: Path = RESULTS) -> Path | None:
+    """The file of :func:`newest`."""
+    records = {path: json.loads(path.read_bytes()) for path in sorted(folder.glob(f"{what}_*.json"))}
+    fitting = {
+        path: record["date"]
+        for path, record in records.items()
         if (record["what"], "gpu" in record["environment"], record["setting"].get("world_size", 1)) == (what, gpu, 1)
-    ]
-    return max(fitting, key=lambda record: record["date"], default=None)
+    }
+    return max(fitting, key=lambda path: fitting[path], default=None)
 
 
 def find_row(record: Record | None, name: str, group: str = "") -> Row | None:
     """The row ``name`` of the first group that ends with ``group``; None where it is missing or was left out."""
     rows = record["rows"] if record else []
-    return next((row for row in rows if row["name"] == name and row["group"].endswith(group) and "left_out" not in row), None)
+    raced = [row for row in rows if "name" in row and "left_out" not in row]  # footprint.py's have no name
+    return next((row for row in raced if row["name"] == name and row["group"].endswith(group)), None)
 
 
 def _without_folder(argument: str) -> str:

@@ -75,7 +75,9 @@ def _parser() -> Parser:
         "--num_workers", type=int, help="of our own loaders, and for packing; the processors, shared by the processes"
     )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "uint8", "float16"), help="to load; peers have the first two")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("float32", "uint8", "float16"), help="peers have the first two; decode float32, load both"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--decode_images", type=int, default=520, metavar="N", help="decode only so many, spread over the data (520)"

@@ -311,8 +311,18 @@ def test_an_environment_over_ours_has_our_packages(tmp_path: Path) -> None:
 def test_tuning_keeps_the_best_number_of_workers(tmp_path: Path) -> None:
     seconds = "{0: 0.2, 1: 0.02, 2: 0.1}[int(sys.argv[1])]"
     script = Path(_script(tmp_path, _serving(f"time.sleep({seconds}); {ANSWER}")).script)
-    best, rates = tune(lambda count: Peer("a test's peer", Path(sys.executable), script, [count], deadline_s=30), [0, 1, 2])
-    assert best == 1
+    with contextlib.ExitStack() as stack:
+        tried: list[Peer] = []
+
+        def start(count: int) -> Peer:
+            tried.append(Peer("a test's peer", Path(sys.executable), script, [count], deadline_s=30))
+            return tried[-1]
+
+        best, rates, peer = tune(start, [0, 1, 2], stack)
+        assert best == 1
+        assert peer is tried[1]
+        assert peer.run() == Pass(images=7)
+        assert [other._process is None for other in tried] == [True, False, True]
     assert list(rates) == [0, 1, 2]
     assert rates[1] == max(rates.values())
 
@@ -349,10 +359,11 @@ def test_tuning_passes_over_numbers_of_workers_that_fail() -> None:
         def run(self) -> Pass:
             return Pass(images=1)
 
-    best, rates = tune(Picky, [0, 1])  # type: ignore[arg-type]
-    assert (best, list(rates)) == (1, [1])
-    with pytest.raises(PeerError, match="picky: wants a worker"):
-        tune(Picky, [0])  # type: ignore[arg-type]
+    with contextlib.ExitStack() as stack:
+        best, rates, _ = tune(Picky, [0, 1], stack)  # type: ignore[arg-type]
+        assert (best, list(rates)) == (1, [1])
+        with pytest.raises(PeerError, match="picky: wants a worker"):
+            tune(Picky, [0], stack)  # type: ignore[arg-type]
 
 
 def test_worker_counts() -> None:

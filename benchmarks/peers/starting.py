@@ -53,9 +53,8 @@ def open_peer(entry: Entry, setting: Setting, stack: contextlib.ExitStack, log: 
 
     try:
         python = _python_of(entry, setting.environments)
-        best, rates = tune(start, worker_counts(entry.least_workers, setting.cores))
+        best, rates, peer = tune(start, worker_counts(entry.least_workers, setting.cores), stack)
         log(f"{entry.name}: {best} workers, of {', '.join(f'{count} ({rate:,.0f}/s)' for count, rate in rates.items())}")
-        peer = stack.enter_context(start(best))
     except PeerError as error:
         log(f"left out: {error}")
         return Contender(name=entry.name, run=_not_started, left_out=error.reason)
@@ -75,24 +74,33 @@ def worker_counts(least: int, cores: int) -> list[int]:
     return sorted(count for count in counts if count >= least)
 
 
-def tune(start: Callable[[int], Peer], counts: Sequence[int]) -> tuple[int, dict[int, float]]:
-    """The best of ``counts`` by one epoch each, after the one that checks the peer; and the images/s of each that worked.
+def tune(start: Callable[[int], Peer], counts: Sequence[int], stack: contextlib.ExitStack) -> tuple[int, dict[int, float], Peer]:
+    """The best of ``counts`` by one epoch each, after the one that checks the peer; the images/s of each that worked; and the best
+    one's process, which lives as long as ``stack``.
 
     Raises the last :class:`PeerError` where none works.
     """
     rates: dict[int, float] = {}
+    best: tuple[float, int, Peer] | None = None
     failure: PeerError | None = None
     for count in counts:
         try:
-            with start(count) as peer:
-                started = time.perf_counter()
-                images = peer.run().images
-                rates[count] = images / (time.perf_counter() - started)
+            peer = stack.enter_context(start(count))
+            started = time.perf_counter()
+            images = peer.run().images
+            rates[count] = images / (time.perf_counter() - started)
         except PeerError as error:
             failure = error
-    if not rates:
+            continue
+        if best is None or rates[count] > best[0]:
+            best, beaten = (rates[count], count, peer), best[2] if best else None
+        else:
+            beaten = peer
+        if beaten is not None:  # at once, so that it takes no memory, nor time from those that are tried next
+            beaten.close()
+    if best is None:
         raise failure or ValueError("no number of workers to try")
-    return max(rates, key=lambda count: rates[count]), rates
+    return best[1], rates, best[2]
 
 
 def _python_of(entry: Entry, environments: Path | None) -> Path:

@@ -1,0 +1,345 @@
+"""The benchmark's own contract: what it refuses, that limits are limits, what a verdict is made of, and one small run of it all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from png_trees import PngTree
+
+from quaclrs.demo import cache_root
+from quaclrs.errors import UsageError
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import footprint  # noqa: E402
+import limits  # noqa: E402
+import loading_speed  # noqa: E402
+import processes  # noqa: E402
+import throughput  # noqa: E402
+from measure import Contender, Group, race, repeated  # noqa: E402
+from peers.client import Pass  # noqa: E402
+from tables import summary, table  # noqa: E402
+from verdicts import BUSY, HANDING_OVER, NEAR_LIMIT, bound_by, training_bound_by  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to measure; give --all, or any of pack, decode, load, step, train (before --peers, which takes a folder)"),
+        (["--peers", "load"], "nothing to measure; give --all, or any of pack"),
+        (["laod"], "argument MODE: 'laod' is not a mode; choose among pack, decode, load, step, train"),
+        (["load", "--repeats", "0"], "--repeats 0: at least 1"),
+        (["train", "--train_batch_sizes", "16", "1"], "--train_batch_sizes 1: at least 2, or BatchNorm has nothing to compare"),
+        (
+            ["train", "--compile", "cudagraph", "--device", "cpu"],
+            "--compile cudagraph: captures the work of one GPU, and this is cpu",
+        ),
+    ],
+)
+def test_refused_in_one_line(
+    arguments: list[str], message: str, png_tree: PngTree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--csv_file", str(png_tree.csv_file), "--spectrograms_dir", str(png_tree.spectrograms_dir)]
+    try:
+        code = throughput.main([*arguments, *data, "--work_dir", str(tmp_path)])
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    said = capsys.readouterr().err.strip()
+    assert code == 2
+    assert "\n" not in said
+    assert said.startswith("throughput.py: error: ")
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["load", "--peers", "envs"], "--peers envs: peers know nothing of 2 processes; measure them without torchrun"),
+        (["load", "--only", "quaclrs", "dali"], "--only quaclrs dali: peers know nothing of 2 processes"),
+        (["pack", "load"], "pack: has workers of its own, and 2 processes would each pack all; leave it out under torchrun"),
+    ],
+)
+def test_refused_under_torchrun(arguments: list[str], message: str) -> None:
+    options = throughput._parser().parse_args(arguments)
+    throughput._refuse_in_several_processes(options, options.modes, 1)
+    with pytest.raises(UsageError, match="^" + message):
+        throughput._refuse_in_several_processes(options, options.modes, 2)
+    fitting = throughput._parser().parse_args(["load", "train", "--only", "quaclrs"])
+    throughput._refuse_in_several_processes(fitting, fitting.modes, 2)
+
+
+def test_the_one_command() -> None:
+    options = throughput._parser().parse_args(["--all", "--peers"])
+    assert throughput._chosen_modes(options) == ["pack", "decode", "load", "train"]
+    assert options.peers == cache_root() / "peers"
+    several = throughput._parser().parse_args(["train", "load", "step", "--peers", "envs"])
+    assert throughput._chosen_modes(several) == ["load", "step", "train"]
+    assert several.peers == Path("envs")
+
+
+@pytest.fixture(scope="module")
+def small_run(png_tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """Result documents by mode, and what was printed, of one run over everything of our own."""
+    folder = tmp_path_factory.mktemp("bench")
+    command = [
+        *(sys.executable, str(BENCHMARKS / "throughput.py"), "--all", "--device", "cpu", "--only", "quaclrs"),
+        *("--csv_file", str(png_tree.csv_file), "--spectrograms_dir", str(png_tree.spectrograms_dir)),
+        *("--work_dir", str(folder / "work"), "--results_dir", str(folder / "results"), "--decode_images", "40"),
+        *("--image_size", "32", "--batch_size", "16", "--repeats", "1", "--load_epochs", "2", "--encodings", "png"),
+        *("--num_workers", "1", "--models", "mobilenet", "--train_batch_sizes", "2", "--steps", "1"),
+    ]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 0, finished.stderr
+    files = [json.loads(path.read_bytes()) for path in (folder / "results").iterdir()]
+    return {document["what"]: document for document in files}, finished.stdout
+
+
+def test_a_run_measures_every_mode_against_limits(small_run: tuple[dict[str, Any], str]) -> None:
+    documents, _ = small_run
+    assert set(documents) == {"pack", "decode", "load", "train"}
+    for document in documents.values():
+        for name in ("memory_write_gb_per_s", "memory_copy_gb_per_s", "matmul_float32_gflop_per_s", "seconds"):
+            assert document["setting"][name] > 0
+        named = {(row["group"], row["name"]) for row in document["rows"]}
+        limited = [row for row in document["rows"] if row["facts"].get("limit")]
+        assert limited
+        assert all(row["baseline"] not in {limit["name"] for limit in limited} for row in document["rows"])
+        for row in document["rows"]:
+            assert row["facts"]["world_size"] == 1
+            assert row["facts"]["images_per_s_per_process"] == row["median_images_per_s"]
+            if not row["facts"].get("limit") and row["name"] != "synthesis":
+                assert (row["group"], row["bounded_by"]) in named
+                assert row["facts"]["share_of_limit"] > 0
+                assert row["facts"]["bound_by"]
+
+
+def test_rows_say_what_they_cost(small_run: tuple[dict[str, Any], str]) -> None:
+    documents, _ = small_run
+    ours = [row for mode in ("decode", "load") for row in documents[mode]["rows"] if not row["facts"].get("limit")]
+    assert {row["name"] for row in ours} == {
+        *("dali, png shards", "files, PNG tree"),
+        *(f"{loader}, {encoding} shards" for loader in ("mapped", "resident") for encoding in ("indexed", "rgb")),
+    }
+    for row in ours:
+        for name in ("first_batch_s", "open_to_first_batch_s", "host_peak_mb", "bytes_per_image"):
+            assert row["facts"][name] > 0, (row["name"], name)
+        assert "device_images_per_s" not in row["facts"]  # there is no device whose time could be told
+    rgb = next(row for row in ours if row["name"] == "mapped, rgb shards")
+    assert rgb["facts"]["bytes_per_image"] > 3 * 32 * 32
+    trained = next(row for row in documents["train"]["rows"] if row["name"].startswith("train, "))
+    assert 0 <= trained["facts"]["data_wait"] < 1
+    assert trained["facts"]["host_peak_mb"] > 100
+
+
+def test_one_table_is_what_a_user_ends_with(small_run: tuple[dict[str, Any], str]) -> None:
+    documents, said = small_run
+    whole = said[said.index("all that was measured") :]
+    for document in documents.values():
+        for row in document["rows"]:
+            assert row["group"] in whole
+            assert (f"limit: {row['name']}" if row["facts"].get("limit") else row["name"]) in whole
+    for head in ("images/s", "min", "max", "ratio", "of limit", "data wait", "first batch", "host peak", "bound by"):
+        assert head in whole
+
+
+# ---------------------------------------------------------------------- races
+
+
+def _contender(name: str, images: float = 10, **options: Any) -> Contender:
+    return Contender(name=name, run=lambda: Pass(images=images), **options)
+
+
+def test_limits_are_shown_and_compared_with_nothing() -> None:
+    limit = _contender("the machine", images=1e9, limit=True, work="memory writes")
+    ours, other = _contender("ours", bounded_by=limit), _contender("other")
+    group = Group(name="a group", contenders=[ours, other, limit], baseline=other)
+    race(group.contenders, repeats=3)
+    assert limit.facts["limit"] is True
+    assert "bound_by" not in limit.facts
+    assert 0 < ours.facts["share_of_limit"] < 1
+    assert other.facts["share_of_limit"] is None
+    for text in (table(group), summary([group])):
+        assert "limit: the machine" in text
+        assert "* other" in text
+        assert "  ours" in text
+
+
+def test_the_yardstick_is_never_a_limit() -> None:
+    ours = _contender("ours")
+    assert loading_speed._yardstick({}, [ours]) is ours
+    failed, works = _contender("FFCV", left_out="no compiler"), _contender("memory map")
+    assert loading_speed._yardstick({"ffcv-raw": failed, "memmap": works}, [failed, works, ours]) is works
+
+
+def test_facts_are_medians_of_the_counted_repeats() -> None:
+    waits = iter([0.9, 0.1, 0.3, 0.2])  # the first is the warm-up
+    told = Contender(name="ours", run=lambda: Pass(images=6, first_batch_s=0.5, data_wait=next(waits), device_s=2.0))
+    race([told], repeats=3)
+    assert (told.facts["data_wait"], told.facts["first_batch_s"], told.facts["device_images_per_s"]) == (0.2, 0.5, 3.0)
+    assert "bound_by" not in told.facts  # a device did the work, and nothing is known of it
+
+
+def test_several_epochs_are_one_pass() -> None:
+    firsts = iter([0.3, 0.1, 0.2])
+    run = repeated(lambda: Pass(images=5, first_batch_s=next(firsts), device_s=1.5), 3)
+    assert run() == Pass(images=15, first_batch_s=0.2, device_s=4.5)
+    assert repeated(lambda: Pass(images=5), 2)() == Pass(images=10)
+
+
+class TwoRanks:
+    """A world of two, whose other rank has as many images and takes three times as long."""
+
+    size = local_size = 2
+    is_main = True
+
+    def __init__(self) -> None:
+        self.meetings = 0
+
+    def gather(self, value: Any) -> list[Any]:
+        self.meetings += value is None
+        return [value] if value is None else [value, (value[0], 3 * value[1])]
+
+
+def test_images_of_all_ranks_over_the_slowest() -> None:
+    world = TwoRanks()
+    alone, together = _contender("alone"), _contender("together")
+    together.run = alone.run = lambda: Pass(images=sum(range(10)))
+    race([together], repeats=2, world=world)  # type: ignore[arg-type]
+    assert world.meetings == 2  # before each counted repeat
+    assert together.facts["world_size"] == 2
+    assert together.facts["images_per_s_per_process"] == together.median / 2
+
+
+# ---------------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize(
+    ("share", "cores_busy", "expected"),
+    [
+        (NEAR_LIMIT, 0.1, "memory writes"),
+        (NEAR_LIMIT - 0.01, BUSY, "redraw"),
+        (0.1, BUSY - 0.01, HANDING_OVER),
+        (None, 1.0, "redraw"),
+        (None, None, None),
+        (0.1, None, None),
+    ],
+)
+def test_verdict(share: float | None, cores_busy: float | None, expected: str | None) -> None:
+    assert bound_by(share_of_limit=share, limit="memory writes", cores_busy=cores_busy, work="redraw") == expected
+
+
+@pytest.mark.parametrize(
+    ("data_wait", "ceiling", "share", "expected"),
+    [(0.03, 0.9, 0.9, "data"), (0.01, 0.9, 0.9, "host"), (0.01, 0.96, 0.8, "arithmetic"), (0.01, 1.0, None, "model")],
+)
+def test_verdict_of_training(data_wait: float, ceiling: float, share: float | None, expected: str) -> None:
+    assert training_bound_by(data_wait=data_wait, share_of_ceiling=ceiling, share_of_limit=share) == expected
+
+
+# ---------------------------------------------------------------------- limits
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGB", "P", "L", "I;16"])
+def test_inflating_all_pixels(mode: str, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 100), dtype=np.uint8)
+    image = Image.fromarray(pixels.astype(np.uint16)) if mode == "I;16" else Image.fromarray(pixels).convert(mode)
+    path = tmp_path / "picture.png"
+    image.save(path)
+    stream, room = limits._pixel_data(path.read_bytes())
+    content = zlib.decompress(stream)
+    bytes_of_a_pixel = {"RGBA": 4, "RGB": 3, "I;16": 2}.get(mode, 1)
+    assert len(content) == 40 * (1 + 100 * bytes_of_a_pixel)
+    assert len(content) < room < len(content) + 100
+    assert limits.inflate_limit([path] * 3, num_threads=2).run() == Pass(images=3)
+
+
+def test_every_way_of_copying_copies() -> None:
+    source = torch.randint(0, 255, (9, 24), dtype=torch.uint8)
+    asked = [torch.tensor([3, 8, 0]), torch.tensor([1, 1])]
+    buffers = [torch.zeros(3 * 24, dtype=torch.uint8) for _ in range(2)]
+    for name, copy in limits._copying_ways(source, buffers, asked).items():
+        for i, numbers in enumerate(asked):
+            buffers[i].zero_()
+            copy(i)
+            assert torch.equal(buffers[i].view(3, 24)[: len(numbers)], source[numbers]), name
+
+
+def test_every_way_of_writing_writes_all() -> None:
+    for dtype in (torch.float32, torch.uint8, torch.float16):
+        buffers = [torch.zeros(8 * 33, dtype=dtype) for _ in range(2)]
+        for name, write in limits._writing_ways(buffers).items():
+            buffers[1].zero_()
+            write(1)
+            assert (buffers[1].view(torch.uint8).view(-1, buffers[1].element_size()) != 0).any(dim=1).all(), name
+
+
+def test_limits_of_memory_count_every_picture() -> None:
+    assert limits.writing_limit(4, 3, 8, torch.float32, CPU).run() == Pass(images=12)
+    pixels = np.zeros((5, 8, 8, 3), np.uint8)
+    assert limits.copying_limit(pixels, [np.array([1, 2, 3]), np.array([0, 4])], CPU).run() == Pass(images=5)
+
+
+def test_operations_of_a_model() -> None:
+    # the papers' products and sums of a forward pass, each two operations; backward twice that but for the first layer
+    assert limits.flops_per_image("resnet18") == pytest.approx(3 * 2 * 1.8e9, rel=0.03)
+    assert limits.flops_per_image("mobilenet") == pytest.approx(3 * 2 * 0.3e9, rel=0.03)  # depthwise convolutions
+
+
+def test_arithmetic_is_that_of_the_faster_type() -> None:
+    limit = limits.arithmetic_limit("alexnet", torch.bfloat16, CPU)
+    assert limit.limit
+    assert limit.run().images > 0
+    assert limit.facts["gflop_per_image"] == limits.flops_per_image("alexnet") / 1e9
+
+
+# ---------------------------------------------------------------------- processes, and datasets of other sizes
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_processes_are_counted_with_all_that_they_started() -> None:
+    # a shell that waits for its child: two processes
+    with subprocess.Popen(["sh", "-c", "sleep 60 & echo started; wait"], stdout=subprocess.PIPE) as shell:
+        assert shell.stdout is not None
+        shell.stdout.readline()
+        tree = processes.process_tree(shell.pid)
+        try:
+            assert len(tree) == 2
+            assert processes.peak_bytes(tree) > processes.peak_bytes(tree[:1]) > 0
+        finally:
+            for pid in reversed(tree):
+                os.kill(pid, 9)
+    assert processes.peak_bytes(tree) == 0  # they are gone
+    before = processes.cpu_seconds([os.getpid()])
+    while processes.cpu_seconds([os.getpid()]) == before:
+        pass
+    processes.reset_peak()
+    assert processes.peak_bytes([os.getpid()]) >= processes.resident_bytes([os.getpid()]) * 0.9
+
+
+def test_simulated_datasets_open_and_read(rgb_shards: Path, tmp_path: Path) -> None:
+    from quaclrs.config import TrainConfig
+    from quaclrs.dataset import open_dataset
+
+    for records in (7, 1000):
+        made = footprint._simulated(rgb_shards, records, tmp_path)
+        dataset = open_dataset(TrainConfig(shards=made), want_shards=False, log=lambda line: None)
+        assert len(dataset) == records
+        assert dataset.shards is not None
+        assert dataset.shards.array(records - 1).shape == (32, 32, 3)
+        dataset.close()
