@@ -17,11 +17,13 @@ if TYPE_CHECKING:  # spawned workers import the scripts anew, and shall not wait
     from quaclrs.synthesize import SynthesisSummary
 
 
-def synthesis(folder: Path, *, samples_per_class: int, num_workers: int, progress: bool = False) -> SynthesisSummary:
+def synthesis(
+    folder: Path, *, samples_per_class: int, num_workers: int, folds: int = 10, progress: bool = False
+) -> SynthesisSummary:
     """Draw a dataset into ``folder``; one that is there is left as it is."""
     from quaclrs.synthesize import SynthesisConfig, synthesize_dataset
 
-    config = SynthesisConfig(output_dir=folder, samples_per_class=samples_per_class, num_workers=num_workers)
+    config = SynthesisConfig(output_dir=folder, samples_per_class=samples_per_class, folds=folds, num_workers=num_workers)
     return synthesize_dataset(config, progress=progress)
 
 

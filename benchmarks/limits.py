@@ -104,7 +104,7 @@ def _writing_ways(buffers: Sequence[torch.Tensor]) -> dict[str, Work]:
             ctypes.memset(part.ctypes.data, 1, part.nbytes)
 
         def numpy_fill(part: np.ndarray) -> None:
-            part.view(np.uint64).fill(1)
+            part.view(np.uint64).fill(2**64 - 1)
 
         threads = _Threads()
         ways["memset on threads"] = lambda i: threads.share(fill, raw[i], 8)

@@ -130,7 +130,7 @@ def _set_limits(
     for contender in bounded:
         contender.bounded_by = limits[0] if "indexed" in contender.name else limits[-1]
     for peer in peers.values():
-        peer.work = "decoding" if kind == DECODING else "copying and normalising"
+        peer.work = "decoding" if kind == DECODING else "work on the cores"  # copying, normalising, or workers' own affairs
     return limits
 
 

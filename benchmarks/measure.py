@@ -32,7 +32,7 @@ class Contender:
     """A bound and not a way of doing the work: never what others are compared with."""
     bounded_by: Contender | None = None
     """The limit that it comes up against."""
-    work: str = "the processor"
+    work: str = "work on the cores"
     """What its cores do when they are busy, for the verdict; of a limit, what it is a limit of."""
     processes: Callable[[], list[int]] = own_processes
     """Whose processor time is its own."""

@@ -20,13 +20,14 @@ A peer that cannot be installed, or fails, is left out with its reason. The firs
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench_data import fewer_pictures, make_data
 from measure import Outcome
@@ -39,6 +40,9 @@ from quaclrs.arguments import Parser, add_dataset_arguments
 from quaclrs.config import COMPILERS, ENCODINGS, default_num_workers
 from quaclrs.demo import cache_root
 from quaclrs.errors import UsageError, run_command, told_once
+
+if TYPE_CHECKING:  # spawned workers import this file anew, and shall not wait for torch
+    import torch
 
 _ALL = ("pack", "decode", "load", "train")
 _MODES = ("pack", "decode", "load", "step", "train")
@@ -171,17 +175,18 @@ def _measure_all(modes: Sequence[str], options: Any, work_dir: Path) -> None:
         if world.is_main:
             seconds = time.perf_counter() - started
             setting = {"num_workers": options.num_workers, "repeats": options.repeats, "world_size": world.size, "seconds": seconds}
-            path = save(outcome, setting | _machine_limits(outcome), options.results_dir)
+            path = save(outcome, setting | _machine_limits(outcome.device), options.results_dir)
             print(f"{mode}: {seconds:.0f} s; written to {path}\n", flush=True)
     if len(modes) > 1:
         options.log(summary([group for outcome in outcomes for group in outcome.groups]))
 
 
-def _machine_limits(outcome: Outcome) -> dict[str, float]:
+@functools.cache
+def _machine_limits(device: torch.device) -> dict[str, float]:
     import torch
     from limits import matmul_speed, memory_bandwidth
 
-    return memory_bandwidth(outcome.device) | matmul_speed(torch.float32, outcome.device)
+    return memory_bandwidth(device) | matmul_speed(torch.float32, device)
 
 
 def _measure(mode: str, options: Any, work_dir: Path) -> Outcome:

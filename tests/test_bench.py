@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -25,6 +27,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import footprint  # noqa: E402
 import limits  # noqa: E402
 import loading_speed  # noqa: E402
+import packing_speed  # noqa: E402
 import processes  # noqa: E402
 import throughput  # noqa: E402
 from measure import Contender, Group, race, repeated  # noqa: E402
@@ -97,17 +100,20 @@ def test_the_one_command() -> None:
 def small_run(png_tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     """Result documents by mode, and what was printed, of one run over everything of our own."""
     folder = tmp_path_factory.mktemp("bench")
-    command = [
-        *(sys.executable, str(BENCHMARKS / "throughput.py"), "--all", "--device", "cpu", "--only", "quaclrs"),
+    arguments = [
+        *("--all", "--device", "cpu", "--only", "quaclrs"),
         *("--csv_file", str(png_tree.csv_file), "--spectrograms_dir", str(png_tree.spectrograms_dir)),
         *("--work_dir", str(folder / "work"), "--results_dir", str(folder / "results"), "--decode_images", "40"),
         *("--image_size", "32", "--batch_size", "16", "--repeats", "1", "--load_epochs", "2", "--encodings", "png"),
         *("--num_workers", "1", "--models", "mobilenet", "--train_batch_sizes", "2", "--steps", "1"),
     ]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert finished.returncode == 0, finished.stderr
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(limits, "_TRIAL_S", 0.01)
+        patch.setattr(packing_speed, "SYNTHESIS_FOLDS", 1)
+        assert throughput.main(arguments) == 0
     files = [json.loads(path.read_bytes()) for path in (folder / "results").iterdir()]
-    return {document["what"]: document for document in files}, finished.stdout
+    return {document["what"]: document for document in files}, said.getvalue()
 
 
 def test_a_run_measures_every_mode_against_limits(small_run: tuple[dict[str, Any], str]) -> None:
