@@ -108,7 +108,7 @@ def _add_training_flags(group: Any) -> None:
     group.add_argument("--use_amp", action=argparse.BooleanOptionalAction, help="on a GPU yes, on the CPU no")
     group.add_argument("--train_loader", choices=("resident", "mapped", "files", "dali"), help="resident on a GPU, else mapped")
     group.add_argument("--train_encoding", default="indexed", choices=ENCODINGS)
-    group.add_argument("--steps", type=int, metavar="N", help="optimizer steps of one repeat: 3 on the CPU, 50 on a GPU")
+    group.add_argument("--steps", type=int, metavar="N", help="optimizer steps of one repeat: 1 to 3 on the CPU, 50 on a GPU")
 
 
 def _run(options: Any) -> None:

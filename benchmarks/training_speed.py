@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from bench_data import packed
-from limits import arithmetic_limit
+from limits import arithmetic_limit, flops_per_image
 from measure import Contender, Group, Outcome, race
 from peers.client import Pass
 from peers.serving import DeviceClock, bytes_on_disk
@@ -38,6 +38,8 @@ from quaclrs.models import build_model, input_size
 from quaclrs.training import Training, amp_dtype, set_tf32
 
 CEILING = "step on one batch (ceiling)"
+_FLOP_OF_A_REPEAT, _MOST_STEPS_ON_CPU = 5e11, 3
+"""What one repeat does on a CPU: about so many operations, and no more steps than that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +99,17 @@ def _cases(options: Any, on_gpu: bool, world: World) -> list[Case]:
             compile=compiler,
             loader=options.train_loader or ("resident" if on_gpu else "mapped"),
             encoding=options.train_encoding,
-            steps=options.steps or (50 if on_gpu else 3),
+            steps=options.steps or (50 if on_gpu else _steps_on_cpu(model_name, batch_size)),
         )
         for model_name in options.models
         for batch_size in options.train_batch_sizes or ([256, 32] if on_gpu else [16])
         for compiler in options.compile or (["none", "cudagraph"] if graphs and batch_size <= 32 else ["none"])
     ]
+
+
+def _steps_on_cpu(model_name: str, batch_size: int) -> int:
+    """So few that the large models do not take all of the time: a step of VGG16 takes ten times as long as one of ResNet18."""
+    return min(max(round(_FLOP_OF_A_REPEAT / (batch_size * flops_per_image(model_name))), 1), _MOST_STEPS_ON_CPU)
 
 
 def measure_case(
