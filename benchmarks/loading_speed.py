@@ -6,6 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from bench_data import packed, pixels_of, tree_of, write_pictures
 from limits import copying_limit, inflate_limit, writing_limit
 from measure import Contender, Group, Outcome, repeated
 from peers.client import Pass
-from peers.registry import DECODING, PEERS, Entry
+from peers.registry import DECODING, PEERS, READY, Entry
 from peers.serving import DeviceClock, bytes_on_disk
 from peers.starting import Setting, open_peer
 from processes import own_processes, peak_bytes, reset_peak, resident_bytes
@@ -24,6 +25,7 @@ from tables import race_and_print
 from quaclrs.config import ENCODINGS, default_num_workers
 from quaclrs.crossval import pick_device
 from quaclrs.dataset import Dataset
+from quaclrs.distributed import World
 from quaclrs.loaders import Choice, build_loader
 from quaclrs.loaders.base import Loader, LoaderConfig
 from quaclrs.order import epoch_order, evaluation_batches
@@ -40,9 +42,7 @@ def measure_loading(kind: str, options: Any, work_dir: Path) -> Outcome:
     """Race the loaders of ``kind``, DECODING or READY, for every one of ``--dtypes``."""
     device, world = pick_device(options.device, options.world), options.world
     with world.in_turn():  # the first process packs, the others find the shards
-        datasets = {name: packed(options, work_dir, name) for name in ENCODINGS}
-        tree = tree_of(options)
-        pixels, pictures = pixels_of(datasets["rgb"], work_dir), write_pictures(tree, work_dir)
+        sources = _Sources.made(options, work_dir)
     base_bytes = resident_bytes(own_processes())
     groups = []
     for dtype in options.dtypes or _default_dtypes(kind, device):
@@ -53,40 +53,72 @@ def measure_loading(kind: str, options: Any, work_dir: Path) -> Outcome:
             max_batch=options.batch_size,
             num_workers=options.num_workers,
         )
-        setting = Setting(
-            pixels=pixels,
-            pictures=pictures,
-            shards=work_dir / "shards-png",
-            work_dir=work_dir,
-            batch_size=options.batch_size,
-            dtype=dtype,
-            device=str(device),
-            cores=default_num_workers(),
-            environments=options.peers,
-        )
-        entries = [entry for entry in PEERS if entry.group == kind and dtype in entry.dtypes and _wanted(entry, options)]
         with contextlib.ExitStack() as stack:  # one group at a time, since loaders and peers keep memory and processes
-            with_ours = not options.only or OURS in options.only
-            ours = _ours(kind, tree, datasets, _Opening(config, world, base_bytes, stack)) if with_ours else []
-            peers = {entry.key: open_peer(entry, setting, stack, options.log) for entry in entries}
-            contenders = [*peers.values(), *ours]
-            if any(contender.left_out is None for contender in contenders):
-                limits = _set_limits(kind, peers, ours, tree, pixels, config, world)
-                if kind != DECODING:
-                    for contender in [*contenders, *limits]:
-                        contender.run = repeated(contender.run, options.load_epochs)
-                group = Group(name=f"{kind}, {dtype}", contenders=[*contenders, *limits], baseline=_yardstick(peers, contenders))
+            opening = _Opening(config=config, world=world, base_bytes=base_bytes, stack=stack)
+            group = _group(kind, dtype, sources, opening, options)
+            if group is not None:
                 race_and_print(group, options.repeats, world)
                 groups.append(group)
-        for contender in [contender for group in groups for contender in group.contenders]:
-            contender.run = _spent  # it would keep the loader's memory
+                for contender in group.contenders:
+                    contender.run = _spent  # it would keep the loader's memory
     figures = {
-        "images": len(tree),
+        "images": len(sources.tree),
         "batch_size": options.batch_size,
         "image_size": options.image_size,
         "epochs_per_repeat": 1 if kind == DECODING else options.load_epochs,
     }
     return Outcome(what="decode" if kind == DECODING else "load", groups=groups, setting=figures, device=device)
+
+
+def _group(kind: str, dtype: str, sources: _Sources, opening: _Opening, options: Any) -> Group | None:
+    """All that can be raced, warm and ready; None where nothing can."""
+    ours = _ours(kind, sources, opening) if not options.only or OURS in options.only else []
+    setting = Setting(
+        pixels=sources.pixels,
+        pictures=sources.pictures,
+        shards=sources.shards,
+        work_dir=sources.shards.parent,
+        batch_size=options.batch_size,
+        dtype=dtype,
+        device=str(opening.config.device),
+        cores=default_num_workers(),
+        environments=options.peers,
+    )
+    entries = [entry for entry in PEERS if entry.group == kind and dtype in entry.dtypes and _wanted(entry, options)]
+    peers = {entry.key: open_peer(entry, setting, opening.stack, options.log) for entry in entries}
+    contenders = [*peers.values(), *ours]
+    if all(contender.left_out is not None for contender in contenders):
+        return None
+    raced = [*contenders, *_set_limits(kind, peers, ours, sources, opening)]
+    for contender in raced if kind == READY else ():
+        contender.run = repeated(contender.run, options.load_epochs)
+    return Group(name=f"{kind}, {dtype}", contenders=raced, baseline=_yardstick(peers, contenders))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sources:
+    """What is loaded, in every form in which it is kept."""
+
+    tree: Dataset
+    datasets: dict[str, Dataset]
+    """Shards, by encoding."""
+    pixels: Path
+    pictures: Path
+    shards: Path
+    """The ``png`` ones."""
+
+    @classmethod
+    def made(cls, options: Any, work_dir: Path) -> _Sources:
+        """Below ``work_dir``, unless it is there."""
+        datasets = {name: packed(options, work_dir, name) for name in ENCODINGS}
+        tree = tree_of(options)
+        return cls(
+            tree=tree,
+            datasets=datasets,
+            pixels=pixels_of(datasets["rgb"], work_dir),
+            pictures=write_pictures(tree, work_dir),
+            shards=work_dir / "shards-png",
+        )
 
 
 def _default_dtypes(kind: str, device: torch.device) -> tuple[str, ...]:
@@ -109,24 +141,19 @@ def _yardstick(peers: dict[str, Contender], contenders: Sequence[Contender]) -> 
 
 
 def _set_limits(
-    kind: str,
-    peers: dict[str, Contender],
-    ours: Sequence[Contender],
-    tree: Dataset,
-    pixels: Path,
-    config: LoaderConfig,
-    world: Any,
+    kind: str, peers: dict[str, Contender], ours: Sequence[Contender], sources: _Sources, opening: _Opening
 ) -> list[Contender]:
     """The limits of a group, each contender told which one is its own."""
+    config = opening.config
     bounded = [*(peer for key, peer in peers.items() if key != _LOSSY), *ours]
     if kind == DECODING:
-        assert tree.paths is not None
-        limits = [inflate_limit(tree.paths, default_num_workers() // world.local_size or 1)]
+        assert sources.tree.paths is not None
+        limits = [inflate_limit(sources.tree.paths, default_num_workers() // opening.world.local_size or 1)]
     else:
-        batches = _batches(len(tree), config, world)
+        batches = _batches(len(sources.tree), config, opening.world)
         limits = [writing_limit(config.max_batch, len(batches), config.image_size, config.dtype, config.device)]
         if config.dtype == torch.uint8:  # ready pixels have to be read too, which takes longer than to write them
-            limits.append(copying_limit(np.load(pixels, mmap_mode="r"), batches, config.device))
+            limits.append(copying_limit(np.load(sources.pixels, mmap_mode="r"), batches, config.device))
     for contender in bounded:
         contender.bounded_by = limits[0] if "indexed" in contender.name else limits[-1]
     for peer in peers.values():
@@ -137,15 +164,20 @@ def _set_limits(
 # --- our own loaders ---
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Opening:
     """What is needed to open a loader and to say what that takes."""
 
-    def __init__(self, config: LoaderConfig, world: Any, base_bytes: int, stack: contextlib.ExitStack) -> None:
-        self.config, self.world, self.base_bytes, self.stack = config, world, base_bytes, stack
+    config: LoaderConfig
+    world: World
+    base_bytes: int
+    """Of this process before it opened any loader."""
+    stack: contextlib.ExitStack
 
     def contender(self, name: str, dataset: Dataset, source: str, work: str) -> Contender:
         """One shuffled epoch over everything, with every batch touched; run once, to see what it takes."""
-        held = resident_bytes(own_processes())
+        device = self.config.device
+        held, on_device = resident_bytes(own_processes()), _device_bytes(device)
         reset_peak()
         started = time.perf_counter()
         loader = build_loader(Choice(name=name, reason="benchmark"), dataset, self.config)
@@ -153,7 +185,7 @@ class _Opening:
         batches = _batches(len(dataset), self.config, self.world)
         next(iter(loader.load(batches[:1])), None)
         opened_s = time.perf_counter() - started
-        run = functools.partial(_load_all, loader, batches, self.config.device)
+        run = functools.partial(_load_all, loader, batches, device)
         run()
         # all of ours live in this process: its memory before any of them, and what this one added
         peak = self.base_bytes + peak_bytes(own_processes()) - held
@@ -163,27 +195,34 @@ class _Opening:
             "bytes_per_image": _bytes_per_image(dataset),
             "host_peak_mb": peak / 1e6,
         }
-        if self.config.device.type == "cuda":
-            facts["device_peak_mb"] = torch.cuda.max_memory_allocated(self.config.device) / 1e6
-            torch.cuda.reset_peak_memory_stats(self.config.device)
+        if device.type == "cuda":
+            facts["device_peak_mb"] = (torch.cuda.max_memory_allocated(device) - on_device) / 1e6
         return Contender(name=f"{name}, {source}", run=run, facts=facts, work=work)
 
 
-def _ours(kind: str, tree: Dataset, datasets: dict[str, Dataset], opening: _Opening) -> list[Contender]:
+def _device_bytes(device: torch.device) -> int:
+    """What this process has allocated on a GPU, whose peak begins anew."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _ours(kind: str, sources: _Sources, opening: _Opening) -> list[Contender]:
     if kind == DECODING:
         return [
-            opening.contender("dali", datasets["png"], "png shards", "decoding"),
-            opening.contender("files", tree, "PNG tree", "decoding"),
+            opening.contender("dali", sources.datasets["png"], "png shards", "decoding"),
+            opening.contender("files", sources.tree, "PNG tree", "decoding"),
         ]
     works = {"indexed": "redraw", "rgb": "copying and normalising"}
     return [
-        opening.contender(name, datasets[encoding], f"{encoding} shards", work)
+        opening.contender(name, sources.datasets[encoding], f"{encoding} shards", work)
         for name in ("mapped", "resident")
         for encoding, work in works.items()
     ]
 
 
-def _batches(samples: int, config: LoaderConfig, world: Any) -> list[np.ndarray]:
+def _batches(samples: int, config: LoaderConfig, world: World) -> list[np.ndarray]:
     """This rank's part of a shuffled epoch."""
     order = epoch_order(np.arange(samples), seed=0, epoch=1)
     return evaluation_batches(order, config.max_batch * world.size, world.size, world.rank)

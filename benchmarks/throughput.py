@@ -120,7 +120,7 @@ def _run(options: Any) -> None:
     with joined_world(options.device) as world:
         with told_once():
             _refuse_in_several_processes(options, modes, world.size)
-        options.world, options.log = world, print if world.is_main else _silent
+        options.world, options.log = world, functools.partial(print, flush=True) if world.is_main else _silent
         if options.num_workers is None:
             options.num_workers = max(1, default_num_workers() // world.local_size)
         temporary = world.from_main(tempfile.mkdtemp(prefix="quaclrs-bench-") if world.is_main and not options.work_dir else "")
@@ -128,7 +128,7 @@ def _run(options: Any) -> None:
         try:
             _measure_all(modes, options, work_dir)
         finally:
-            if temporary and world.is_main:
+            if temporary and world.local_rank == 0:
                 shutil.rmtree(work_dir, ignore_errors=True)
 
 
@@ -177,6 +177,7 @@ def _measure_all(modes: Sequence[str], options: Any, work_dir: Path) -> None:
             setting = {"num_workers": options.num_workers, "repeats": options.repeats, "world_size": world.size, "seconds": seconds}
             path = save(outcome, setting | _machine_limits(outcome.device), options.results_dir)
             print(f"{mode}: {seconds:.0f} s; written to {path}\n", flush=True)
+    world.gather(None)  # nobody tidies up what another still reads
     if len(modes) > 1:
         options.log(summary([group for outcome in outcomes for group in outcome.groups]))
 
