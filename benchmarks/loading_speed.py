@@ -42,7 +42,7 @@ def measure_loading(kind: str, options: Any, work_dir: Path) -> Outcome:
     """Race the loaders of ``kind``, DECODING or READY, for every one of ``--dtypes``."""
     device, world = pick_device(options.device, options.world), options.world
     with world.in_turn():  # the first process packs, the others find the shards
-        sources = _Sources.made(options, work_dir)
+        sources = _Sources.made(options, work_dir, ("png", "rgb") if kind == DECODING else ENCODINGS)
     base_bytes = resident_bytes(own_processes())
     groups = []
     for dtype in options.dtypes or _default_dtypes(kind, device):
@@ -108,9 +108,9 @@ class _Sources:
     """The ``png`` ones."""
 
     @classmethod
-    def made(cls, options: Any, work_dir: Path) -> _Sources:
+    def made(cls, options: Any, work_dir: Path, encodings: Sequence[str]) -> _Sources:
         """Below ``work_dir``, unless it is there."""
-        datasets = {name: packed(options, work_dir, name) for name in ENCODINGS}
+        datasets = {name: packed(options, work_dir, name) for name in encodings}
         tree = tree_of(options)
         return cls(
             tree=tree,
