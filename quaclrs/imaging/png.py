@@ -1,4 +1,7 @@
-"""PNG bytes to RGB pixels, with every way a file can be bad told apart. Pillow does the work."""
+"""PNG bytes to RGB pixels, with every way a file can be bad told apart.
+
+Pillow decodes, and says what is wrong with a file. Only that a file is good can be proven without it, in half its time.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from quaclrs.errors import DataError
+from quaclrs.imaging.png_stream import PNG_SIGNATURE, Stream, has_all_rows, is_transparent, read_stream
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _OTHER_SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
     b"GIF8": "GIF",
@@ -60,8 +63,8 @@ def decode_png(data: bytes, name: str) -> tuple[Image.Image, PngFacts]:
 
 
 def check_png(data: bytes, name: str) -> PngFacts:
-    """:func:`decode_png` without the conversion to RGB: every pixel is decoded and thrown away."""
-    return _facts(_checked(data, name), data)
+    """The facts of :func:`decode_png` and its errors, without the picture."""
+    return _proven_facts(data) or _facts(_checked(data, name), data)
 
 
 def to_rgb(data: bytes, name: str) -> np.ndarray:
@@ -72,6 +75,21 @@ def to_rgb(data: bytes, name: str) -> np.ndarray:
 def resize_rgb(image: Image.Image, size: int) -> np.ndarray:
     """(size, size, 3) uint8: the original's resize, antialiased bilinear, aspect ratio not kept."""
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _proven_facts(data: bytes) -> PngFacts | None:
+    """The facts of a picture that is proven to be good; None for any other, good or bad."""
+    stream = read_stream(data) if data.startswith(PNG_SIGNATURE) else None
+    if stream is None:
+        return None
+    try:
+        image = _guarded(lambda: _open(data), "")  # reads what comes before the pixels
+    except DataError:
+        return None
+    transparent = is_transparent(stream)
+    if transparent is None:
+        return None
+    return PngFacts(width=image.width, height=image.height, mode=image.mode, bits=stream.bits, transparent=transparent)
 
 
 def _facts(image: Image.Image, data: bytes) -> PngFacts:
@@ -91,12 +109,27 @@ def _checked(data: bytes, name: str) -> Image.Image:
     def verify_then_load() -> Image.Image:
         if data.rfind(_END_CHUNK) < 0:  # Pillow does without the last bytes, other decoders do not
             raise EOFError("the end of the file is missing")
-        _open(data).verify()  # CRCs of all chunks; afterwards that image object is spent
+        stream = read_stream(data)  # checks CRCs in a third of the time that Pillow takes, but cannot say what is wrong
+        if stream is None:
+            _open(data).verify()  # afterwards that image object is spent
         image = _open(data)
         image.load()
+        _refuse_what_pillow_takes(image, stream)
         return image
 
     return _guarded(verify_then_load, name)
+
+
+def _refuse_what_pillow_takes(image: Image.Image, stream: Stream | None) -> None:
+    """Raise where other decoders would: Pillow leaves rows black that are missing from a stream with a proper end."""
+    if stream is None:
+        raise SyntaxError("its chunks are not as the PNG specification has them")
+    if image.mode == "P" and image.palette is None:
+        raise SyntaxError("there is no palette before its pixels")
+    last_row = image.crop((0, image.height - 1, image.width, image.height))
+    may_lack_rows = stream.interlaced or last_row.getbbox(alpha_only=False) is None  # else something was drawn there
+    if may_lack_rows and not has_all_rows(stream):
+        raise EOFError("there are fewer pixel rows than the header says")
 
 
 def _open(data: bytes) -> Image.Image:

@@ -1,0 +1,284 @@
+"""Contract of imaging/png_stream.py: what is said of a PNG without decoding it is what Pillow says after decoding it, or stricter."""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_png import GOOD, GREY, PALETTE, RGB, RGBA, SIGNATURE, as_lines, chunk, header, interlaced_lines, saved, values
+
+from quaclrs.errors import DataError
+from quaclrs.imaging import png_stream
+from quaclrs.imaging.png import check_png, decode_png
+from quaclrs.imaging.png_stream import has_all_rows, is_transparent, read_stream
+
+STRICTER = (
+    "fewer pixel rows than the header says",
+    "not as the PNG specification has them",
+    "no palette",
+    "the end of the file is missing",
+)
+"""What Pillow takes and we do not."""
+
+
+# ---- an encoder by the book, and Pillow as the oracle ---------------------------------------------------------------------------------
+
+
+def paeth(left: int, above: int, corner: int) -> int:
+    guess = left + above - corner
+    distances = abs(guess - left), abs(guess - above), abs(guess - corner)
+    return (left, above, corner)[distances.index(min(distances))]
+
+
+def filtered(pixels: np.ndarray, types: list[int]) -> bytes:
+    """(H, W, C) uint8 as lines of a PNG, row y under filter ``types[y]``."""
+    height, width, channels = pixels.shape
+    rows = pixels.reshape(height, -1).tolist()
+    lines = bytearray()
+    for y, kind in enumerate(types):
+        lines.append(kind)
+        above = rows[y - 1] if y else [0] * (width * channels)
+        for x, value in enumerate(rows[y]):
+            left, corner = (rows[y][x - channels], above[x - channels]) if x >= channels else (0, 0)
+            guess = (0, left, above[x], (left + above[x]) // 2, paeth(left, above[x], corner))[kind]
+            lines.append((value - guess) % 256)
+    return bytes(lines)
+
+
+def assembled(head: bytes, stream: bytes, idat_bytes: int | None = None, *extra: bytes) -> bytes:
+    """A PNG of a deflated ``stream``, in IDAT chunks of ``idat_bytes``."""
+    step = idat_bytes or max(len(stream), 1)
+    parts = [chunk(b"IDAT", stream[start : start + step]) for start in range(0, len(stream), step)]
+    return head + b"".join(extra) + b"".join(parts) + chunk(b"IEND", b"")
+
+
+def by_pillow(data: bytes) -> tuple[tuple[int, int], str, bool] | None:
+    """Size, mode and whether some pixel is transparent; None for a file that Pillow refuses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            Image.open(io.BytesIO(data), formats=["PNG"]).verify()
+            image = Image.open(io.BytesIO(data), formats=["PNG"])
+            image.load()
+            transparent = "A" in image.getbands() or "transparency" in image.info
+            return image.size, image.mode, transparent and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+        except Exception:  # whatever it is
+            return None
+
+
+def by_us(data: bytes) -> tuple[tuple[int, int], str, bool] | None:
+    """As :func:`by_pillow`, by checking and by decoding; asserts that a refusal beyond Pillow's says which it is."""
+    told = []
+    for read in (check_png, lambda data, name: decode_png(data, name)[1]):
+        try:
+            facts = read(data, "a.png")
+            told.append(((facts.width, facts.height), facts.mode, facts.transparent))
+        except DataError as error:
+            told.append(str(error))
+    assert told[0] == told[1]
+    if isinstance(told[0], str):
+        assert by_pillow(data) is None or any(reason in told[0] for reason in STRICTER), told[0]
+        return None
+    return told[0]
+
+
+# ---- good files -----------------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), channels=st.sampled_from([3, 4]), width=st.integers(1, 9), height=st.integers(1, 12))
+def test_transparency_is_known_without_decoding(data: st.DataObject, channels: int, width: int, height: int) -> None:
+    """Opaque, or opaque but for one pixel; any filters; in pieces of any number of rows."""
+    pixels = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    types = data.draw(st.lists(st.integers(0, 4), min_size=height, max_size=height))
+    clear = channels == 4 and data.draw(st.booleans())
+    if channels == 4:
+        pixels[:, :, 3] = 255
+    if clear:
+        pixels[data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1)), 3] = data.draw(st.integers(0, 254))
+    head = header(width, height, 8, RGBA if channels == 4 else RGB)
+    picture = assembled(head, zlib.compress(filtered(pixels, types)), data.draw(st.sampled_from([None, 1, 7])))
+    assert by_pillow(picture) == ((width, height), "RGBA" if channels == 4 else "RGB", clear)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(png_stream, "_PIECE_BYTES", data.draw(st.sampled_from([1, 60, 1 << 18])))
+        stream = read_stream(picture)
+        assert stream is not None
+        assert is_transparent(stream) is clear  # never None: nothing is left to Pillow
+        assert has_all_rows(stream)
+        assert by_us(picture) == by_pillow(picture)
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_all_kinds_are_read_as_pillow_does(kind: str) -> None:
+    data, mode, transparent, _ = GOOD[kind]
+    stream = read_stream(data)
+    assert stream is not None
+    assert has_all_rows(stream)
+    assert by_us(data) == by_pillow(data)
+    assert is_transparent(stream) in (None, transparent)
+    by_pillow_alone = mode not in ("RGB", "RGBA") or any(word in kind for word in ("16", "interlaced", "colour"))
+    assert (is_transparent(stream) is None) == by_pillow_alone
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), mode=st.sampled_from(["RGB", "RGBA", "P", "L", "LA", "1", "I;16"]))
+def test_whatever_pillow_writes(data: st.DataObject, mode: str) -> None:
+    width, height = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    noise = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    noise[:, :, 3] |= data.draw(st.sampled_from([0, 255]))
+    image = Image.fromarray(noise)
+    image = Image.fromarray(noise.astype(np.uint16)[:, :, 0] * 200) if mode == "I;16" else image.convert(mode)
+    picture = saved(image, optimize=data.draw(st.booleans()), compress_level=data.draw(st.integers(0, 9)))
+    assert by_pillow(picture) is not None
+    assert by_us(picture) == by_pillow(picture)
+
+
+# ---- bad files ------------------------------------------------------------------------------------------------------------------------
+
+
+def damage(data: bytes, dice: random.Random) -> bytes:
+    """``data`` with its deflated stream, its pixel rows or its chunks changed, but every CRC right."""
+    chunks = [(data[8:29][4:8], data[16:29])]
+    at = 33
+    while at < len(data):
+        (length,) = struct.unpack_from(">I", data, at)
+        chunks.append((data[at + 4 : at + 8], data[at + 8 : at + 8 + length]))
+        at += 12 + length
+    packed = b"".join(content for kind, content in chunks if kind == b"IDAT")
+    what = dice.choice(["bytes", "rows", "cut", "longer", "checksum", "header", "order"])
+    if what == "order":
+        dice.shuffle(chunks)
+        return SIGNATURE + b"".join(chunk(*one) for one in chunks)
+    if what == "bytes":
+        packed = flipped(packed, dice)
+    elif what == "rows":
+        packed = zlib.compress(flipped(zlib.decompress(packed), dice))
+    elif what == "cut":
+        packed = zlib.compress(zlib.decompress(packed)[: dice.randrange(len(zlib.decompress(packed)))])
+    elif what == "longer":
+        packed = dice.choice([packed + b"more", zlib.compress(zlib.decompress(packed) + bytes(dice.choice([1, 50, 5000])))])
+    elif what == "checksum":
+        packed = packed[:-4] + dice.choice([b"", b"\0\0", b"\0\0\0\0"])
+    else:
+        chunks[0] = (chunks[0][0], flipped(chunks[0][1], dice))
+    before = [chunk(kind, content) for kind, content in chunks if kind not in (b"IDAT", b"IEND")]
+    return assembled(SIGNATURE, packed, dice.choice([None, 1, 30]), *before)
+
+
+def flipped(content: bytes, dice: random.Random) -> bytes:
+    changed = bytearray(content)
+    for _ in range(dice.choice([1, 1, 3])):
+        changed[dice.randrange(len(changed))] ^= 1 << dice.randrange(8)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_damage_under_a_right_crc_is_judged_as_by_pillow_or_stricter(kind: str) -> None:
+    dice = random.Random(kind)
+    verdicts = set()
+    for _ in range(150):
+        damaged = damage(GOOD[kind][0], dice)
+        ours, pillows = by_us(damaged), by_pillow(damaged)
+        assert ours in (None, pillows)
+        verdicts.add((ours is None, pillows is None))
+    assert {(True, True), (True, False)} <= verdicts
+
+
+def test_a_palette_picture_without_a_palette_is_refused() -> None:
+    lines = zlib.compress(as_lines(values(8, PALETTE)))
+    for extra in ((), (chunk(b"tRNS", b"\0\1"),)):
+        picture = assembled(header(21, 10, 8, PALETTE), lines, None, *extra)
+        with pytest.raises(DataError, match="there is no palette before its pixels; restore"):
+            decode_png(picture, "a.png")
+        assert by_us(picture) is None
+
+
+def test_chunks_out_of_order_are_refused() -> None:
+    packed = zlib.compress(as_lines(values(8, RGB)))
+    parts = chunk(b"IDAT", packed[:-5]), chunk(b"tIME", bytes(7)), chunk(b"IDAT", packed[-5:]), chunk(b"IEND", b"")
+    picture = header(21, 10, 8, RGB) + b"".join(parts)
+    assert by_us(picture) is None
+
+
+SHORT = {
+    "RGB": (8, RGB, as_lines(values(8, RGB))),
+    "RGBA": (8, RGBA, as_lines(values(8, RGBA))),
+    "palette": (8, PALETTE, as_lines(values(8, PALETTE))),
+    "grey": (8, GREY, as_lines(values(8, GREY))),
+    "16-bit grey": (16, GREY, as_lines(values(16, GREY))),
+    "16-bit RGBA": (16, RGBA, as_lines(values(16, RGBA))),
+}
+
+
+@pytest.mark.parametrize("missing_rows", [1, 4, 9])
+@pytest.mark.parametrize("kind", SHORT)
+def test_missing_rows_under_a_proper_end_are_found(kind: str, missing_rows: int) -> None:
+    """Pillow leaves such rows black and says nothing."""
+    bits, colour_type, lines = SHORT[kind]
+    palette = chunk(b"PLTE", bytes(range(256)) * 3)
+    head = header(21, 10, bits, colour_type) + (palette if colour_type == PALETTE else b"")
+    row = len(lines) // 10
+    assert by_us(assembled(head, zlib.compress(lines))) is not None
+    short = assembled(head, zlib.compress(lines[: len(lines) - missing_rows * row]))
+    assert by_pillow(short) is not None
+    for read in (check_png, decode_png):
+        with pytest.raises(DataError) as caught:
+            read(short, "row 7: b.png")
+        assert str(caught.value) == (
+            "row 7: b.png: truncated or damaged: there are fewer pixel rows than the header says; "
+            "restore the file, or pack with --on_error skip to leave it out"
+        )
+
+
+@pytest.mark.parametrize(("width", "height"), [(2, 3), (5, 1), (3, 5), (21, 10)])
+def test_missing_rows_of_an_interlaced_picture_are_found(width: int, height: int) -> None:
+    rows = np.random.default_rng(0).integers(0, 256, (10, 21 * 3), dtype=np.uint8)
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    pixels = rows.reshape(10, 21, 3)[:height, :width]
+    parts = [pixels[y::dy, x::dx] for y, x, dy, dx in passes]
+    lines = b"".join(as_lines(part.reshape(len(part), -1)) for part in parts if part.size)
+    assert (width, height) != (21, 10) or lines == interlaced_lines(rows, 3)
+    head = header(width, height, 8, RGB, interlaced=1)
+    assert by_us(assembled(head, zlib.compress(lines))) == ((width, height), "RGB", False)
+    last = next(part for part in reversed(parts) if part.size)
+    short = assembled(head, zlib.compress(lines[: -(1 + last.shape[1] * 3)]))
+    with pytest.raises(DataError, match="fewer pixel rows than the header says"):
+        check_png(short, "a.png")
+
+
+def test_a_black_last_row_is_no_missing_row() -> None:
+    black = Image.new("RGB", (7, 5))
+    assert by_us(saved(black)) == ((7, 5), "RGB", False)
+    clear = Image.new("RGBA", (7, 5))
+    assert by_us(saved(clear)) == ((7, 5), "RGBA", True)
+
+
+def test_a_stream_that_unpacks_for_ever_is_not_unpacked_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = as_lines(values(8, RGB))
+    bomb = assembled(header(21, 10, 8, RGB), zlib.compress(lines + bytes(10**7)))
+    unpacked, decompressobj = [], zlib.decompressobj
+
+    class Counting:
+        def __init__(self, *arguments: int) -> None:
+            self.inner = decompressobj(*arguments)
+
+        def decompress(self, packed: bytes, most: int) -> bytes:
+            unpacked.append(most)
+            return self.inner.decompress(packed, most)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inner, name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(zlib, "decompressobj", Counting)
+        assert by_us(bomb) == by_pillow(bomb)
+    assert 0 < sum(unpacked) < 10 * len(lines)
