@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,9 @@ Tick = Callable[[], object]
 """To be called by the work after each unit of it; raises :class:`Cancelled` when the work is no longer wanted."""
 
 _POLL_S = 0.1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_KEPT_BYTES = 64 << 20
+_LARGEST_KEPT_BLOCK_BYTES = 32 << 20  # the most that glibc takes
 _shared: dict[str, Any] = {}
 
 
@@ -85,6 +89,19 @@ def interrupts_held() -> Iterator[None]:
 def _initialise(counter: Any, stop: Any) -> None:
     _shared.update(counter=counter, stop=stop)
     exit_with_parent()
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep up to :data:`_KEPT_BYTES` that are free for what comes next; other C libraries are left alone.
+
+    Buffers of a megabyte come and go with every picture. By default each goes back to the kernel, which has to clear its pages when it
+    hands them out again: a sixth of the time of packing ``png``, a quarter of ``rgb``.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BLOCK_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def exit_with_parent() -> None:
