@@ -150,7 +150,7 @@ def _facts(contender: Contender, world: World | None) -> dict[str, Any]:
         facts["device_images_per_s"] = statistics.median(on_device)
     if contender.peak_bytes is not None:
         facts["host_peak_mb"] = contender.peak_bytes() / 1e6
-    cores_busy = contender.busy_s / contender.available_s or None
+    cores_busy = contender.busy_s / contender.available_s or None  # none at all: too short for the kernel's clock, or no /proc
     share = share_of_limit(contender)
     facts |= {"cores_busy": cores_busy, "share_of_limit": share}
     limit = contender.bounded_by

@@ -132,7 +132,8 @@ def test_a_run_measures_every_mode_against_limits(small_run: tuple[dict[str, Any
             if not row["facts"].get("limit") and row["name"] != "synthesis":
                 assert (row["group"], row["bounded_by"]) in named
                 assert row["facts"]["share_of_limit"] > 0
-                assert row["facts"]["bound_by"]
+                known = row["facts"]["cores_busy"] is not None or row["facts"]["share_of_limit"] >= NEAR_LIMIT
+                assert bool(row["facts"].get("bound_by")) == known  # a pass of less than 10 ms may have had no time at all
 
 
 def test_rows_say_what_they_cost(small_run: tuple[dict[str, Any], str]) -> None:
@@ -330,7 +331,7 @@ def test_processes_are_counted_with_all_that_they_started() -> None:
         finally:
             for pid in reversed(tree):
                 os.kill(pid, 9)
-    assert processes.peak_bytes(tree) == 0  # they are gone
+    assert processes.peak_bytes([shell.pid]) == 0  # it is gone
     before = processes.cpu_seconds([os.getpid()])
     while processes.cpu_seconds([os.getpid()]) == before:
         pass
