@@ -203,7 +203,7 @@ def test_packing_workers_start_light(module: str) -> None:
     """Every spawned worker imports these anew."""
     loaded = loaded_by(f"import quaclrs.{module}")
     assert "quaclrs" in loaded
-    assert loaded <= {"quaclrs", "numpy", "PIL"}
+    assert loaded <= {"quaclrs", "numpy", "PIL", "isal"}
 
 
 def test_drawing_workers_start_light() -> None:
