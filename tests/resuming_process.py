@@ -22,7 +22,7 @@ from tqdm import tqdm
 from quaclrs import crossval, engine, fold, models, progress
 from quaclrs.cli import main
 from quaclrs.files import write_bytes
-from quaclrs.imaging.redraw_cpu import normalise_cpu
+from quaclrs.imaging.normalise_cpu import normalise_cpu
 from quaclrs.loaders import dali
 from quaclrs.report import metrics
 

@@ -290,7 +290,8 @@ def test_tables_refuse_what_they_cannot_draw():
 
 def test_without_numba_the_reference_draws_and_one_line_says_so(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "quaclrs.imaging.redraw_cpu", raising=False)
+    for module in ("redraw_cpu", "normalise_cpu", "intrinsics"):
+        monkeypatch.delitem(sys.modules, f"quaclrs.imaging.{module}", raising=False)
     redrawer.redraw_for.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert redraw_for("cpu") == (redraw_reference, "torch reference")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from quaclrs.imaging.indexed import MAX_COLOURS
 from quaclrs.imaging.layout import Layout
+from quaclrs.imaging.memory import as_batch, host_bytes
 from quaclrs.imaging.normalise import normalise
 from quaclrs.imaging.resample import HALF, WEIGHT_BITS, Taps, cell_taps, vertical_first
 
@@ -194,12 +195,9 @@ def checked_out(out: torch.Tensor | None, pictures: int, tables: RedrawTables, d
 
 
 def _new_batch(pictures: int, tables: RedrawTables, dtype: torch.dtype) -> torch.Tensor:
-    shape = (pictures, tables.size, tables.size, 3)
     if tables.device.type == "cpu":
-        # NumPy asks the kernel for huge pages; touching torch's small ones for the first time costs more than drawing on them.
-        memory = np.empty(shape, {1: np.uint8, 2: np.int16, 4: np.int32}[dtype.itemsize])
-        return torch.from_numpy(memory).view(dtype).permute(0, 3, 1, 2)
-    return torch.empty(shape, dtype=dtype, device=tables.device).permute(0, 3, 1, 2)
+        return as_batch(host_bytes(pictures, tables.size, dtype), pictures, tables.size, dtype)
+    return torch.empty((pictures, tables.size, tables.size, 3), dtype=dtype, device=tables.device).permute(0, 3, 1, 2)
 
 
 def _first_pass(grids: Grids, index: torch.Tensor, layouts: torch.Tensor, tables: RedrawTables) -> torch.Tensor:

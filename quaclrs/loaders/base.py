@@ -11,6 +11,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from quaclrs.imaging.memory import as_batch, batch_bytes, host_bytes
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -147,17 +149,15 @@ class BatchMemory:
     def take(self, pictures: int) -> torch.Tensor:
         """(pictures, 3, S, S), channels_last, of undefined content."""
         free = [i for i in range(len(self._arrays)) if _is_free(self._arrays, i)]
-        large_enough = [i for i in free if len(self._arrays[i]) >= pictures]
+        large_enough = [i for i in free if len(self._arrays[i]) >= batch_bytes(pictures, self._size, self._dtype)]
         if large_enough:
             array = self._arrays[large_enough[0]]
         else:
             self._arrays = [array for i, array in enumerate(self._arrays) if i not in free]
-            # NumPy asks the kernel for huge pages, torch does not; and NumPy has no bfloat16
-            integer = {1: np.uint8, 2: np.int16, 4: np.int32}[self._dtype.itemsize]
-            array = np.empty((pictures, self._size, self._size, 3), integer)
+            array = host_bytes(pictures, self._size, self._dtype)
             if len(self._arrays) < _MOST_KEPT:
                 self._arrays.append(array)
-        return torch.from_numpy(array[:pictures]).view(self._dtype).permute(0, 3, 1, 2)
+        return as_batch(array, pictures, self._size, self._dtype)
 
 
 _MOST_KEPT = 8

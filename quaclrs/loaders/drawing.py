@@ -60,7 +60,7 @@ class PixelDrawer:
             return pictures.permute(0, 3, 1, 2)
         if self._config.device.type == "cpu":
             try:
-                from quaclrs.imaging.redraw_cpu import normalise_cpu
+                from quaclrs.imaging.normalise_cpu import normalise_cpu
             except ImportError:  # no numba: the same values, more slowly
                 return normalise(pictures, self._config.dtype)
             return normalise_cpu(pictures, self._memory.take(len(pictures)))

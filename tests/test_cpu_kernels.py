@@ -1,0 +1,105 @@
+"""The arithmetic that the CPU kernels stand on is exact: every level, every difference, aligned or not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torchvision import transforms
+
+from quaclrs.imaging.layout import even_layout
+from quaclrs.imaging.memory import as_batch, host_bytes
+from quaclrs.imaging.normalise import IMAGENET_MEAN, IMAGENET_STD, normalise
+from quaclrs.imaging.redraw import Grids, RedrawTables, redraw_reference
+from quaclrs.imaging.resample import HALF, WEIGHT_BITS
+
+pytest.importorskip("numba", reason="numba is not installed")
+
+from quaclrs.imaging import intrinsics, normalise_cpu, redraw_cpu
+
+
+def every_level(size: int) -> torch.Tensor:
+    """(1, size, size, 3) uint8; the channels of ``size`` ≥ 16 have all 256 levels."""
+    return torch.arange(3 * size * size, dtype=torch.int64).div(3, rounding_mode="floor").to(torch.uint8).reshape(1, size, size, 3)
+
+
+def test_every_level_of_every_channel_has_torchvisions_bits() -> None:
+    """The quotients by way of a reciprocal are the rounded ones; 16 × 16 pixels have every level in every channel."""
+    levels = every_level(16)
+    steps = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    out = as_batch(host_bytes(1, 16, torch.float32), 1, 16, torch.float32)
+    assert torch.equal(normalise_cpu.normalise_cpu(levels, out)[0], steps(levels[0].numpy()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offset", [0, 4, 32])
+@pytest.mark.parametrize("size", [16, 17, 24])
+def test_any_place_in_memory_is_written_to(size: int, offset: int, dtype: torch.dtype) -> None:
+    """Also where rows do not begin on a boundary that streaming stores need; and nothing around it is touched."""
+    values = 3 * size * size
+    memory = np.full((values + 64) * dtype.itemsize + 128, 0x55, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    place = memory[start : start + values * dtype.itemsize]
+    out = torch.from_numpy(place).view(dtype).view(1, size, size, 3).permute(0, 3, 1, 2)
+    if dtype == torch.float32:
+        streams = normalise_cpu.can_stream(normalise_cpu.pixels_of(out).reshape(size, 3 * size))
+        assert streams == (offset % 32 == 0 and size % 8 == 0)
+    levels = every_level(size)
+    assert torch.equal(normalise_cpu.normalise_cpu(levels, out), normalise(levels, dtype))
+    assert set(memory[:start]) | set(memory[start + len(place) :]) == {0x55}
+
+
+def two_weights(excess: int) -> np.ndarray:
+    """(2, many) int32, the second at random and at the ends, the first what it lacks of 2^22, and ``excess``."""
+    second = np.append(np.random.default_rng(0).integers(0, 1 << WEIGHT_BITS, 60), [0, 1, 1 << 15, 1 << 21, 1 << 22])
+    return np.stack([(1 << WEIGHT_BITS) + excess - second, second]).astype(np.int32)
+
+
+@pytest.mark.parametrize("excess", [-2, 0, 1, 300])
+def test_blend_is_used_exactly_where_it_is_exact(excess: int) -> None:
+    """Against the sum itself, for all 65,536 pairs of levels: neither a wrong blend nor a needless detour."""
+    weights = two_weights(excess)
+    claimed = redraw_cpu._blends_exactly(np.vstack([weights, np.zeros_like(weights)]))
+    upper, lower = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
+    blended = np.empty((256, 256), np.uint8)
+    for (first, second), exact in zip(weights.T.astype(np.int64), claimed, strict=True):
+        low = np.int16(second - ((second + (1 << 15)) >> 16 << 16))
+        high = np.int16((second - low) >> 16)
+        blend_all(upper.astype(np.uint8), lower.astype(np.uint8), high, low, blended)
+        assert np.array_equal(blended, upper * first + lower * second + HALF >> WEIGHT_BITS) == exact
+    assert claimed.any() or excess == 300
+    if excess == 0:
+        assert claimed.all()
+
+
+@intrinsics.numba.njit
+def blend_all(upper, lower, high, low, out):  # type: ignore[no-untyped-def]
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            out[i, j] = intrinsics.blend(upper[i, j], lower[i, j], high, low)
+
+
+def test_three_lines_are_never_blended_as_two() -> None:
+    weights = np.array([[1 << 21], [1 << 21], [1]], np.int32)
+    assert not redraw_cpu._blends_exactly(weights).any()
+
+
+@pytest.mark.parametrize("offset", [0, 8])
+def test_a_batch_in_the_callers_own_memory(offset: int) -> None:
+    """On a boundary for streaming stores, and off it."""
+    rng = np.random.default_rng(0)
+    layout, palette = even_layout(40, 100, 13, 38), rng.integers(0, 256, (256, 3)).astype(np.uint8)
+    zero = torch.zeros(1, dtype=torch.int32)
+    grids = Grids(torch.from_numpy(rng.integers(0, 256, layout.cells).astype(np.uint8)), torch.tensor([0]), zero, zero)
+    tables, index = RedrawTables.build([layout], [palette], 32), torch.tensor([0])
+    values = torch.from_numpy(host_bytes(2, 32, torch.float32)[offset : offset + 4 * 3 * 32 * 32])
+    out = values.view(torch.float32).view(1, 32, 32, 3).permute(0, 3, 1, 2)
+    assert torch.equal(redraw_cpu.redraw_cpu(grids, index, tables, torch.float32, out), redraw_reference(grids, index, tables))
+
+
+def test_memory_of_batches_begins_on_a_cache_line() -> None:
+    for pictures, size in ((1, 7), (3, 64)):
+        batch = as_batch(host_bytes(pictures, size, torch.bfloat16), pictures, size, torch.bfloat16)
+        assert batch.shape == (pictures, 3, size, size)
+        assert batch.is_contiguous(memory_format=torch.channels_last)
+        assert batch.data_ptr() % 64 == 0
