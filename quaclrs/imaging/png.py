@@ -1,6 +1,6 @@
 """PNG bytes to RGB pixels, with every way a file can be bad told apart.
 
-Pillow decodes, and says what is wrong with a file. Only that a file is good can be proven without it, in half its time.
+Pillow decodes, and says what is wrong with a file. Only that a file is good can be proven without it, in a third of its time.
 """
 
 from __future__ import annotations
