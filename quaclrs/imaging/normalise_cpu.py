@@ -79,7 +79,7 @@ def normalise_rows(levels, factors, out, start, stream):  # type: ignore[no-unty
     """
     for row in range(len(levels)):
         if stream:
-            _stream_row(levels, row, factors, out, start + row)
+            stream_row(levels, row, factors, out, start + row)
         else:
             for i in range(levels.shape[1]):
                 level = np.float32(np.int32(levels[row, i]))
@@ -88,7 +88,8 @@ def normalise_rows(levels, factors, out, start, stream):  # type: ignore[no-unty
 
 
 @compiled
-def _stream_row(levels, row, factors, out, out_row):  # type: ignore[no-untyped-def]
+def stream_row(levels, row, factors, out, out_row):  # type: ignore[no-untyped-def]
+    """Row ``out_row`` of ``out`` from row ``row`` of ``levels``, where :func:`can_stream` says so."""
     sources, all_factors, targets = levels.reshape(levels.size), factors.reshape(factors.size), out.reshape(out.size)
     width = np.uintp(levels.shape[1])
     source, target = np.uintp(row) * width, np.uintp(out_row) * width

@@ -1,15 +1,16 @@
-"""The redraw on the CPU: :func:`quaclrs.imaging.redraw.redraw_reference`, bit for bit, some two hundred times as fast. Needs numba.
+"""The redraw on the CPU: :func:`quaclrs.imaging.redraw.redraw_reference`, bit for bit, at the speed of vector instructions. Needs numba.
 
 Why it looks as it does, with times per 128×376 grid at 224 pixels on one core of an AMD EPYC at 2.45 GHz:
 
-- Colours are looked up once per cell, into a buffer turned on its side, shortly before they are used: one load and one store a cell
+- Colours are looked up once per cell, into a buffer turned on its side: of four neighbours, one load each, and a load and a store
   (18 µs). A tap of the first pass then is one multiplication over a run of 128 lines of cells, which the compiler turns into vector
-  instructions; no tap gathers anything (20 µs).
+  instructions; no tap gathers anything (21 µs).
 - The first pass leaves pixels as one integer each, still on their side. Two of them at a time, eight bytes of which six count, are
-  written to where they belong: a third of the stores that single channels would need (8 µs).
+  written to where they belong: a sixth of the stores that single channels would need (9 µs).
 - Taps of the second pass run along whole lines of 3·S bytes, again vectors; of two lines, the usual case, in 16-bit arithmetic, where
-  it has been proven to give the same bits (16 µs).
-- Normalised float32 values are computed, others are looked up: :mod:`quaclrs.imaging.normalise_cpu`.
+  it has been proven to give the same bits (14 µs).
+- Normalised float32 values are computed and written past the caches, line by line (30 µs); others are looked up: see
+  :mod:`quaclrs.imaging.normalise_cpu`.
 - Python threads share a batch out, as the kernel releases the GIL. numba's own threads would outlive the batch, do not survive a
   fork, and abort when two threads of the process use them at once. Starting a thread takes 0.1 ms, a batch of 64 takes 3.
 
@@ -26,7 +27,15 @@ import torch
 from numpy.typing import NDArray
 
 from quaclrs.imaging.intrinsics import blend, compiled, load_four_bytes, store_eight_bytes
-from quaclrs.imaging.normalise_cpu import can_stream, look_up_rows, normalisation_factors, normalise_rows, pixels_of, table_of
+from quaclrs.imaging.normalise_cpu import (
+    can_stream,
+    look_up_rows,
+    normalisation_factors,
+    normalise_rows,
+    pixels_of,
+    stream_row,
+    table_of,
+)
 from quaclrs.imaging.redraw import Grids, RedrawTables, check_grids, checked_out
 from quaclrs.imaging.resample import HALF, WEIGHT_BITS
 from quaclrs.imaging.threads import on_threads
@@ -35,8 +44,6 @@ _BLOCK_LINES = 128
 """Lines of cells on their side at once: a cell of all of them is 512 bytes."""
 _STRIP = 16
 """Columns of the first pass that are turned upright together: 8 KB, at home in a first-level cache."""
-_ROWS = 32
-"""Of a picture that are drawn before their values are: 21 KB, still in a first-level cache. Fewer cost more in calls."""
 
 _HALF = np.int32(HALF)
 _SHIFT = np.uint32(WEIGHT_BITS)
@@ -157,33 +164,32 @@ def _draw_levels(start, stop, grids, tables, out):  # type: ignore[no-untyped-de
     buffers = _buffers(tables)
     for picture in range(start, stop):
         layout = _draw_lines(picture, grids, tables, buffers)
-        _draw_rows(0, layout, tables, buffers, out[picture])
+        _draw_picture(layout, tables, buffers, out[picture])
 
 
 @compiled
 def _draw_floats(start, stop, grids, tables, factors, stream, out):  # type: ignore[no-untyped-def]
     """The same, normalised, into ``out`` (B, S, 3·S) float32."""
     buffers = _buffers(tables)
-    levels = np.empty((_ROWS, out.shape[2]), np.uint8)
+    levels = np.empty(out.shape[1:], np.uint8)
     for picture in range(start, stop):
         layout = _draw_lines(picture, grids, tables, buffers)
-        for top in range(0, out.shape[1], _ROWS):
-            rows = levels[: out.shape[1] - top]
-            _draw_rows(top, layout, tables, buffers, rows)
-            normalise_rows(rows, factors, out[picture], top, stream)
+        if stream and not tables.turned[layout]:
+            _stream_picture(layout, tables, buffers, levels, factors, out[picture])
+        else:
+            _draw_picture(layout, tables, buffers, levels)
+            normalise_rows(levels, factors, out[picture], 0, stream)
 
 
 @compiled
 def _draw_values(start, stop, grids, tables, values, out):  # type: ignore[no-untyped-def]
     """The same, with each level's value from ``values`` (3, 256), into ``out`` (B, S, 3·S) of its dtype."""
     buffers = _buffers(tables)
-    levels = np.empty((_ROWS, out.shape[2]), np.uint8)
+    levels = np.empty(out.shape[1:], np.uint8)
     for picture in range(start, stop):
         layout = _draw_lines(picture, grids, tables, buffers)
-        for top in range(0, out.shape[1], _ROWS):
-            rows = levels[: out.shape[1] - top]
-            _draw_rows(top, layout, tables, buffers, rows)
-            look_up_rows(rows, values, out[picture], top)
+        _draw_picture(layout, tables, buffers, levels)
+        look_up_rows(levels, values, out[picture], 0)
 
 
 @compiled
@@ -202,31 +208,41 @@ def _buffers(tables):  # type: ignore[no-untyped-def]
 
 @compiled
 def _draw_lines(picture, grids, tables, buffers):  # type: ignore[no-untyped-def]
-    """Do one picture's first pass, and where what comes out has to be turned the second too; returns its layout."""
+    """Do one picture's first pass; returns its layout."""
     flat, offsets, layouts, palettes = grids
-    side, strip, cell_sums, lines, line_sums, on_its_side = buffers
+    side, strip, sums, lines, _, _ = buffers
     layout, palette = layouts[picture], tables.palettes[palettes[picture]]
     number, line_stride = tables.lines[layout], tables.line_stride[layout]
     for top in range(0, number, _BLOCK_LINES):
         corner = offsets[picture] + top * line_stride
         _look_up_colours(flat, corner, min(_BLOCK_LINES, number - top), layout, palette, tables, side)
-        _first_pass(side, layout, tables, strip, cell_sums, lines[top:])
-    if tables.turned[layout]:
-        _second_pass(0, lines, layout, tables, line_sums, on_its_side)
+        _first_pass(side, layout, tables, strip, sums, lines[top:])
     return layout
 
 
 @compiled
-def _draw_rows(top, layout, tables, buffers, out):  # type: ignore[no-untyped-def]
-    """``out`` = the rows from ``top`` on of the picture that :func:`_draw_lines` began, uint8."""
+def _draw_picture(layout, tables, buffers, out):  # type: ignore[no-untyped-def]
+    """Second pass of the picture whose first one is done: its levels, (S, 3·S) uint8."""
     _, _, _, lines, sums, on_its_side = buffers
     if tables.turned[layout]:
-        for row in range(len(out)):
-            for x in range(len(on_its_side)):
-                for channel in range(3):
-                    out[row, 3 * x + channel] = on_its_side[x, 3 * (top + row) + channel]
+        _second_pass(lines, layout, tables, sums, on_its_side)
+        _turn(on_its_side, out)
     else:
-        _second_pass(top, lines, layout, tables, sums, out)
+        _second_pass(lines, layout, tables, sums, out)
+
+
+@compiled
+def _stream_picture(layout, tables, buffers, levels, factors, out):  # type: ignore[no-untyped-def]
+    """The same, normalised into ``out`` line by line, so that the arithmetic of a line hides the writing of the last one."""
+    _, _, _, lines, sums, _ = buffers
+    first, weights = tables.line_first[layout], tables.line_weights[layout]
+    two_lines, high, low = tables.two_lines[layout], tables.blend_high[layout], tables.blend_low[layout]
+    for o in range(len(out)):
+        if two_lines[o]:
+            _blend_two_lines(lines, first[o], high[o], low[o], levels, 0)
+        else:
+            _blend_lines(lines, first[o], weights, o, sums, levels, 0)
+        stream_row(levels, 0, factors, out, o)
 
 
 @compiled
@@ -325,29 +341,42 @@ def _stand_upright(strip, left, lines):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _second_pass(top, lines, layout, tables, sums, out):  # type: ignore[no-untyped-def]
-    """out[o, i] of the output lines top + o, for all values i of a line."""
+def _second_pass(lines, layout, tables, sums, out):  # type: ignore[no-untyped-def]
+    """out[o, i] for all output lines o and all values i of a line."""
     first, weights = tables.line_first[layout], tables.line_weights[layout]
     two_lines, high, low = tables.two_lines[layout], tables.blend_high[layout], tables.blend_low[layout]
     for o in range(len(out)):
-        line = top + o
-        if two_lines[line]:
-            _blend_two_lines(lines, first[line], high[line], low[line], out, o)
+        if two_lines[o]:
+            _blend_two_lines(lines, first[o], high[o], low[o], out, o)
         else:
-            sums[:] = _HALF
-            for k in range(0, len(weights), 2):
-                _add_two_lines(lines, first[line] + k, weights[k, line], weights[k + 1, line], sums)
-            for i in range(len(sums)):
-                out[o, i] = np.uint32(sums[i]) >> _SHIFT
+            _blend_lines(lines, first[o], weights, o, sums, out, o)
 
 
 @compiled
-def _blend_two_lines(lines, line, high, low, out, o):  # type: ignore[no-untyped-def]
+def _blend_lines(lines, line, weights, o, sums, out, row):  # type: ignore[no-untyped-def]
+    sums[:] = _HALF
+    for k in range(0, len(weights), 2):
+        _add_two_lines(lines, line + k, weights[k, o], weights[k + 1, o], sums)
+    for i in range(len(sums)):
+        out[row, i] = np.uint32(sums[i]) >> _SHIFT
+
+
+@compiled
+def _blend_two_lines(lines, line, high, low, out, row):  # type: ignore[no-untyped-def]
     for i in range(out.shape[1]):
-        out[o, i] = blend(lines[line, i], lines[line + 1, i], high, low)
+        out[row, i] = blend(lines[line, i], lines[line + 1, i], high, low)
 
 
 @compiled
 def _add_two_lines(lines, line, weight, next_weight, sums):  # type: ignore[no-untyped-def]
     for i in range(len(sums)):
         sums[i] += lines[line, i] * weight + lines[line + 1, i] * next_weight
+
+
+@compiled
+def _turn(levels, out):  # type: ignore[no-untyped-def]
+    """out[y, x] = levels[x, y], three channels each."""
+    for y in range(len(out)):
+        for x in range(len(out)):
+            for channel in range(3):
+                out[y, 3 * x + channel] = levels[x, 3 * y + channel]
