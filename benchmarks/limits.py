@@ -186,7 +186,7 @@ def _pixel_data(png: bytes) -> tuple[bytes, int]:
 def arithmetic_limit(model_name: str, dtype: torch.dtype, device: torch.device) -> Contender:
     """Images/s of ``model_name`` if each of its operations ran at the speed of a large matrix product in ``dtype``."""
     per_image = flops_per_image(model_name)
-    product, flops = _matrix_product(dtype, device)
+    product, flops, used = _matrix_product(dtype, device)
 
     def run() -> Pass:
         done, started = 0, time.perf_counter()
@@ -202,7 +202,7 @@ def arithmetic_limit(model_name: str, dtype: torch.dtype, device: torch.device) 
         run=run,
         limit=True,
         work="arithmetic",
-        facts={"gflop_per_image": per_image / 1e9, "dtype": _name(dtype)},
+        facts={"gflop_per_image": per_image / 1e9, "dtype": _name(used)},
     )
 
 
@@ -229,17 +229,18 @@ def _convolution_backward(grad: Sequence[int], images: Sequence[int], weight: Se
 
 def matmul_speed(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """GFLOP/s of a large matrix product in ``dtype``."""
-    product, flops = _matrix_product(dtype, device)
-    return {f"matmul_{_name(dtype)}_gflop_per_s": _rate(product, 1, device) * flops / 1e9}
+    product, flops, used = _matrix_product(dtype, device)
+    return {f"matmul_{_name(used)}_gflop_per_s": _rate(product, 1, device) * flops / 1e9}
 
 
-def _matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Work, float]:
-    """The work, and its floating-point operations."""
+def _matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Work, float, torch.dtype]:
+    """The work, its floating-point operations, and the type it is done in."""
     if device.type == "cuda":
-        return _product_of(8192, dtype, device)
+        return *_product_of(8192, dtype, device), dtype
     # a CPU without units for a 16-bit type takes a thousand times as long in it, and would not use it
     small = {candidate: _rate(_product_of(256, candidate, device)[0], 1, device) for candidate in {dtype, torch.float32}}
-    return _product_of(2048, max(small, key=lambda candidate: small[candidate]), device)
+    fastest = max(small, key=lambda candidate: small[candidate])
+    return *_product_of(2048, fastest, device), fastest
 
 
 def _product_of(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Work, float]:

@@ -19,7 +19,7 @@ from peers.client import Pass
 from peers.registry import DECODING, PEERS, READY, Entry
 from peers.serving import DeviceClock, bytes_on_disk
 from peers.starting import Setting, open_peer
-from processes import own_processes, peak_bytes, reset_peak, resident_bytes
+from processes import own_processes, peak_bytes, reset_peaks, resident_bytes
 from tables import race_and_print
 
 from quaclrs.config import ENCODINGS, default_num_workers
@@ -178,7 +178,7 @@ class _Opening:
         """One shuffled epoch over everything, with every batch touched; run once, to see what it takes."""
         device = self.config.device
         held, on_device = resident_bytes(own_processes()), _device_bytes(device)
-        reset_peak()
+        reset_peaks(own_processes())
         started = time.perf_counter()
         loader = build_loader(Choice(name=name, reason="benchmark"), dataset, self.config)
         self.stack.callback(loader.close)

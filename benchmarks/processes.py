@@ -37,10 +37,11 @@ def cpu_seconds(pids: list[int]) -> float:
     return total / _TICKS_PER_S
 
 
-def reset_peak() -> None:
-    """Let this process's peak begin anew at what it has now; a kernel that does not allow it keeps the old one."""
-    with contextlib.suppress(OSError):
-        (_PROC / "self" / "clear_refs").write_text("5")
+def reset_peaks(pids: list[int]) -> None:
+    """Let the peaks of ``pids`` begin anew at what they have now; a kernel that does not allow it keeps the old ones."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            (_PROC / str(pid) / "clear_refs").write_text("5")
 
 
 def peak_bytes(pids: list[int]) -> int:

@@ -21,7 +21,7 @@ from limits import arithmetic_limit, flops_per_image
 from measure import Contender, Group, Outcome, race
 from peers.client import Pass
 from peers.serving import DeviceClock, bytes_on_disk
-from processes import own_processes, peak_bytes, reset_peak
+from processes import own_processes, peak_bytes, reset_peaks
 from tables import table
 from verdicts import training_bound_by
 
@@ -116,7 +116,7 @@ def measure_case(
     case: Case, dataset: Dataset, device: torch.device, num_workers: int, repeats: int, world: World, *, train: bool
 ) -> Group:
     """Race the ceiling of ``case`` and, with ``train``, its training; the model and the loader are gone afterwards."""
-    reset_peak()
+    reset_peaks(own_processes())
     torch.manual_seed(0)
     weights = class_weights(dataset.label, dataset.classes)
     training = Training.begin(build_model(case.model_name, len(dataset.classes)), weights, device, case.config, world)

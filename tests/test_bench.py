@@ -335,7 +335,7 @@ def test_processes_are_counted_with_all_that_they_started() -> None:
     before = processes.cpu_seconds([os.getpid()])
     while processes.cpu_seconds([os.getpid()]) == before:
         pass
-    processes.reset_peak()
+    processes.reset_peaks([os.getpid()])
     assert processes.peak_bytes([os.getpid()]) >= processes.resident_bytes([os.getpid()]) * 0.9
 
 

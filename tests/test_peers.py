@@ -376,11 +376,18 @@ def test_tuning_passes_over_numbers_of_workers_that_fail() -> None:
             pass
 
         def run(self) -> Pass:
+            if self.count == 2:
+                raise PeerError("picky", "wants no more than one")
             return Pass(images=1)
 
+        def close(self) -> None:
+            closed.append(self.count)
+
+    closed: list[int] = []
     with contextlib.ExitStack() as stack:
-        best, rates, _ = tune(Picky, [0, 1], stack)  # type: ignore[arg-type]
+        best, rates, _ = tune(Picky, [0, 1, 2], stack)  # type: ignore[arg-type]
         assert (best, list(rates)) == (1, [1])
+        assert closed == [2]  # at once: its workers would take the cores from those that are timed
         with pytest.raises(PeerError, match="picky: wants a worker"):
             tune(Picky, [0], stack)  # type: ignore[arg-type]
 

@@ -14,9 +14,10 @@ from typing import Any
 from measure import Contender
 from peers.client import HERE, Pass, Peer, PeerError, make_environment, read_requirements
 from peers.registry import Entry
-from processes import peak_bytes, process_tree
+from processes import peak_bytes, process_tree, reset_peaks
 
 _EACH_COUNT_UP_TO = 4
+_TUNING_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ def open_peer(entry: Entry, setting: Setting, stack: contextlib.ExitStack, log: 
     try:
         python = _python_of(entry, setting.environments)
         best, rates, peer = tune(start, worker_counts(entry.least_workers, setting.cores), stack)
+        reset_peaks(process_tree(peer.pid))  # what it took to write its store and to check its pixels does not count
         log(f"{entry.name}: {best} workers, of {', '.join(f'{count} ({rate:,.0f}/s)' for count, rate in rates.items())}")
     except PeerError as error:
         log(f"left out: {error}")
@@ -75,8 +77,8 @@ def worker_counts(least: int, cores: int) -> list[int]:
 
 
 def tune(start: Callable[[int], Peer], counts: Sequence[int], stack: contextlib.ExitStack) -> tuple[int, dict[int, float], Peer]:
-    """The best of ``counts`` by one epoch each, after the one that checks the peer; the images/s of each that worked; and the best
-    one's process, which lives as long as ``stack``.
+    """The best of ``counts`` by epochs of half a second in all, after the one that checks the peer; the images/s of each that worked; and
+    the best one's process, which lives as long as ``stack``.
 
     Raises the last :class:`PeerError` where none works.
     """
@@ -84,13 +86,14 @@ def tune(start: Callable[[int], Peer], counts: Sequence[int], stack: contextlib.
     best: tuple[float, int, Peer] | None = None
     failure: PeerError | None = None
     for count in counts:
+        peer: Peer | None = None
         try:
             peer = stack.enter_context(start(count))
-            started = time.perf_counter()
-            images = peer.run().images
-            rates[count] = images / (time.perf_counter() - started)
+            rates[count] = _images_per_s(peer)
         except PeerError as error:
             failure = error
+            if peer is not None:  # its workers would take the cores from those that are timed
+                peer.close()
             continue
         if best is None or rates[count] > best[0]:
             best, beaten = (rates[count], count, peer), best[2] if best else None
@@ -101,6 +104,13 @@ def tune(start: Callable[[int], Peer], counts: Sequence[int], stack: contextlib.
     if best is None:
         raise failure or ValueError("no number of workers to try")
     return best[1], rates, best[2]
+
+
+def _images_per_s(peer: Peer) -> float:
+    images, started = 0.0, time.perf_counter()
+    while images == 0 or time.perf_counter() - started < _TUNING_S:
+        images += peer.run().images
+    return images / (time.perf_counter() - started)
 
 
 def _python_of(entry: Entry, environments: Path | None) -> Path:
