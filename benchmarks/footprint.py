@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from records import write_result
+from records import OWN_RESULTS, write_result
 
 from quaclrs.arguments import Parser
 
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--records", type=int, nargs="+", metavar="N", help="sizes of simulated datasets")
     parser.add_argument("--most_batches", type=int, default=1000, help="of the epoch")
+    parser.add_argument("--results_dir", type=Path, default=OWN_RESULTS, help="where the result file goes (results/benchmarks)")
     parser.add_argument("--one_process", action="store_true", help="measure in this process and print the figures as JSON")
     options = parser.parse_args(arguments)
     if options.one_process:
@@ -149,7 +150,7 @@ def _report(options: Any, runs: list[dict[str, Any]]) -> None:
     setting = {"batch_size": options.batch_size, "image_size": options.image_size, "num_workers": options.num_workers}
     setting |= {"most_batches": options.most_batches, "simulated": options.records is not None}
     what = "scaling" if options.records else "footprint"
-    print(f"written to {write_result(what, runs, setting, torch.device('cpu'))}")
+    print(f"written to {write_result(what, runs, setting, torch.device('cpu'), options.results_dir)}")
 
 
 if __name__ == "__main__":

@@ -119,6 +119,11 @@ def _run(contender: Contender) -> Pass | None:
     return None
 
 
+def spent() -> Pass:
+    """What a contender runs once its race is over: its own way would keep what it needs in memory."""
+    raise RuntimeError("this contender's race is over")
+
+
 def repeated(run: Callable[[], Pass], times: int) -> Callable[[], Pass]:
     """``run`` several times as one pass: epochs of a few hundredths of a second are too short to be timed alone."""
 

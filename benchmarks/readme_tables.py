@@ -73,7 +73,7 @@ def _table(head: str, columns: Sequence[Column], rows: Sequence[Row]) -> str:
         return _NOT_YET
     lines = [f"| {' | '.join([head, *(name for name, _ in columns)])} |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
-        nothing = [f"left out: {row['left_out']}", *[""] * (len(columns) - 1)] if "left_out" in row else []
+        nothing = [f"left out: {row['left_out']}".replace("|", "\\|"), *[""] * (len(columns) - 1)] if "left_out" in row else []
         lines.append(f"| {' | '.join([row['name'], *(nothing or [cell(row) for _, cell in columns])])} |")
     return "\n".join(lines) + "\n"
 
@@ -88,8 +88,11 @@ def _race(record: Record, group: str, columns: Sequence[Column]) -> str:
 def _load_short(record: Record) -> str:
     """Both dtypes side by side, limits last."""
     names = list(dict.fromkeys(row["name"] for row in record["rows"]))
-    baseline = next(row["baseline"] for row in record["rows"] if "baseline" in row)
-    lines = [f"| images/s | float32, normalised | against {baseline} | uint8 | against {baseline} |", "|---|---|---|---|---|"]
+    against = [
+        next((row["baseline"] for row in record["rows"] if row["group"].endswith(dtype) and "baseline" in row), "")
+        for dtype in ("float32", "uint8")
+    ]
+    lines = [f"| images/s | float32, normalised | against {against[0]} | uint8 | against {against[1]} |", "|---|---|---|---|---|"]
     for name in names:
         rows = [find_row(record, name, dtype) for dtype in ("float32", "uint8")]
         if any(row is not None and not _is_limit(row) for row in rows):

@@ -18,13 +18,16 @@ if TYPE_CHECKING:  # spawned workers import the scripts anew, and shall not wait
     import torch
 
 RESULTS = Path(__file__).parent / "results"
+"""The published ones, which the READMEs are made from."""
+OWN_RESULTS = Path("results", "benchmarks")
+"""Where everybody's own runs go, in the current folder."""
 
 Row = dict[str, Any]
 Record = dict[str, Any]
 """A result file's document."""
 
 
-def save(outcome: Outcome, setting: dict[str, Any], folder: Path = RESULTS) -> Path:
+def save(outcome: Outcome, setting: dict[str, Any], folder: Path) -> Path:
     """Write the races of ``outcome`` as a result file and return its path."""
     rows = [_row(group, contender) for group in outcome.groups for contender in group.contenders]
     return write_result(outcome.what, rows, outcome.setting | setting, outcome.device, folder)
@@ -46,7 +49,7 @@ def _row(group: Group, contender: Contender) -> Row:
     }
 
 
-def write_result(what: str, rows: Sequence[Row], setting: dict[str, Any], device: torch.device, folder: Path = RESULTS) -> Path:
+def write_result(what: str, rows: Sequence[Row], setting: dict[str, Any], device: torch.device, folder: Path) -> Path:
     """Write ``<what>_<hardware>_torch<version>_<date>.json`` in ``folder`` and return its path."""
     import torch
 
@@ -100,7 +103,7 @@ def find_row(record: Record | None, name: str, group: str = "") -> Row | None:
 
 def _without_folder(argument: str) -> str:
     """A command line says what was measured, not where it lay on one machine."""
-    return Path(argument).name if argument.startswith("/") else argument
+    return re.sub(r"(^|=)/\S*/(?=\S)", r"\1", argument)
 
 
 def _commit() -> str | None:

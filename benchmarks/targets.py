@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from packing_speed import BARE
 from records import RESULTS, Record, Row, find_row, newest
 
 from quaclrs.arguments import Parser
@@ -79,18 +80,16 @@ def _field(
     return None if value is None else Measured(value=value, row=row, record=record)
 
 
-def _worst_model(value_of: Callable[[Row], float], worst: Callable[..., str]) -> Callable[[Path], Measured | None]:
+def _worst_model(value_of: Callable[[Row], float], worst: Callable[..., Row]) -> Callable[[Path], Measured | None]:
     """Of the trained rows of all seven models; None where one is missing."""
 
     def measure(folder: Path) -> Measured | None:
         record = newest("train", folder=folder)
         rows = [row for row in record["rows"] if row["name"].startswith("train, ")] if record else []
-        values = {row["facts"]["model_name"]: value_of(row) for row in rows}
-        if record is None or set(values) != set(ARCHITECTURES):
+        if record is None or {row["facts"]["model_name"] for row in rows} != set(ARCHITECTURES):
             return None
-        of = worst(values, key=lambda name: values[name])
-        row = next(row for row in rows if row["facts"]["model_name"] == of)
-        return Measured(value=values[of], row=row, record=record, of=of)
+        row = worst(rows, key=value_of)
+        return Measured(value=value_of(row), row=row, record=record, of=row["facts"]["model_name"])
 
     return measure
 
@@ -115,7 +114,7 @@ TARGETS = (
     Target(
         what="packing `png`, of bare decoding",
         goal=0.9,
-        measure=_ratio("pack", "pack png", "bare decoding (Pillow open + load)"),
+        measure=_ratio("pack", "pack png", BARE),
     ),
     Target(
         what="`dali`, of bare DALI with its own reader", goal=0.95, measure=_ratio("decode", "dali, png shards", DALI, "float32")

@@ -33,7 +33,7 @@ from bench_data import fewer_pictures, make_data
 from measure import Outcome
 from packing_speed import measure_packing
 from peers.registry import KEYS
-from records import RESULTS, save
+from records import OWN_RESULTS, save
 from tables import summary
 
 from quaclrs.arguments import Parser, add_dataset_arguments
@@ -70,7 +70,7 @@ def _parser() -> Parser:
     )
     add_dataset_arguments(parser)
     parser.add_argument("--work_dir", type=Path, help="where data and shards are made; a temporary folder if not given")
-    parser.add_argument("--results_dir", type=Path, default=RESULTS, help="where result files go (benchmarks/results)")
+    parser.add_argument("--results_dir", type=Path, default=OWN_RESULTS, help="where result files go (results/benchmarks)")
     parser.add_argument("--samples_per_class", type=int, default=8, help="of the synthetic data, per fold (8)")
     parser.add_argument("--encodings", nargs="+", default=ENCODINGS, choices=ENCODINGS, help="to pack (all)")
     parser.add_argument("--image_size", type=int, default=224)
@@ -80,7 +80,10 @@ def _parser() -> Parser:
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument(
-        "--dtypes", nargs="+", choices=("float32", "uint8", "float16"), help="peers have the first two; decode float32, load both"
+        "--dtypes",
+        nargs="+",
+        choices=("float32", "uint8", "float16"),
+        help="peers have the first two; float32 to decode, both to load, all three on a GPU",
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(

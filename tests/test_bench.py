@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import footprint  # noqa: E402
 import limits  # noqa: E402
 import loading_speed  # noqa: E402
+import measure  # noqa: E402
 import packing_speed  # noqa: E402
 import processes  # noqa: E402
 import throughput  # noqa: E402
@@ -223,11 +226,12 @@ class TwoRanks:
         return [value] if value is None else [value, (value[0], 3 * value[1])]
 
 
-def test_images_of_all_ranks_over_the_slowest() -> None:
-    world = TwoRanks()
-    alone, together = _contender("alone"), _contender("together")
-    together.run = alone.run = lambda: Pass(images=sum(range(10)))
+def test_images_of_all_ranks_over_the_slowest(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, together, ticks = TwoRanks(), _contender("together"), itertools.count()
+    together.run = lambda: Pass(images=45)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))  # each pass takes one second
     race([together], repeats=2, world=world)  # type: ignore[arg-type]
+    assert together.rates == [2 * 45 / 3] * 2  # both ranks' images, in the time of the slower one
     assert world.meetings == 2  # before each counted repeat
     assert together.facts["world_size"] == 2
     assert together.facts["images_per_s_per_process"] == together.median / 2

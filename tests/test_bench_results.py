@@ -211,3 +211,17 @@ def test_other_files_are_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_committed_figures_are_small() -> None:
     for picture in records.RESULTS.glob("*.png"):
         assert picture.stat().st_size < 150_000, picture.name
+
+
+@pytest.mark.parametrize(
+    ("argument", "kept"),
+    [
+        ("/a/b", "b"),
+        ("--work_dir=/a/b", "--work_dir=b"),
+        ("load", "load"),
+        ("data/x.csv", "data/x.csv"),
+        ("--shards=x", "--shards=x"),
+    ],
+)
+def test_a_command_line_names_no_folder_of_the_machine(argument: str, kept: str) -> None:
+    assert records._without_folder(argument) == kept

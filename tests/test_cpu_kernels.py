@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,21 @@ def test_any_place_in_memory_is_written_to(size: int, offset: int, dtype: torch.
     levels = every_level(size)
     assert torch.equal(normalise_cpu.normalise_cpu(levels, out), normalise(levels, dtype))
     assert set(memory[:start]) | set(memory[start + len(place) :]) == {0x55}
+
+
+def test_a_change_in_any_kernels_file_has_all_compiled_anew() -> None:
+    """What is on disk counts only under the stamp of all files; see ``compiled``."""
+    test_every_level_of_every_channel_has_torchvisions_bits()
+    kept = normalise_cpu.normalise_rows._cache._cache_file
+    assert kept._source_stamp == intrinsics.SOURCES_STAMP
+    assert kept._load_index() != {}
+    kept._source_stamp = "of other files"
+    try:
+        assert kept._load_index() == {}
+    finally:
+        kept._source_stamp = intrinsics.SOURCES_STAMP
+    users = {path.name for path in Path(intrinsics.__file__).parent.glob("*.py") if "intrinsics import" in path.read_text()}
+    assert users | {"intrinsics.py"} == set(intrinsics._SOURCES)
 
 
 def two_weights(excess: int) -> np.ndarray:

@@ -420,7 +420,7 @@ def test_a_peer_that_fails_in_the_race_is_left_out_and_the_others_go_on(monkeypa
 
     written: dict[str, Any] = {}
     monkeypatch.setattr(records, "write_result", lambda what, rows, setting, device, folder: written.update(rows=rows))
-    records.save(Outcome(what="load", groups=[group], setting={}, device=SimpleNamespace(type="cpu")), {})  # type: ignore[arg-type]
+    records.save(Outcome(what="load", groups=[group], setting={}, device=SimpleNamespace(type="cpu")), {}, tmp_path)  # type: ignore[arg-type]
     row = written["rows"][0]
     assert (row["group"], row["name"]) == ("a group", "weak")
     assert row["left_out"] == "ended early: file.py: killed"  # and nothing of the machine's folders

@@ -218,6 +218,23 @@ def test_chunks_out_of_order_are_refused() -> None:
     assert by_us(picture) is None
 
 
+@pytest.mark.parametrize("colours", [RGB, RGBA])
+def test_chunks_behind_the_pixels_count_as_by_pillow(colours: int) -> None:
+    """Pillow reads them after the pixels: one that it refuses must not be proven good."""
+    packed = zlib.compress(as_lines(values(8, colours)))
+    start = header(21, 10, 8, colours) + chunk(b"IDAT", packed)
+    for behind, good in ((chunk(b"tEXt", b"a\0b"), True), (chunk(b"pHYs", b"\1"), False), (chunk(b"gAMA", b"\1"), False)):
+        assert (by_us(start + behind + chunk(b"IEND", b"")) is not None) == good
+    assert by_us(start + chunk(b"IEND", b"abc")) is None
+
+
+def test_a_second_header_is_refused() -> None:
+    """Pillow takes the last one's height, and would leave the rows black that the first one's pixels do not have."""
+    packed = zlib.compress(as_lines(values(8, RGB)))
+    second = header(21, 20, 8, RGB)[len(SIGNATURE) :]
+    assert by_us(header(21, 10, 8, RGB) + second + chunk(b"IDAT", packed) + chunk(b"IEND", b"")) is None
+
+
 SHORT = {
     "RGB": (8, RGB, as_lines(values(8, RGB))),
     "RGBA": (8, RGBA, as_lines(values(8, RGBA))),

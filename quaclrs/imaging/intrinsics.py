@@ -6,13 +6,19 @@ import this module only where it is wanted.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+
+_SOURCES = ("intrinsics.py", "normalise_cpu.py", "redraw_cpu.py")
+SOURCES_STAMP = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in _SOURCES)).hexdigest()
+"""Of all files that kernels are compiled from, together: they are compiled into one another."""
 
 _INT8, _INT16, _INT32, _INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _FLOAT = ir.FloatType()
@@ -30,9 +36,12 @@ BLEND_BITS = 6
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile on first use, without the GIL; keep the result on disk where a place for it can be written to."""
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        kernel = numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # numba: "no locator available", neither beside this file nor in the user's cache
         return numba.njit(nogil=True)(function)
+    # numba would look for changes in the kernel's own file only, and go on with what it compiled from another one as it was
+    kernel._cache._cache_file._source_stamp = SOURCES_STAMP
+    return kernel
 
 
 @intrinsic

@@ -18,9 +18,6 @@ from quaclrs.imaging.intrinsics import LANES, STREAM_ALIGNMENT, compiled, fused_
 from quaclrs.imaging.normalise import IMAGENET_MEAN, IMAGENET_STD, normalisation_table
 from quaclrs.imaging.threads import on_threads
 
-INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-"""By the bytes of a value: what kernels copy it as."""
-
 
 def normalise_cpu(levels: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """As :func:`quaclrs.imaging.normalise.normalise` of ``levels`` (B, S, S, 3) uint8, into ``out`` (B, 3, S, S) channels_last."""
@@ -38,12 +35,12 @@ def normalise_cpu(levels: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 def pixels_of(batch: torch.Tensor) -> np.ndarray:
     """``batch`` (B, 3, S, S) channels_last as (B, S, S, 3): float32 and uint8 as they are, 16-bit values as int16."""
     pixels = batch.permute(0, 2, 3, 1)
-    return (pixels if batch.dtype == torch.float32 else pixels.view(INTEGER_OF_SIZE[batch.dtype.itemsize])).numpy()
+    return (pixels.view(torch.int16) if batch.dtype.itemsize == 2 else pixels).numpy()  # NumPy has no bfloat16
 
 
 def table_of(dtype: torch.dtype) -> np.ndarray:
-    """(3, 256): each channel's values in ``dtype``, as integers of its size."""
-    return normalisation_table().to(dtype).view(INTEGER_OF_SIZE[dtype.itemsize]).numpy()
+    """(3, 256): each channel's values in a 16-bit ``dtype``, as int16."""
+    return normalisation_table().to(dtype).view(torch.int16).numpy()
 
 
 @functools.cache

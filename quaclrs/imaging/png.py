@@ -79,7 +79,7 @@ def resize_rgb(image: Image.Image, size: int) -> np.ndarray:
 
 def _proven_facts(data: bytes) -> PngFacts | None:
     """The facts of a picture that is proven to be good; None for any other, good or bad."""
-    stream = read_stream(data) if data.startswith(PNG_SIGNATURE) else None
+    stream = read_stream(data)
     if stream is None:
         return None
     try:

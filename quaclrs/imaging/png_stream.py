@@ -57,6 +57,8 @@ class Stream:
     """The content of all IDAT chunks, joined."""
     extras: frozenset[bytes]
     """The kinds of all other chunks but the header and the end."""
+    trailing: bool
+    """Some of them stand behind the pixels, where Pillow reads them last and may still refuse them."""
 
     @property
     def row_bytes(self) -> int:
@@ -76,10 +78,12 @@ class Stream:
 
 
 def read_stream(data: bytes) -> Stream | None:
-    """The stream of a PNG whose chunks are in order up to IEND, each with the right CRC; None for any other bytes.
+    """The stream of a PNG whose chunks are in order up to an empty IEND, each with the right CRC; None for any other bytes.
 
     The pixels in it may still be damaged, or too few.
     """
+    if not data.startswith(PNG_SIGNATURE):
+        return None
     try:
         chunks = list(_chunks(data))
         kinds, contents = [kind for kind, _ in chunks], [content for _, content in chunks]
@@ -87,8 +91,8 @@ def read_stream(data: bytes) -> Stream | None:
         first = kinds.index(b"IDAT")
     except (struct.error, ValueError, IndexError):
         return None
-    count = kinds.count(b"IDAT")
-    if kinds[0] != b"IHDR" or set(kinds[first : first + count]) != {b"IDAT"}:
+    behind = first + kinds.count(b"IDAT")
+    if kinds[0] != b"IHDR" or kinds.count(b"IHDR") > 1 or set(kinds[first:behind]) != {b"IDAT"} or len(contents[-1]) > 0:
         return None
     if colour_type not in _CHANNELS or (deflate, filters) != (0, 0) or interlaced > 1:
         return None
@@ -98,8 +102,9 @@ def read_stream(data: bytes) -> Stream | None:
         bits=bits,
         colour_type=colour_type,
         interlaced=bool(interlaced),
-        zlib_stream=b"".join(contents[first : first + count]),
+        zlib_stream=b"".join(contents[first:behind]),
         extras=frozenset(kinds) - {b"IHDR", b"IDAT", b"IEND"},
+        trailing=kinds[behind:] != [b"IEND"],
     )
 
 
@@ -107,9 +112,11 @@ def is_transparent(stream: Stream) -> bool | None:
     """Whether some pixel is not opaque, where it is proven that every pixel is there and can be decoded.
 
     None where nothing is proven: the stream is damaged, short or goes on behind the last row, or it is of a kind that is not looked
-    into here (other than 8-bit RGB and RGBA, interlaced, with a transparent colour, animated).
+    into here (other than 8-bit RGB and RGBA, interlaced, with a transparent colour, animated, with chunks behind the pixels).
     """
-    if stream.bits != 8 or stream.colour_type not in (_RGB, _RGBA) or stream.interlaced or not stream.extras <= _HARMLESS:
+    if stream.bits != 8 or stream.colour_type not in (_RGB, _RGBA) or stream.interlaced:
+        return None
+    if stream.trailing or not stream.extras <= _HARMLESS:
         return None
     try:
         return _look_through(stream)
