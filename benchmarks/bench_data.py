@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quaclrs.arguments import columns_of
+from quaclrs.cli.arguments import columns_of
 from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, PackConfig, TrainConfig
 
 if TYPE_CHECKING:  # spawned workers import the scripts anew, and shall not wait for torch
-    from quaclrs.dataset import Dataset
+    from quaclrs.loaders.dataset import Dataset
     from quaclrs.synthesize import SynthesisSummary
 
 
@@ -58,8 +58,8 @@ def pack_config(options: Any, output_dir: Path, encoding: str) -> PackConfig:
 
 def packed(options: Any, work_dir: Path, encoding: str) -> Dataset:
     """The dataset in shards of ``encoding`` below ``work_dir``, packed unless they are there."""
-    from quaclrs.dataset import open_dataset
-    from quaclrs.shards.pack import pack
+    from quaclrs.loaders.dataset import open_dataset
+    from quaclrs.shards.packing.pack import pack
 
     output_dir = work_dir / f"shards-{encoding}"
     pack(pack_config(options, output_dir, encoding), progress=True)
@@ -68,7 +68,7 @@ def packed(options: Any, work_dir: Path, encoding: str) -> Dataset:
 
 def tree_of(options: Any) -> Dataset:
     """The dataset as the PNG tree it is; its samples are numbered as those of the shards."""
-    from quaclrs.dataset import open_dataset
+    from quaclrs.loaders.dataset import open_dataset
 
     config = TrainConfig(csv_file=options.csv_file, spectrograms_dir=options.spectrograms_dir, columns=columns_of(options))
     return open_dataset(config, want_shards=False, log=options.log)

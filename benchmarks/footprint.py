@@ -28,7 +28,7 @@ from typing import Any
 
 from records import OWN_RESULTS, write_result
 
-from quaclrs.arguments import Parser
+from quaclrs.cli.arguments import Parser
 
 _PAGE = 4096
 
@@ -60,7 +60,7 @@ def _simulated(shards: Path, records: int, folder: Path) -> Path:
     import numpy as np
 
     from quaclrs.shards import format as fmt
-    from quaclrs.shards.read import ShardSet
+    from quaclrs.shards.reader import ShardSet
 
     made = folder / str(records)
     made.mkdir()
@@ -100,10 +100,10 @@ def _measure(options: Any) -> dict[str, Any]:
 
     import quaclrs.loaders.mapped
     from quaclrs.config import TrainConfig
-    from quaclrs.dataset import open_dataset
+    from quaclrs.data.sampling import epoch_order, evaluation_batches
     from quaclrs.loaders import Choice, build_loader
     from quaclrs.loaders.base import LoaderConfig
-    from quaclrs.order import epoch_order, evaluation_batches
+    from quaclrs.loaders.dataset import open_dataset
 
     config = LoaderConfig(
         image_size=options.image_size,

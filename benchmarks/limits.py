@@ -23,9 +23,9 @@ from measure import Contender
 from peers.client import Pass
 from peers.serving import DeviceClock
 
-from quaclrs.imaging.png_stream import inflating, read_stream
+from quaclrs.imaging.png_check import inflating, read_stream
 from quaclrs.loaders.base import BatchMemory
-from quaclrs.models import build_model, forward_logits, input_size
+from quaclrs.training.models import build_model, forward_logits, input_size
 
 Work = Callable[[int], object]
 """Does something with the i-th of several buffers."""

@@ -23,12 +23,12 @@ from processes import own_processes, peak_bytes, reset_peaks, resident_bytes
 from tables import race_and_print
 
 from quaclrs.config import ENCODINGS, default_num_workers
-from quaclrs.crossval import pick_device
-from quaclrs.dataset import Dataset
-from quaclrs.distributed import World
+from quaclrs.data.sampling import epoch_order, evaluation_batches
+from quaclrs.experiment.cross_validation import pick_device
 from quaclrs.loaders import Choice, build_loader
 from quaclrs.loaders.base import Loader, LoaderConfig
-from quaclrs.order import epoch_order, evaluation_batches
+from quaclrs.loaders.dataset import Dataset
+from quaclrs.training.distributed import World
 
 OURS = "quaclrs"
 """The key of our own loaders for ``--only``."""

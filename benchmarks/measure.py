@@ -18,7 +18,7 @@ from quaclrs.config import default_num_workers
 if TYPE_CHECKING:  # spawned workers import the scripts anew, and shall not wait for torch
     import torch
 
-    from quaclrs.distributed import World
+    from quaclrs.training.distributed import World
 
 
 @dataclass(kw_only=True)

@@ -13,8 +13,8 @@ from measure import Contender, Group, Outcome
 from peers.client import Pass
 from tables import race_and_print
 
-from quaclrs.arguments import columns_of
-from quaclrs.parallel import Tick, run_tasks
+from quaclrs.cli.arguments import columns_of
+from quaclrs.system.processes import Tick, run_tasks
 
 BARE = "bare decoding (Pillow open + load)"
 SYNTHESIS_FOLDS = 10
@@ -25,7 +25,7 @@ def measure_packing(options: Any, work_dir: Path) -> Outcome:
     """Race bare decoding and packing with each of ``--encodings``; then synthesis, alone."""
     import torch  # not at the top: spawned workers import this file, and shall not wait for torch
 
-    from quaclrs.metadata import read_metadata
+    from quaclrs.data.metadata import read_metadata
 
     metadata = read_metadata(options.csv_file, columns_of(options))
     files = [metadata.path(row, options.spectrograms_dir) for row in range(len(metadata))]
@@ -59,7 +59,7 @@ def _packing(files: Sequence[Path], options: Any, work_dir: Path) -> Group:
 
 
 def _pack_all(options: Any, output_dir: Path, encoding: str) -> Pass:
-    from quaclrs.shards.pack import pack
+    from quaclrs.shards.packing.pack import pack
 
     shutil.rmtree(output_dir, ignore_errors=True)
     return Pass(images=pack(pack_config(options, output_dir, encoding)).images_packed)

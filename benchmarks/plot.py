@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quaclrs.arguments import Parser
+from quaclrs.cli.arguments import Parser
 from quaclrs.errors import DataError, run_command
-from quaclrs.files import make_folder
+from quaclrs.system.atomic_files import make_folder
 
 _SCALING = {
     "first_batch_s": "seconds to the first batch",

@@ -16,7 +16,7 @@ from typing import Any
 import targets
 from records import RESULTS, Record, Row, find_row, newest, newest_path
 
-from quaclrs.arguments import Parser
+from quaclrs.cli.arguments import Parser
 from quaclrs.errors import DataError, run_command
 
 ROOT = Path(__file__).parents[1]

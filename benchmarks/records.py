@@ -53,7 +53,7 @@ def write_result(what: str, rows: Sequence[Row], setting: dict[str, Any], device
     """Write ``<what>_<hardware>_torch<version>_<date>.json`` in ``folder`` and return its path."""
     import torch
 
-    from quaclrs.environment import describe_environment
+    from quaclrs.system.environment import describe_environment
 
     environment = describe_environment(device) | {"commit": _commit()}
     hardware = environment["gpu"]["name"] if "gpu" in environment else f"{environment['cpus_usable']}cores"

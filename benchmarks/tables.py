@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from measure import Contender, Group, race, ratio
 
 if TYPE_CHECKING:
-    from quaclrs.distributed import World
+    from quaclrs.training.distributed import World
 
 _HEADS = ("images/s", "min", "max", "ratio", "of limit", "data wait", "first batch", "host peak", "bound by")
 _LEFT_OUT = "left out: "

@@ -17,8 +17,8 @@ from pathlib import Path
 from packing_speed import BARE
 from records import RESULTS, Record, Row, find_row, newest
 
-from quaclrs.arguments import Parser
-from quaclrs.models import ARCHITECTURES
+from quaclrs.cli.arguments import Parser
+from quaclrs.training.models import ARCHITECTURES
 
 FFCV, DALI = "FFCV, raw", "bare DALI, its own reader"
 _GPU = "H200"

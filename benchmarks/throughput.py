@@ -36,9 +36,9 @@ from peers.registry import KEYS
 from records import OWN_RESULTS, save
 from tables import summary
 
-from quaclrs.arguments import Parser, add_dataset_arguments
+from quaclrs.cli.arguments import Parser, add_dataset_arguments
+from quaclrs.cli.demo import cache_root
 from quaclrs.config import COMPILERS, ENCODINGS, default_num_workers
-from quaclrs.demo import cache_root
 from quaclrs.errors import UsageError, run_command, told_once
 
 if TYPE_CHECKING:  # spawned workers import this file anew, and shall not wait for torch
@@ -49,7 +49,7 @@ _MODES = ("pack", "decode", "load", "step", "train")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from quaclrs.distributed import is_rank, run_rank
+    from quaclrs.training.distributed import is_rank, run_rank
 
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -115,7 +115,7 @@ def _add_training_flags(group: Any) -> None:
 
 
 def _run(options: Any) -> None:
-    from quaclrs.distributed import joined_world
+    from quaclrs.training.distributed import joined_world
 
     with told_once():
         modes = _chosen_modes(options)

@@ -1,7 +1,7 @@
 """Modes ``step`` and ``train`` of throughput.py: what a model can learn per second when data cost nothing, and what it does learn.
 
-The ceiling is the trainer's own step (quaclrs.training.Training.step) on one batch that is on the device already; ``train`` is the
-trainer's own epoch (quaclrs.engine.train_epoch) over a loader. Both run in turn, on the same model, so their ratio is honest. Under
+The ceiling is the trainer's own step (quaclrs.training.state.Training.step) on one batch that is on the device already; ``train`` is the
+trainer's own epoch (quaclrs.training.loop.train_epoch) over a loader. Both run in turn, on the same model, so their ratio is honest. Under
 torchrun both average their gradients over the ranks, as the trainer does.
 """
 
@@ -25,17 +25,17 @@ from processes import own_processes, peak_bytes, reset_peaks
 from tables import table
 from verdicts import training_bound_by
 
-from quaclrs import engine
 from quaclrs.config import TrainConfig
-from quaclrs.crossval import pick_device, refuse_for_device
-from quaclrs.dataset import Dataset
-from quaclrs.distributed import World
-from quaclrs.folds import class_weights
-from quaclrs.graph import GraphedStep
+from quaclrs.data.folds import class_weights
+from quaclrs.experiment.cross_validation import pick_device, refuse_for_device
 from quaclrs.loaders import Choice, build_loader
 from quaclrs.loaders.base import Batch, DeviceLoader, Loader, LoaderConfig
-from quaclrs.models import build_model, input_size
-from quaclrs.training import Training, amp_dtype, set_tf32
+from quaclrs.loaders.dataset import Dataset
+from quaclrs.training import loop
+from quaclrs.training.cuda_graph import GraphedStep
+from quaclrs.training.distributed import World
+from quaclrs.training.models import build_model, input_size
+from quaclrs.training.state import Training, amp_dtype, set_tf32
 
 CEILING = "step on one batch (ceiling)"
 _FLOP_OF_A_REPEAT, _MOST_STEPS_ON_CPU = 5e11, 3
@@ -219,14 +219,14 @@ def _epochs_of(training: Training, loader: Loader, dataset: Dataset, case: Case)
     def run() -> Pass:
         nonlocal epoch
         epoch += 1
-        plan = engine.plan_epoch(training, samples, dataset.label, case.batch_size * world.size, seed=0, epoch=epoch)
+        plan = loop.plan_epoch(training, samples, dataset.label, case.batch_size * world.size, seed=0, epoch=epoch)
         part = slice(case.steps)
-        plan = engine.EpochPlan(
+        plan = loop.EpochPlan(
             batches=plan.batches[part], samples=plan.samples[part], shares=plan.shares[part], seeds=plan.seeds[part]
         )
         first: list[float] = []
         with DeviceClock(training.device) as clock:
-            trained = engine.train_epoch(
+            trained = loop.train_epoch(
                 training, loader, plan, on_step=lambda batch, totals, waited_s: first.append(waited_s), graphed=graphed
             )
         training.progress = None

@@ -39,7 +39,7 @@ def png_tree(tmp_path_factory: pytest.TempPathFactory) -> PngTree:
 
 def _pack(tree: PngTree, output_dir: Path, **options: object) -> Path:
     from quaclrs.config import PackConfig
-    from quaclrs.shards.pack import pack
+    from quaclrs.shards.packing.pack import pack
 
     pack(
         PackConfig(

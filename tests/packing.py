@@ -14,7 +14,7 @@ import numpy as np
 from png_trees import PngTree
 
 from quaclrs.config import PackConfig
-from quaclrs.shards.pack import PackSummary, pack
+from quaclrs.shards.packing.pack import PackSummary, pack
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 TIMEOUT_S = 60

@@ -19,12 +19,13 @@ import torch
 from resuming import Disturbance, Moment, Step, TinyNetwork
 from tqdm import tqdm
 
-from quaclrs import crossval, engine, fold, models, progress
-from quaclrs.cli import main
-from quaclrs.files import write_bytes
-from quaclrs.imaging.normalise_cpu import normalise_cpu
+from quaclrs.cli.train import main
+from quaclrs.experiment import cross_validation, fold
+from quaclrs.imaging.kernels.normalise_cpu import normalise_cpu
 from quaclrs.loaders import dali
 from quaclrs.report import metrics
+from quaclrs.system.atomic_files import write_bytes
+from quaclrs.training import loop, models, progress
 
 metrics.compute_metrics(np.array([0, 1]), np.eye(2, dtype=np.float32), ("a", "b"))  # scikit-learn imports on first use
 normalise_cpu(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.zeros(1, 3, 1, 1))  # Numba loads what it has compiled
@@ -62,22 +63,22 @@ class _Patched:
         dali.dali_missing = lambda: "takes long to import"
         if not self._disturbance.plots:
             fold.write_plots = _write_something  # type: ignore[assignment]
-        run_fold, hooks = crossval.run_fold, engine.Hooks(step_meter=self._step_meter)
-        engine.Hooks = lambda: hooks  # type: ignore[assignment, misc]
+        run_fold, hooks = cross_validation.run_fold, loop.Hooks(step_meter=self._step_meter)
+        loop.Hooks = lambda: hooks  # type: ignore[assignment, misc]
         progress.console_hooks = lambda epochs: hooks
 
         def noting_the_fold(run: fold.Run, number: int) -> dict[str, Any]:
             self._fold = number
             return run_fold(run, number)
 
-        build_loader = crossval.build_loader
+        build_loader = cross_validation.build_loader
 
         def loading(*arguments: Any) -> Any:
             self._event("load")
             return build_loader(*arguments)
 
-        crossval.run_fold = noting_the_fold  # type: ignore[assignment]
-        crossval.build_loader = loading  # type: ignore[assignment]
+        cross_validation.run_fold = noting_the_fold  # type: ignore[assignment]
+        cross_validation.build_loader = loading  # type: ignore[assignment]
         os.fsync = self._eventful("flush", os.fsync)
         Path.replace = self._eventful("rename", Path.replace)  # type: ignore[method-assign]
         Path.unlink = self._eventful("delete", Path.unlink)  # type: ignore[method-assign]

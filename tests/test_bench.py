@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from png_trees import PngTree
 
-from quaclrs.demo import cache_root
+from quaclrs.cli.demo import cache_root
 from quaclrs.errors import UsageError
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -345,7 +345,7 @@ def test_processes_are_counted_with_all_that_they_started() -> None:
 
 def test_simulated_datasets_open_and_read(rgb_shards: Path, tmp_path: Path) -> None:
     from quaclrs.config import TrainConfig
-    from quaclrs.dataset import open_dataset
+    from quaclrs.loaders.dataset import open_dataset
 
     for records in (7, 1000):
         made = footprint._simulated(rgb_shards, records, tmp_path)

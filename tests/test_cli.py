@@ -13,7 +13,7 @@ import pytest
 import torch
 from png_trees import PngTree, grid_picture, make_rows, write_csv, write_tree
 
-from quaclrs.cli import main, parse, to_config
+from quaclrs.cli.train import main, parse, to_config
 from quaclrs.config import TrainConfig
 
 CSV_NAME = "spectrograms_balanced_no_sirens.csv"

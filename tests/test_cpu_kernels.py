@@ -12,7 +12,7 @@ from torchvision import transforms
 from quaclrs.imaging.layout import even_layout
 from quaclrs.imaging.memory import as_batch, host_bytes
 from quaclrs.imaging.normalise import IMAGENET_MEAN, IMAGENET_STD, normalise
-from quaclrs.imaging.redraw import Grids, RedrawTables, redraw_reference
+from quaclrs.imaging.render import Grids, RedrawTables, redraw_reference
 from quaclrs.imaging.resample import HALF, WEIGHT_BITS
 
 pytest.importorskip("numba", reason="numba is not installed")

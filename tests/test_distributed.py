@@ -33,18 +33,19 @@ from torch.nn import functional
 from torchvision import models as torchvision_models
 from torchvision import transforms
 
-from quaclrs import checkpoint, engine, fold
-from quaclrs.cli import main
+from quaclrs.cli.train import main
 from quaclrs.config import TrainConfig
-from quaclrs.crossval import pick_device, run_cross_validation
-from quaclrs.dataset import open_dataset
-from quaclrs.distributed import Agreement, World, joined_world, run_rank
-from quaclrs.engine import FoldSamples, Hooks
+from quaclrs.data.sampling import epoch_order, train_batches
 from quaclrs.errors import Interrupted, UsageError, told_once
-from quaclrs.interruption import Watch
+from quaclrs.experiment import fold
+from quaclrs.experiment.cross_validation import pick_device, run_cross_validation
 from quaclrs.loaders.base import Batch
-from quaclrs.order import epoch_order, train_batches
-from quaclrs.training import Training
+from quaclrs.loaders.dataset import open_dataset
+from quaclrs.system.signals import Watch
+from quaclrs.training import checkpoint, loop
+from quaclrs.training.distributed import Agreement, World, joined_world, run_rank
+from quaclrs.training.loop import FoldSamples, Hooks
+from quaclrs.training.state import Training
 
 CLASSES = ("dog_bark", "drilling", "traffic")
 SMALL = 32
@@ -58,7 +59,9 @@ CPU = torch.device("cpu")
 WEIGHTS = np.array([0.5, 1.0, 2.5], np.float32)
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch", "torchvision", "sklearn.metrics", "pytest", "quaclrs.cli", "quaclrs.crossval"])
+_processes.set_forkserver_preload(
+    ["torch", "torchvision", "sklearn.metrics", "pytest", "quaclrs.cli.train", "quaclrs.experiment.cross_validation"]
+)
 
 
 # --- ranks as processes ---
@@ -241,7 +244,7 @@ def evaluate_numbers(world: World, samples: int, holds_all: bool) -> dict[str, A
     training.model[1].running_mean.fill_(0.1 * world.rank)  # type: ignore[index]
     seen: list[list[int]] = []
     calls: list[None] = []
-    found = engine.evaluate(
+    found = loop.evaluate(
         training,
         loader,
         numbers,
@@ -261,14 +264,14 @@ def train_and_keep_gradients(world: World) -> dict[str, Any]:
     loader = noise(LEARNED)
     config = TrainConfig(learning_rate=1e-30, weight_decay=0.0)  # the weights stay, so that each step can be checked by itself
     training = Training.begin(_TwoHeads(seed=world.rank), WEIGHTS, CPU, config, world)
-    plan = engine.plan_epoch(training, np.arange(LEARNED), loader.labels.numpy(), GLOBAL_BATCH, seed=3, epoch=2)
+    plan = loop.plan_epoch(training, np.arange(LEARNED), loader.labels.numpy(), GLOBAL_BATCH, seed=3, epoch=2)
     steps: list[tuple[list[int], dict[str, torch.Tensor]]] = []
 
     def keep(batch: Batch, *_: object) -> None:
         gradients = {name: value.grad.clone() for name, value in training.model.named_parameters() if value.grad is not None}
         steps.append((batch.index.tolist(), gradients))
 
-    trained = engine.train_epoch(training, loader, plan, keep)
+    trained = loop.train_epoch(training, loader, plan, keep)
     return {"steps": steps, "loss": trained.loss, "accuracy": trained.accuracy, "samples": trained.samples}
 
 
@@ -277,13 +280,13 @@ NUMBERS = FoldSamples(train=np.arange(13), validation=np.arange(13, 32), test=np
 PER_RANK = 4
 
 
-def fitting(world: World, folder: Path, watch: Watch | None = None, hooks: Hooks | None = None) -> tuple[Training, engine.Fitting]:
+def fitting(world: World, folder: Path, watch: Watch | None = None, hooks: Hooks | None = None) -> tuple[Training, loop.Fitting]:
     training = Training.begin(small_network(seed=world.rank), WEIGHTS, CPU, FIT, world)
     global_batch = PER_RANK * world.size
-    return training, engine.Fitting(training, noise(39), NUMBERS, FIT, global_batch, folder, {"fold": 1}, watch, hooks)
+    return training, loop.Fitting(training, noise(39), NUMBERS, FIT, global_batch, folder, {"fold": 1}, watch, hooks)
 
 
-def outcome(training: Training, stopped_early: bool, tested: engine.Evaluation) -> dict[str, Any]:
+def outcome(training: Training, stopped_early: bool, tested: loop.Evaluation) -> dict[str, Any]:
     return {
         "stopped_early": stopped_early,
         "history": [without_times(entry) for entry in training.history],
@@ -313,7 +316,7 @@ def fit_with_signal(world: World, folder: Path, phase: str, epoch: int, step: in
     steps = len(train_batches(NUMBERS.train, PER_RANK * world.size, world.size))
     sender = min(1, world.size - 1)
 
-    def step_meter(now: str, number: int, samples: int) -> engine.OnStep:
+    def step_meter(now: str, number: int, samples: int) -> loop.OnStep:
         done = itertools.count(1)
 
         def on_step(*_: object) -> None:
@@ -743,7 +746,7 @@ def launch(way: str, arguments: list[str], site: Path | None = None) -> subproce
 
 def site_with(what: str, folder: Path) -> Path:
     """A folder for PYTHONPATH that sabotages rank 1."""
-    imports = "from __future__ import annotations\nimport itertools, os, signal\nfrom quaclrs.training import Training\n"
+    imports = "from __future__ import annotations\nimport itertools, os, signal\nfrom quaclrs.training.state import Training\n"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(
         f"{imports}\n{inspect.getsource(sabotage)}\nif os.environ.get('RANK') == '1':\n    sabotage({what!r})\n"

@@ -10,7 +10,7 @@ import pytest
 from packing import pack_tree
 from png_trees import CLASSES, PngTree, make_rows, write_tree
 
-from quaclrs.cli import main
+from quaclrs.cli.train import main
 
 SIZE = 40
 EXACT = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate")

@@ -66,8 +66,8 @@ def train() -> dict[str, Any]:
     """The losses, exactly."""
     import torch
 
-    from quaclrs import fold
-    from quaclrs.cli import main
+    from quaclrs.cli.train import main
+    from quaclrs.experiment import fold
 
     torch.set_num_threads(1)
     torch.backends.mkldnn.set_flags(False)  # oneDNN generates code for the processor that it finds

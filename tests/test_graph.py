@@ -14,14 +14,14 @@ from packing import pack_tree
 from png_trees import CLASSES, PngTree, make_rows, write_tree
 from torch import nn
 
-from quaclrs import engine
 from quaclrs.config import TrainConfig
-from quaclrs.graph import GraphedStep
 from quaclrs.loaders.base import LoaderConfig
 from quaclrs.loaders.resident import ResidentLoader
-from quaclrs.models import ARCHITECTURES, build_model
-from quaclrs.shards.read import ShardSet
-from quaclrs.training import Training, amp_dtype, set_tf32
+from quaclrs.shards.reader import ShardSet
+from quaclrs.training import loop
+from quaclrs.training.cuda_graph import GraphedStep
+from quaclrs.training.models import ARCHITECTURES, build_model
+from quaclrs.training.state import Training, amp_dtype, set_tf32
 
 SIZE = 32
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -78,9 +78,9 @@ def test_captured_steps_learn_what_plain_steps_do(device_name: str, shards: Shar
         training = Training.begin(mobilenet(), np.array([0.5, 1.0, 2.0, 1.5], np.float32), device, config)
         graphed = GraphedStep(training, loader, 5) if way == "cudagraph" else None
         for epoch in (1, 2):
-            plan = engine.plan_epoch(training, samples, label, global_batch=5, seed=1, epoch=epoch)
+            plan = loop.plan_epoch(training, samples, label, global_batch=5, seed=1, epoch=epoch)
             seen: list[list[int]] = []
-            trained = engine.train_epoch(
+            trained = loop.train_epoch(
                 training, loader, plan, lambda batch, *_, seen=seen: seen.append(batch.index.tolist()), graphed=graphed
             )
             training.progress = None

@@ -17,45 +17,25 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "quaclrs"
 
-ROOMS = (
-    "__init__",
-    "errors",
-    "config",
-    "files",
-    "locks",
-    "interruption",
-    "parallel",
-    "arguments",
-    "metadata",
-    "folds",
-    "order",
-    "environment",
-    "imaging",
-    "synthesize",
-    "shards",
-    "dataset",
-    "loaders",
-    "models",
-    "distributed",
-    "checkpoint",
-    "training",
-    "graph",
-    "engine",
-    "progress",
-    "verdict",
-    "profiling",
-    "report",
-    "ledger",
-    "fold",
-    "crossval",
-    "grid",
-    "demo",
+LAYERS = (
     "cli",
+    "experiment",
+    "report",
+    "training",
+    "loaders",
+    "shards",
+    "synthesize",
+    "imaging",
+    "data",
+    "system",
+    "config",
+    "errors",
+    "__init__",
 )
-"""The order of design.md: a file imports from rooms above its own, and from its own. A folder is one room."""
+"""The folders and files of ``quaclrs/`` from the top down: a layer imports itself and those below it, never one above."""
 
 
-SHARED_BY_LOADERS = ("loaders.base", "loaders.drawing")
+SHARED_BY_LOADERS = ("loaders.base", "loaders.dataset", "loaders.rendering")
 
 
 # --- who imports whom, read from the sources ---
@@ -94,26 +74,26 @@ def imported_modules(module: str, source: str, modules: set[str]) -> set[str]:
     return found - {module}
 
 
-def room(module: str) -> str:
+def layer(module: str) -> str:
     return module.split(".")[0]
 
 
 def upward_imports(all_sources: dict[str, str]) -> list[str]:
-    """Each import of a room that comes later in ``ROOMS``, or of a loader by its sibling."""
+    """Each import of a layer above the importing module's own, and each import of a loader by another loader."""
     found = []
     for module, source in all_sources.items():
         for imported in sorted(imported_modules(module, source, set(all_sources))):
-            upward = ROOMS.index(room(imported)) > ROOMS.index(room(module))
+            upward = LAYERS.index(layer(imported)) < LAYERS.index(layer(module))
             siblings = (
-                room(module) == room(imported) == "loaders" and imported not in SHARED_BY_LOADERS and module != "loaders.__init__"
+                layer(module) == layer(imported) == "loaders" and imported not in SHARED_BY_LOADERS and module != "loaders.__init__"
             )
             if upward or siblings:
                 found.append(f"{module} imports {imported}")
     return found
 
 
-def test_every_module_has_a_room() -> None:
-    assert sorted({room(module) for module in sources()}) == sorted(ROOMS)
+def test_every_module_has_a_layer() -> None:
+    assert sorted({layer(module) for module in sources()}) == sorted(LAYERS)
 
 
 def test_imports_point_one_way() -> None:
@@ -123,11 +103,11 @@ def test_imports_point_one_way() -> None:
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("shards.read", "from quaclrs.engine import fit"),
-        ("order", "import quaclrs.config, quaclrs.shards.read"),
-        ("engine", "from quaclrs import crossval"),
-        ("metadata", "def late():\n    from quaclrs.loaders.base import Batch"),
-        ("imaging.png", "from ..shards import read"),
+        ("shards.reader", "from quaclrs.training.loop import evaluate"),
+        ("data.sampling", "import quaclrs.config, quaclrs.shards.reader"),
+        ("training.loop", "from quaclrs import experiment"),
+        ("data.metadata", "def late():\n    from quaclrs.loaders.base import Batch"),
+        ("imaging.png", "from ..shards import reader"),
         ("loaders.dali", "from quaclrs.loaders.files import FilesLoader"),
         ("loaders.files", "from quaclrs.loaders import choose_loader"),
     ],
@@ -141,7 +121,7 @@ def test_an_import_the_other_way_is_found(module: str, line: str) -> None:
 def test_no_import_goes_round_in_a_circle() -> None:
     all_sources = sources()
     waiting = {module: imported_modules(module, source, set(all_sources)) for module, source in all_sources.items()}
-    waiting["loaders.__init__"] -= {"dataset"}  # for type checkers only
+    waiting["loaders.__init__"] -= {"loaders.dataset"}  # for type checkers only
     while waiting:
         free = [module for module, imported in waiting.items() if not imported & set(waiting)]
         assert free, f"among these: {sorted(waiting)}"
@@ -155,11 +135,11 @@ def importers(library: str) -> set[str]:
 
 def test_who_imports_the_heavy_libraries() -> None:
     assert importers("nvidia") == {"loaders.dali"}
-    assert {room(module) for module in importers("matplotlib") - {"report.plots"}} <= {"synthesize"}
+    assert {layer(module) for module in importers("matplotlib") - {"report.plots"}} <= {"synthesize"}
     assert "report.plots" in importers("matplotlib")
     assert importers("sklearn") == {"report.metrics"}
     assert importers("captum") == {"report.gradcam"}
-    assert "torch" in set(imported_names(sources()["engine"]))  # the scan sees what is there
+    assert "torch" in set(imported_names(sources()["training.loop"]))  # the scan sees what is there
 
 
 def test_one_file_reads_the_environment_of_torchrun() -> None:
@@ -169,7 +149,7 @@ def test_one_file_reads_the_environment_of_torchrun() -> None:
         }
 
     readers = {module for module, source in sources().items() if strings(source) & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
-    assert readers == {"distributed"}
+    assert readers == {"training.distributed"}
 
 
 # --- what an import loads, seen from outside ---
@@ -194,11 +174,11 @@ def test_importing_the_package_loads_no_library() -> None:
 
 @pytest.mark.parametrize("flags", [["--help"], ["--version"], ["--batch_size", "many"]])
 def test_the_command_line_reads_its_flags_without_libraries(flags: list[str]) -> None:
-    code = f"from quaclrs.cli import main\ntry:\n    main({flags})\nexcept SystemExit:\n    pass"
+    code = f"from quaclrs.cli.train import main\ntry:\n    main({flags})\nexcept SystemExit:\n    pass"
     assert loaded_by(code) == {"quaclrs"}
 
 
-@pytest.mark.parametrize("module", ["shards.write", "parallel"])
+@pytest.mark.parametrize("module", ["shards.packing.write_shard", "system.processes"])
 def test_packing_workers_start_light(module: str) -> None:
     """Every spawned worker imports these anew."""
     loaded = loaded_by(f"import quaclrs.{module}")
@@ -212,7 +192,9 @@ def test_drawing_workers_start_light() -> None:
     assert not loaded & {"torch", "pandas", "sklearn", "matplotlib.pyplot"}
 
 
-@pytest.mark.parametrize("module", ["shards.pack", "shards.read", "shards.verify", "shards.summary", "metadata"])
+@pytest.mark.parametrize(
+    "module", ["shards.packing.pack", "shards.reader", "shards.verify", "shards.packing.summary", "data.metadata"]
+)
 def test_packing_and_inspecting_need_no_torch(module: str) -> None:
     loaded = loaded_by(f"import quaclrs.{module}")
     assert "pandas" in loaded
@@ -254,7 +236,7 @@ def in_use() -> set[str]:
     all_sources = sources()
     commands = {f"tools.{path.stem}": path.read_text(encoding="utf-8") for path in (ROOT / "tools").glob("*.py")}
     found: set[str] = set()
-    new = {"cli"}.union(*(imported_modules(name, source, set(all_sources)) for name, source in commands.items()))
+    new = {"cli.train"}.union(*(imported_modules(name, source, set(all_sources)) for name, source in commands.items()))
     while new:
         found |= new
         new = set().union(*(imported_modules(module, all_sources[module], set(all_sources)) for module in new)) - found
@@ -263,7 +245,7 @@ def in_use() -> set[str]:
 
 def test_every_library_that_is_imported_is_a_dependency() -> None:
     distributions = {"PIL": "pillow", "sklearn": "scikit-learn", "nvidia": "nvidia-dali-cuda120"}
-    assert {"engine", "loaders.dali", "shards.verify", "report.gradcam"} <= in_use()
+    assert {"training.loop", "loaders.dali", "shards.verify", "report.gradcam"} <= in_use()
     imported = {name.partition(".")[0] for module in in_use() for name in imported_names(sources()[module])}
     third_party = imported - set(sys.stdlib_module_names) - {"quaclrs"}
     assert {"torch", "numpy"} <= third_party
@@ -274,4 +256,4 @@ def test_every_library_that_is_imported_is_a_dependency() -> None:
 def test_licence_and_command() -> None:
     assert (ROOT / "LICENSE").read_text(encoding="utf-8").lstrip().startswith("Apache License")
     (command,) = importlib.metadata.entry_points(group="console_scripts", name="quaclrs-train")
-    assert command.value == "quaclrs.cli:main"
+    assert command.value == "quaclrs.cli.train:main"

@@ -17,9 +17,9 @@ from PIL import Image
 
 from quaclrs.errors import DataError
 from quaclrs.imaging import canonical
-from quaclrs.imaging.canonical import picture_facts, plan
 from quaclrs.imaging.indexed import IndexedPicture, NotIndexable, decode, encode, find_cells, recode
 from quaclrs.imaging.layout import Layout, even_edges, even_layout
+from quaclrs.imaging.shared_layouts import picture_facts, plan
 
 MAGMA = matplotlib.colormaps["magma"](np.arange(256), bytes=True)[:, :3].copy()
 

@@ -20,8 +20,8 @@ from png_trees import PngTree, make_row, make_rows, write_csv, write_tree
 
 from quaclrs.config import PackConfig
 from quaclrs.errors import DataError, ShardError, UsageError
-from quaclrs.shards.pack import pack
-from quaclrs.shards.read import ShardSet
+from quaclrs.shards.packing.pack import pack
+from quaclrs.shards.reader import ShardSet
 from quaclrs.shards.verify import verify
 
 SMALL = 8 * 1024
@@ -131,14 +131,14 @@ def test_the_first_round_is_not_done_twice(tmp_path: Path, monkeypatch: pytest.M
         def stop(*arguments: object, **options: object) -> None:
             raise DataError("stopped between the rounds")
 
-        patch.setattr("quaclrs.shards.pack.write_indexed_shard", stop)
+        patch.setattr("quaclrs.shards.packing.pack.write_indexed_shard", stop)
         with pytest.raises(DataError, match="stopped between the rounds"):
             pack_tree(tree, tmp_path / "shards", encoding="indexed")
 
     def decode_again(*arguments: object) -> None:
         raise AssertionError("a picture was decoded again")
 
-    monkeypatch.setattr("quaclrs.shards.scan.decode_png", decode_again)
+    monkeypatch.setattr("quaclrs.shards.packing.write_indexed.decode_png", decode_again)
     assert pack_tree(tree, tmp_path / "shards", encoding="indexed").manifest.num_samples == len(tree.rows)
     assert not (tmp_path / "shards" / ".packing").exists()
 

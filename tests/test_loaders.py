@@ -33,14 +33,14 @@ from png_trees import PngTree, write_csv
 from torchvision import transforms
 
 from quaclrs.config import PackConfig, TrainConfig
-from quaclrs.dataset import Dataset, open_dataset
 from quaclrs.errors import DataError, QuaclrsError, ShardError, UsageError
 from quaclrs.imaging.normalise import normalisation_table, normalise
 from quaclrs.loaders import Choice, Fit, build_loader, choose_loader
 from quaclrs.loaders.base import Batch, Loader, LoaderConfig
+from quaclrs.loaders.dataset import Dataset, open_dataset
 from quaclrs.loaders.files import FilesLoader
 from quaclrs.loaders.resident import ResidentLoader
-from quaclrs.shards.pack import pack
+from quaclrs.shards.packing.pack import pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")  # from 3.12
 
@@ -686,7 +686,7 @@ class NoDali:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, NoDali())
-from quaclrs.cli import main
+from quaclrs.cli.train import main
 
 common = sys.argv[1:]
 print("exit code", main([*common, "--loader", "dali"]), flush=True)

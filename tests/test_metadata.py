@@ -10,8 +10,8 @@ import pytest
 from png_trees import CLASSES, COLUMNS, FOLDS, PngTree, make_row, write_csv
 
 from quaclrs.config import Columns
+from quaclrs.data.metadata import Metadata, parse_metadata, read_metadata
 from quaclrs.errors import DataError
-from quaclrs.metadata import Metadata, parse_metadata, read_metadata
 
 HEADER = ",".join(COLUMNS)
 GOOD = "1-3-orig.png,1.wav,1,1,0,dog,original"

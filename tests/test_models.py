@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torchvision import models as torchvision_models
 
-from quaclrs import models
 from quaclrs.errors import MissingDependencyError, StorageError, UsageError
+from quaclrs.training import models
 
 NAMES = ["alexnet", "vgg16", "resnet18", "mobilenet", "inception", "efficientnet", "convnext"]
 CLASSES = 13

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
-from quaclrs.errors import TrainingError, UsageError
-from quaclrs.folds import class_weights, select, split_for
-from quaclrs.order import (
+from quaclrs.data.folds import class_weights, select, split_for
+from quaclrs.data.sampling import (
     epoch_order,
     evaluation_batches,
     part_batches,
@@ -22,6 +21,7 @@ from quaclrs.order import (
     storage_order,
     train_batches,
 )
+from quaclrs.errors import TrainingError, UsageError
 
 SIZES = range(2, 28)
 WORLDS = range(1, 6)

@@ -40,7 +40,7 @@ from png_trees import CLASSES, PngTree, grid_picture, make_row, make_rows, write
 from quaclrs.config import Columns, PackConfig, parse_bytes
 from quaclrs.errors import DataError, QuaclrsError, ShardError, StorageError, UsageError
 from quaclrs.shards.format import FLAG_NOT_PLAIN, FLAG_TRANSPARENT, FORMAT_VERSION
-from quaclrs.shards.read import ShardSet
+from quaclrs.shards.reader import ShardSet
 
 FEW_CLASSES, FEW_FOLDS = CLASSES[:4], (1, 2, 3)
 
@@ -313,7 +313,7 @@ KILLED_AT_A_STEP = """
 import os, signal, sys
 from pathlib import Path
 from quaclrs.config import PackConfig
-from quaclrs.shards.pack import pack
+from quaclrs.shards.packing.pack import pack
 
 config = PackConfig(csv_file=Path(sys.argv[1]), spectrograms_dir=Path(sys.argv[2]), output_dir=Path(sys.argv[3]), num_workers=1)
 steps = 0

@@ -22,10 +22,10 @@ from png_trees import PngTree, make_rows, write_csv, write_tree
 
 from quaclrs.config import Columns, PackConfig, folds_text, parse_folds
 from quaclrs.errors import DataError, ShardError, StorageError, UsageError
-from quaclrs.imaging.canonical import Facts, Plan, plan
-from quaclrs.locks import locked
-from quaclrs.shards.pack import PackSummary, pack
-from quaclrs.shards.read import ShardSet
+from quaclrs.imaging.shared_layouts import Facts, Plan, plan
+from quaclrs.shards.packing.pack import PackSummary, pack
+from quaclrs.shards.reader import ShardSet
+from quaclrs.system.file_locks import locked
 
 FOLDS = (1, 2, 3)
 ENCODINGS = ("png", "indexed", "rgb")
@@ -71,7 +71,7 @@ def rows_of(tree: PngTree, *folds: int) -> list[int]:
 JOB = """
 import sys, time
 from pathlib import Path
-import quaclrs.shards.pack as packing, quaclrs.shards.scan as scan, quaclrs.shards.write as write
+import quaclrs.shards.packing.pack as packing, quaclrs.shards.packing.write_indexed as scan, quaclrs.shards.packing.write_shard as write
 from quaclrs.config import PackConfig
 
 csv_file, pictures, output_dir, folds, encoding, log, stop_at = sys.argv[1:]
@@ -308,7 +308,7 @@ def test_pictures_that_another_job_saw_otherwise_are_not_written(
         pack_folds(small_tree, tmp_path / "shards", 2, encoding="indexed")
         return plan(facts)
 
-    monkeypatch.setattr("quaclrs.shards.pack.plan_canonical", change_and_look_again)  # between its two rounds
+    monkeypatch.setattr("quaclrs.shards.packing.pack.plan_canonical", change_and_look_again)  # between its two rounds
     with pytest.raises(
         ShardError, match=r"another job looked at other pictures for fold01/fold01-00000\d\.tar: some changed while"
     ):
@@ -359,7 +359,7 @@ KILLED_AT_A_STEP = """
 import os, shutil, signal, sys
 from pathlib import Path
 from quaclrs.config import PackConfig
-from quaclrs.shards.pack import pack
+from quaclrs.shards.packing.pack import pack
 
 csv_file, pictures, output_dir, encoding, promised = sys.argv[1:]
 output_dir = Path(output_dir)
@@ -484,7 +484,7 @@ def test_looking_alone_is_finished_work_too(tree: PngTree, tmp_path: Path, monke
         raise DataError("stopped between the rounds")
 
     with monkeypatch.context() as patch:
-        patch.setattr("quaclrs.shards.pack.write_indexed_shard", stop)
+        patch.setattr("quaclrs.shards.packing.pack.write_indexed_shard", stop)
         with pytest.raises(DataError, match="stopped between the rounds"):
             pack_folds(tree, tmp_path / "shards", 1, encoding="indexed")
     with pytest.raises(ShardError, match=r"another --encoding \(encoding: indexed, now png\)"):

@@ -23,15 +23,15 @@ import pytest
 import torch
 from png_trees import PngTree, make_rows, write_tree
 
-from quaclrs import crossval, fold
-from quaclrs.cli import main
+from quaclrs.cli.train import main
 from quaclrs.config import TrainConfig
-from quaclrs.crossval import Workplace, run_cross_validation, tasks
-from quaclrs.engine import Hooks
 from quaclrs.errors import Interrupted, StorageError, TrainingError, UsageError
-from quaclrs.fold import Run
-from quaclrs.ledger import claimed, note, note_done, read_ledger
-from quaclrs.models import ARCHITECTURES
+from quaclrs.experiment import cross_validation, fold
+from quaclrs.experiment.cross_validation import Workplace, run_cross_validation, tasks
+from quaclrs.experiment.fold import Run
+from quaclrs.experiment.run_status import claimed, note, note_done, read_ledger
+from quaclrs.training.loop import Hooks
+from quaclrs.training.models import ARCHITECTURES
 
 CLASSES = ("dog_bark", "drilling", "traffic")
 DEADLINE_S = 120
@@ -42,7 +42,9 @@ MACHINE = {"config", "environment", "processes"}
 """In a result, what may differ between ways of making it; and times."""
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch", "torchvision", "sklearn.metrics", "pytest", "quaclrs.cli", "quaclrs.crossval"])
+_processes.set_forkserver_preload(
+    ["torch", "torchvision", "sklearn.metrics", "pytest", "quaclrs.cli.train", "quaclrs.experiment.cross_validation"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +167,7 @@ def test_results_are_those_of_one_process(
 def test_one_dataset_and_a_loader_for_each_size(tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of one picture size come one after the other, so that the loader is made anew only between sizes."""
     opened: list[TrainConfig] = []
-    open_dataset = crossval.open_dataset
+    open_dataset = cross_validation.open_dataset
 
     def counted(config: TrainConfig, **options: Any) -> Any:
         opened.append(config)
@@ -177,9 +179,9 @@ def test_one_dataset_and_a_loader_for_each_size(tree: PngTree, tmp_path: Path, m
         runs.append(run)
         return {}
 
-    monkeypatch.setattr(crossval, "open_dataset", counted)
-    monkeypatch.setattr(crossval, "run_fold", noted)
-    monkeypatch.setattr(crossval, "write_summary", lambda run, metrics: {})
+    monkeypatch.setattr(cross_validation, "open_dataset", counted)
+    monkeypatch.setattr(cross_validation, "run_fold", noted)
+    monkeypatch.setattr(cross_validation, "write_summary", lambda run, metrics: {})
     log: list[str] = []
     config = config_for(tree, tmp_path, model_name="inception,mobilenet,resnet18,inception", image_size=None)
     with Workplace.opened(config, log.append) as place:
@@ -209,12 +211,12 @@ def test_all_models() -> None:
 
 def sabotage(where: dict[str, str]) -> None:
     """What happens in which fold, at its second step or before; and no plots, as matplotlib takes longer than the training."""
-    import quaclrs.crossval
-    import quaclrs.fold
-    from quaclrs.training import Training
+    import quaclrs.experiment.cross_validation
+    import quaclrs.experiment.fold
+    from quaclrs.training.state import Training
 
-    quaclrs.fold.write_plots = lambda *_: []
-    run_fold, step = quaclrs.crossval.run_fold, Training.step
+    quaclrs.experiment.fold.write_plots = lambda *_: []
+    run_fold, step = quaclrs.experiment.cross_validation.run_fold, Training.step
     steps: list[None] = []
     now = [""]
 
@@ -233,7 +235,7 @@ def sabotage(where: dict[str, str]) -> None:
             time.sleep(0.25)
         return step(*arguments)
 
-    quaclrs.crossval.run_fold = sabotaged_fold
+    quaclrs.experiment.cross_validation.run_fold = sabotaged_fold
     Training.step = sabotaged_step  # type: ignore[assignment, method-assign]
 
 
@@ -488,7 +490,7 @@ def test_a_stale_entry_does_not_block(tmp_path: Path) -> None:
 def test_a_fold_is_free_again_although_a_child_goes_on(tmp_path: Path) -> None:
     """A forked process, such as a DataLoader's worker that lives as long as the run, has the lock's file open too."""
     script = (
-        "import os, sys, time\nfrom pathlib import Path\nfrom quaclrs.ledger import claimed\n"
+        "import os, sys, time\nfrom pathlib import Path\nfrom quaclrs.experiment.run_status import claimed\n"
         "with claimed(Path(sys.argv[1]), 1):\n    child = os.fork()\n    child or time.sleep(60)\n"
         "print(child, flush=True)\nsys.stdin.read()\nos.kill(child, 9)\n"
     )

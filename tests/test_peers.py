@@ -45,7 +45,7 @@ NEEDS = {"dali": "nvidia.dali", "webdataset": "webdataset"}
 def setting(png_tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     """The first samples of ``png_tree``: pixels by Pillow alone, their list, and png shards of them."""
     from quaclrs.config import PackConfig
-    from quaclrs.shards.pack import pack
+    from quaclrs.shards.packing.pack import pack
 
     folder = tmp_path_factory.mktemp("peers")
     with png_tree.csv_file.open(newline="") as file:

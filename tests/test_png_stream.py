@@ -19,7 +19,7 @@ from test_png import GOOD, GREY, PALETTE, RGB, RGBA, SIGNATURE, as_lines, chunk,
 from quaclrs.errors import DataError
 from quaclrs.imaging import png_stream
 from quaclrs.imaging.png import check_png, decode_png
-from quaclrs.imaging.png_stream import has_all_rows, is_transparent, read_stream
+from quaclrs.imaging.png_check import has_all_rows, is_transparent, read_stream
 
 STRICTER = (
     "fewer pixel rows than the header says",

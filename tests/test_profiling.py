@@ -20,16 +20,18 @@ import torch
 from png_trees import PngTree, make_row, write_tree
 from torch import nn
 
-from quaclrs import cli, fold, profiling
+from quaclrs.cli import train as cli
 from quaclrs.config import TrainConfig
-from quaclrs.crossval import run_cross_validation
-from quaclrs.distributed import World
-from quaclrs.engine import Hooks, OnStep
 from quaclrs.errors import Interrupted
+from quaclrs.experiment import fold
+from quaclrs.experiment.cross_validation import run_cross_validation
 from quaclrs.loaders.base import Batch
-from quaclrs.profiling import plan_steps, with_profile
-from quaclrs.training import Totals, Training
-from quaclrs.verdict import Setting, Steps, Trace, advice, judge, page, read_trace, union
+from quaclrs.training import profiler
+from quaclrs.training.bottleneck import Setting, Steps, Trace, advice, judge, page, read_trace, union
+from quaclrs.training.distributed import World
+from quaclrs.training.loop import Hooks, OnStep
+from quaclrs.training.profiler import plan_steps, with_profile
+from quaclrs.training.state import Totals, Training
 
 CLASSES = ("dog_bark", "drilling", "traffic")
 STEPS, BATCH = 12, 2
@@ -144,14 +146,14 @@ class Profiled:
 def profiled(tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> Profiled:
     """The same two epochs with a profile; the fourth step takes long."""
     made = Profiled(tmp_path_factory.mktemp("profiled"), [], Clock({3: 0.3}), [])
-    original = profiling._tracer
+    original = profiler._tracer
 
     def kept(*arguments: Any, **options: Any) -> torch.profiler.profile:
         made.tracers.append(original(*arguments, **options))
         return made.tracers[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profiling, "_tracer", kept)
+        patch.setattr(profiler, "_tracer", kept)
         made.log = train(config_for(tree, made.output_dir, epochs=2, profile=True), made.clock.hooks())
     return made
 
@@ -330,7 +332,7 @@ def test_every_plan_fits_its_epoch() -> None:
             assert plan.timed >= before.timed
             assert plan.end - plan.traced >= before.end - before.traced
         before = plan
-    assert plan_steps(46) == plan_steps(10**6) == profiling.Plan(5, 25, 26, 46)
+    assert plan_steps(46) == plan_steps(10**6) == profiler.Plan(5, 25, 26, 46)
 
 
 @pytest.mark.parametrize("steps", [3, 4, 5, 12, 46, 60])
@@ -435,7 +437,7 @@ def test_a_trace_that_nobody_understands_costs_no_training(
     events: list[Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Bench(tmp_path)
-    monkeypatch.setattr(profiling, "_events", lambda *_: events)
+    monkeypatch.setattr(profiler, "_events", lambda *_: events)
     with bench.profile() as hooks:
         bench.epoch(hooks, 1, 12)
         bench.epoch(hooks, 2, 12)

@@ -20,9 +20,9 @@ from torchvision import transforms
 
 from quaclrs.imaging import redrawer
 from quaclrs.imaging.indexed import IndexedPicture, decode
+from quaclrs.imaging.kernels.dispatch import redraw, redraw_for
 from quaclrs.imaging.layout import Layout, even_layout
-from quaclrs.imaging.redraw import REDRAW_DTYPES, Grids, RedrawTables, check_grids, redraw_reference
-from quaclrs.imaging.redrawer import redraw, redraw_for
+from quaclrs.imaging.render import REDRAW_DTYPES, Grids, RedrawTables, check_grids, redraw_reference
 from quaclrs.imaging.resample import vertical_first
 
 SIZES = (64, 96, 224, 299)
@@ -132,13 +132,15 @@ def test_the_reference_draws_as_pillow(size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_cpu_kernel_draws_as_pillow(size):
-    redraw_cpu = pytest.importorskip("quaclrs.imaging.redraw_cpu", reason="numba is not installed", exc_type=ImportError).redraw_cpu
+    redraw_cpu = pytest.importorskip(
+        "quaclrs.imaging.kernels.render_cpu", reason="numba is not installed", exc_type=ImportError
+    ).redraw_cpu
     assert_draws_as_pillow(redraw_cpu, *dataset(), size)
 
 
 def check_interpreted_triton():
     """Run in a process with TRITON_INTERPRET=1, see below. The interpreter is slow: fewer pictures than elsewhere."""
-    from quaclrs.imaging.redraw_triton import choose_tile, redraw_triton
+    from quaclrs.imaging.kernels.render_triton import choose_tile, redraw_triton
 
     rng = np.random.default_rng(1)
     layouts = [even_layout(400, 1000, 128, columns) for columns in (376, 469, 313)]
@@ -171,7 +173,7 @@ def test_the_triton_kernel_interpreted_draws_as_pillow():
 @pytest.mark.parametrize("capability", [75, 90])
 def test_the_triton_kernel_compiles_without_a_gpu(capability, dtype):
     pytest.importorskip("triton", reason="triton is not installed")
-    from quaclrs.imaging.redraw_triton import compile_for
+    from quaclrs.imaging.kernels.render_triton import compile_for
 
     layouts = [even_layout(400, 1000, 128, columns) for columns in (376, 469, 313)]
     kernel = compile_for(capability, RedrawTables.build(layouts, dataset()[2], 224), dtype)
@@ -302,6 +304,6 @@ def test_without_numba_the_reference_draws_and_one_line_says_so(monkeypatch, cap
 
 
 def test_kernels_are_imported_only_when_used():
-    code = "import sys, quaclrs.imaging.redrawer; print([name for name in ('numba', 'triton.language') if name in sys.modules])"
+    code = "import sys, quaclrs.imaging.kernels.dispatch; print([name for name in ('numba', 'triton.language') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert "numba" not in done.stdout

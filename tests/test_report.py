@@ -16,11 +16,11 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional
 
-from quaclrs import models
 from quaclrs.errors import StorageError, TrainingError
 from quaclrs.imaging.normalise import normalise
 from quaclrs.report import gradcam, plots
 from quaclrs.report.metrics import MAX_CURVE_POINTS, compute_metrics, roc_curves
+from quaclrs.training import models
 
 CLASS_NAMES = [
     *("air_conditioner", "ambulance", "car_horn", "children_playing", "dog_bark", "drilling", "engine_idling"),

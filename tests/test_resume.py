@@ -23,11 +23,11 @@ from packing import content_of, pack_tree
 from png_trees import CLASSES, PngTree, make_rows, write_tree
 from resuming import KILLED, TIMEOUT_S, UNDISTURBED, Disturbance, Job, Moment, Result, Step, start_server
 
-from quaclrs import checkpoint
 from quaclrs.config import TrainConfig
-from quaclrs.distributed import World
 from quaclrs.errors import TrainingError
-from quaclrs.fold import agreed_global_batch
+from quaclrs.experiment.fold import agreed_global_batch
+from quaclrs.training import checkpoint
+from quaclrs.training.distributed import World
 
 EVERY_STEP = ("--checkpoint_minutes", 1e-9)
 """A checkpoint after each step."""

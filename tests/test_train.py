@@ -23,18 +23,18 @@ from torch import nn
 from torchvision import models as torchvision_models
 from torchvision import transforms
 
-from quaclrs import checkpoint, engine
-from quaclrs import fold as fold_module
-from quaclrs.cli import main
+from quaclrs.cli.train import main
 from quaclrs.config import TrainConfig
-from quaclrs.crossval import run_cross_validation
-from quaclrs.dataset import open_dataset
-from quaclrs.engine import Hooks
+from quaclrs.data.sampling import epoch_order, step_seeds
 from quaclrs.errors import TrainingError
+from quaclrs.experiment import fold as fold_module
+from quaclrs.experiment.cross_validation import run_cross_validation
 from quaclrs.loaders.base import Batch
-from quaclrs.order import epoch_order, step_seeds
-from quaclrs.progress import StepMeter, epoch_line
-from quaclrs.training import Totals, Training
+from quaclrs.loaders.dataset import open_dataset
+from quaclrs.training import checkpoint, loop
+from quaclrs.training.loop import Hooks
+from quaclrs.training.progress import StepMeter, epoch_line
+from quaclrs.training.state import Totals, Training
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")  # from 3.12
 
@@ -344,10 +344,10 @@ def test_the_auxiliary_loss_counts_two_fifths_in_training_only() -> None:
     config = TrainConfig(learning_rate=1e-30, weight_decay=0.0)
     training = Training.begin(model, weights, torch.device("cpu"), config)
     loader, everything = _Given(images, labels), np.arange(8)
-    plan = engine.plan_epoch(training, everything, labels.numpy(), global_batch=8, seed=0, epoch=1)
-    assert engine.train_epoch(training, loader, plan).loss == pytest.approx((main_loss + 0.4 * aux_loss).item(), rel=1e-6)
+    plan = loop.plan_epoch(training, everything, labels.numpy(), global_batch=8, seed=0, epoch=1)
+    assert loop.train_epoch(training, loader, plan).loss == pytest.approx((main_loss + 0.4 * aux_loss).item(), rel=1e-6)
     for batch_size in (8, 5):  # the mean does not depend on how it is cut
-        assert engine.evaluate(training, loader, everything, batch_size).loss == pytest.approx(main_loss.item(), rel=1e-6)
+        assert loop.evaluate(training, loader, everything, batch_size).loss == pytest.approx(main_loss.item(), rel=1e-6)
 
 
 # --- schedules and early stopping ---
@@ -673,14 +673,14 @@ def test_an_epoch_without_finite_predictions_is_never_the_best(
     tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of NaN scores class 0 is the prediction, and may look better than honest ones; and NaN has no place in JSON."""
-    evaluate, calls = engine.evaluate, []
+    evaluate, calls = loop.evaluate, []
 
-    def first_is_nan(*arguments: Any) -> engine.Evaluation:
+    def first_is_nan(*arguments: Any) -> loop.Evaluation:
         calls.append(arguments)
         found = evaluate(*arguments)
         return dataclasses.replace(found, loss=math.nan, accuracy=1.0) if len(calls) == 1 else found
 
-    monkeypatch.setattr(engine, "evaluate", first_is_nan)
+    monkeypatch.setattr(loop, "evaluate", first_is_nan)
     metrics, _ = train(config_for(tree, tmp_path, epochs=2))
     assert metrics["best_epoch"] == 2
     assert [entry["val_loss"] is None for entry in metrics["history"]] == [True, False]
@@ -739,7 +739,7 @@ def test_shards_and_tree_train_alike(tree: PngTree, tmp_path: Path) -> None:
 
 def test_the_bar_shows_sums_of_one_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and accuracy belong to the samples that they were counted over: right three times out of four."""
-    monkeypatch.setattr("quaclrs.progress._REFRESH_S", 0.0)
+    monkeypatch.setattr("quaclrs.training.progress._REFRESH_S", 0.0)
     shown: list[str] = []
     meter = StepMeter("train", 1, 2, samples=12)
     monkeypatch.setattr(meter._bar, "set_postfix_str", lambda text, refresh: shown.append(text))

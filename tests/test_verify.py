@@ -21,7 +21,7 @@ from png_trees import CLASSES, PngTree, grid_picture, make_row, make_rows, write
 
 from quaclrs.errors import DataError, ShardError, StorageError
 from quaclrs.shards.format import FORMAT_VERSION
-from quaclrs.shards.read import ShardSet
+from quaclrs.shards.reader import ShardSet
 from quaclrs.shards.verify import export, verify
 
 TAR, INDEX = "fold02/fold02-000001.tar", "fold02/fold02-000001.idx"

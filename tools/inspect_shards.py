@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from quaclrs.arguments import Parser
+from quaclrs.cli.arguments import Parser
 from quaclrs.errors import run_command
 
 
@@ -25,8 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def command() -> None:
-        from quaclrs.shards.read import ShardSet
-        from quaclrs.shards.summary import describe_shards
+        from quaclrs.shards.packing.summary import describe_shards
+        from quaclrs.shards.reader import ShardSet
         from quaclrs.shards.verify import export, verify
 
         if options.action == "info":

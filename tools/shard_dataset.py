@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from quaclrs.arguments import Parser, add_dataset_arguments, columns_of
+from quaclrs.cli.arguments import Parser, add_dataset_arguments, columns_of
 from quaclrs.config import (
     DEFAULT_IMAGE_SIZE,
     ENCODINGS,
@@ -37,9 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def command() -> None:
-        from quaclrs.shards.pack import pack
-        from quaclrs.shards.read import ShardSet
-        from quaclrs.shards.summary import describe_packing, indexing_advice
+        from quaclrs.shards.packing.pack import pack
+        from quaclrs.shards.packing.summary import describe_packing, indexing_advice
+        from quaclrs.shards.reader import ShardSet
 
         config = PackConfig(
             csv_file=options.csv_file,

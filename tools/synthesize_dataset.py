@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from quaclrs.arguments import Parser
+from quaclrs.cli.arguments import Parser
 from quaclrs.config import default_num_workers
 from quaclrs.errors import run_command
 from quaclrs.synthesize import SynthesisConfig, SynthesisSummary, synthesize_dataset

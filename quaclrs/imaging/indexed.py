@@ -3,7 +3,7 @@
 A colour-mapped matrix drawn as a picture is its grid enlarged by repeating pixels. Equal neighbouring pixel rows (columns) belong to
 one row (column) of cells, so the grid is found by comparison alone; nothing is assumed about how the picture was drawn. Cells
 that happen to equal their neighbour in every row stay merged: what is *seen* may be coarser than the grid that was drawn.
-:mod:`quaclrs.imaging.canonical` finds layouts and palettes that many pictures share; :func:`recode` moves a picture onto them.
+:mod:`quaclrs.imaging.shared_layouts` finds layouts and palettes that many pictures share; :func:`recode` moves a picture onto them.
 """
 
 from __future__ import annotations

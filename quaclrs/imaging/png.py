@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from quaclrs.errors import DataError
-from quaclrs.imaging.png_stream import PNG_SIGNATURE, Stream, has_all_rows, is_transparent, read_stream
+from quaclrs.imaging.png_check import PNG_SIGNATURE, Stream, has_all_rows, is_transparent, read_stream
 
 _OTHER_SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from quaclrs.errors import UsageError
 
 if TYPE_CHECKING:
-    from quaclrs.dataset import Dataset
     from quaclrs.loaders.base import Loader, LoaderConfig
+    from quaclrs.loaders.dataset import Dataset
 
 LOADERS = ("resident", "mapped", "dali", "files")
 

@@ -55,7 +55,7 @@ class Loader(Protocol):
     pixels: str
     """Whose resize the images have: ``Pillow``, bit for bit, or ``DALI``."""
     holds_all: bool
-    """False where each rank can only give the samples of its own part, see quaclrs.order."""
+    """False where each rank can only give the samples of its own part, see quaclrs.data.sampling."""
 
     def load(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
         """One :class:`Batch` for each array of sample numbers, in that order.

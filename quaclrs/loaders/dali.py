@@ -22,7 +22,7 @@ from quaclrs.imaging.normalise import IMAGENET_MEAN, IMAGENET_STD
 from quaclrs.imaging.png import check_png, to_rgb
 from quaclrs.loaders.base import Batch, Labels, LoaderConfig
 from quaclrs.shards.format import FLAG_NOT_PLAIN
-from quaclrs.shards.read import ShardSet
+from quaclrs.shards.reader import ShardSet
 
 _READ_AHEAD = 2
 """Batches read from disk ahead of DALI's queue."""

@@ -18,8 +18,8 @@ from quaclrs.errors import DataError, QuaclrsError
 from quaclrs.imaging.normalise import normalise
 from quaclrs.imaging.png import decode_png, resize_rgb, to_rgb
 from quaclrs.loaders.base import Batch, Labels, LoaderConfig
-from quaclrs.loaders.drawing import check_image_size
-from quaclrs.shards.read import ShardSet
+from quaclrs.loaders.rendering import check_image_size
+from quaclrs.shards.reader import ShardSet
 
 
 class Pictures(Protocol):

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from quaclrs.errors import UsageError
-from quaclrs.imaging.redraw import Grids
+from quaclrs.imaging.render import Grids
 from quaclrs.loaders.base import Batch, BatchMemory, Labels, LoaderConfig, one_ahead, to_device
-from quaclrs.loaders.drawing import GridDrawer, PixelDrawer, array_bytes, check_image_size
-from quaclrs.shards.read import ShardSet
+from quaclrs.loaders.rendering import GridDrawer, PixelDrawer, array_bytes, check_image_size
+from quaclrs.shards.reader import ShardSet
 
 _MIN_PER_THREAD = 8
 """Records; fewer are not worth waking a thread."""

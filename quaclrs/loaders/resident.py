@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from quaclrs.environment import free_memory
+from quaclrs.data.sampling import evaluation_batches
 from quaclrs.errors import ShardError, UsageError
-from quaclrs.imaging.redraw import Grids, check_grids
-from quaclrs.imaging.threads import on_threads
+from quaclrs.imaging.render import Grids, check_grids
 from quaclrs.loaders.base import Batch, BatchMemory, Loader, LoaderConfig, one_ahead, to_device
-from quaclrs.loaders.drawing import GridDrawer, PixelDrawer, array_bytes, check_image_size
-from quaclrs.order import evaluation_batches
-from quaclrs.shards.read import ShardSet
+from quaclrs.loaders.rendering import GridDrawer, PixelDrawer, array_bytes, check_image_size
+from quaclrs.shards.reader import ShardSet
+from quaclrs.system.environment import free_memory
+from quaclrs.system.threads import on_threads
 
 FREE_SHARE = 0.9
 """Of the free memory that the data may take; the model needs the rest, and more."""

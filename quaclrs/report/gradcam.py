@@ -17,10 +17,10 @@ from captum.attr import LayerAttribution, LayerGradCam
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from quaclrs.files import atomic_writer
 from quaclrs.imaging.normalise import IMAGENET_MEAN, IMAGENET_STD
-from quaclrs.models import gradcam_layer
 from quaclrs.report import plots
+from quaclrs.system.atomic_files import atomic_writer
+from quaclrs.training.models import gradcam_layer
 
 CHUNK = 16
 """Images that go through the network at once: 16 of VGG16 at 224 pixels need about 1 GB."""

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from quaclrs.files import atomic_writer
+from quaclrs.system.atomic_files import atomic_writer
 
 DPI = 120
 TRAIN_COLOUR = "#1f77b4"

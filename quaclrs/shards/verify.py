@@ -12,14 +12,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from quaclrs.data.metadata import Metadata
+from quaclrs.data.sampling import storage_order
 from quaclrs.errors import DataError, ShardError
-from quaclrs.files import write_bytes
 from quaclrs.imaging.png import check_png
-from quaclrs.metadata import Metadata
-from quaclrs.order import storage_order
 from quaclrs.shards import format as fmt
-from quaclrs.shards.read import ShardSet
-from quaclrs.shards.write import PACKING_FOLDER, flags_of
+from quaclrs.shards.packing.write_shard import PACKING_FOLDER, flags_of
+from quaclrs.shards.reader import ShardSet
+from quaclrs.system.atomic_files import write_bytes
 
 _CHUNK_BYTES = 1 << 20
 

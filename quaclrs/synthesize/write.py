@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR
 from quaclrs.errors import UsageError
-from quaclrs.files import make_folder, storage_error, write_bytes
-from quaclrs.parallel import Tick, run_tasks
 from quaclrs.synthesize.picture import png_bytes
 from quaclrs.synthesize.plan import CLASSES, Row, plan_recordings, plan_rows, recording_rows
 from quaclrs.synthesize.sounds import mel_grid
+from quaclrs.system.atomic_files import make_folder, storage_error, write_bytes
+from quaclrs.system.processes import Tick, run_tasks
 
 CSV_NAME = DEFAULT_CSV_FILE.name
 PICTURES_NAME = DEFAULT_SPECTROGRAMS_DIR.name

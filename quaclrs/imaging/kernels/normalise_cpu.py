@@ -1,0 +1,110 @@
+"""Normalisation on the CPU: :func:`quaclrs.imaging.normalise.normalise`, bit for bit, as fast as memory takes it. Needs numba.
+
+float32 values are computed, in vector instructions: torchvision divides twice, and a quotient x / d is two of them where 1 / d is kept
+as a float and the rest that it lacks: x · (1/d) ≈ fma(x, head, x · tail), which is the rounded quotient for every level and channel (the
+tests compare all 768). A table of all values would cost two loads and a store for each one, 2.5 times as long. The 16-bit types have
+no arithmetic of numba's and do use the table.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from quaclrs.imaging.kernels.intrinsics import LANES, STREAM_ALIGNMENT, compiled, fused_multiply_add, stream_normalised
+from quaclrs.imaging.normalise import IMAGENET_MEAN, IMAGENET_STD, normalisation_table
+from quaclrs.system.threads import on_threads
+
+
+def normalise_cpu(levels: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """As :func:`quaclrs.imaging.normalise.normalise` of ``levels`` (B, S, S, 3) uint8, into ``out`` (B, 3, S, S) channels_last."""
+    rows, size = levels.shape[0] * levels.shape[1], levels.shape[2]
+    sources, targets = levels.numpy().reshape(rows, 3 * size), pixels_of(out).reshape(rows, 3 * size)
+    if out.dtype == torch.float32:
+        factors, stream = normalisation_factors(size), can_stream(targets)
+        on_threads(lambda start, stop: normalise_rows(sources[start:stop], factors, targets, start, stream), rows)
+    else:
+        values = table_of(out.dtype)
+        on_threads(lambda start, stop: look_up_rows(sources[start:stop], values, targets, start), rows)
+    return out
+
+
+def pixels_of(batch: torch.Tensor) -> np.ndarray:
+    """``batch`` (B, 3, S, S) channels_last as (B, S, S, 3): float32 and uint8 as they are, 16-bit values as int16."""
+    pixels = batch.permute(0, 2, 3, 1)
+    return (pixels.view(torch.int16) if batch.dtype.itemsize == 2 else pixels).numpy()  # NumPy has no bfloat16
+
+
+def table_of(dtype: torch.dtype) -> np.ndarray:
+    """(3, 256): each channel's values in a 16-bit ``dtype``, as int16."""
+    return normalisation_table().to(dtype).view(torch.int16).numpy()
+
+
+@functools.cache
+def normalisation_factors(size: int) -> NDArray[np.float32]:
+    """(3, 3 · ``size``) float32: mean, head and tail of 1 / std, for the values of one row of ``size`` pixels."""
+    mean, std = (np.array(values, np.float32) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return np.stack([np.tile(part, size) for part in (mean, *_reciprocal(std))])
+
+
+def _reciprocal(divisor: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(head, tail) float32: 1 / ``divisor`` to the nearest float, and what is missing."""
+    exact = 1 / divisor.astype(np.float64)
+    head = exact.astype(np.float32)
+    return head, (exact - head).astype(np.float32)
+
+
+_HEAD, _TAIL = (part[0] for part in _reciprocal(np.array([255], np.float32)))
+
+
+_BY_255 = (_HEAD, _TAIL)
+
+
+def can_stream(out: NDArray[np.float32]) -> bool:
+    """Whether each row of ``out`` begins where :func:`~quaclrs.imaging.kernels.intrinsics.stream_normalised` may write, and ends so."""
+    return out.ctypes.data % STREAM_ALIGNMENT == 0 and out.shape[-1] % LANES == 0
+
+
+@compiled
+def normalise_rows(levels, factors, out, start, stream):  # type: ignore[no-untyped-def]
+    """Rows ``start`` on of ``out`` float32 from the rows ``levels``, three channels in turn.
+
+    ``factors`` as in :func:`normalisation_factors`; ``stream`` where :func:`can_stream` says so: it takes two thirds of the time.
+    """
+    for row in range(len(levels)):
+        if stream:
+            stream_row(levels, row, factors, out, start + row)
+        else:
+            for i in range(levels.shape[1]):
+                level = np.float32(np.int32(levels[row, i]))
+                shifted = fused_multiply_add(level, _HEAD, level * _TAIL) - factors[0, i]
+                out[start + row, i] = fused_multiply_add(shifted, factors[1, i], shifted * factors[2, i])
+
+
+@compiled
+def stream_row(levels, row, factors, out, out_row):  # type: ignore[no-untyped-def]
+    """Row ``out_row`` of ``out`` from row ``row`` of ``levels``, where :func:`can_stream` says so."""
+    sources, all_factors, targets = levels.reshape(levels.size), factors.reshape(factors.size), out.reshape(out.size)
+    width = np.uintp(levels.shape[1])
+    source, target = np.uintp(row) * width, np.uintp(out_row) * width
+    for i in range(0, levels.shape[1], LANES):
+        i = np.uintp(i)
+        stream_normalised(sources, source + i, all_factors, i, width, _BY_255, targets, target + i)
+
+
+@compiled
+def look_up_rows(levels, values, out, start):  # type: ignore[no-untyped-def]
+    """The same from a table, ``values`` (3, 256)."""
+    for row in range(len(levels)):
+        _look_up_row(levels[row], values[0], values[1], values[2], out[start + row])
+
+
+@compiled
+def _look_up_row(levels, red, green, blue, out):  # type: ignore[no-untyped-def]
+    for x in range(len(levels) // 3):
+        out[3 * x] = red[levels[3 * x]]
+        out[3 * x + 1] = green[levels[3 * x + 1]]
+        out[3 * x + 2] = blue[levels[3 * x + 2]]

@@ -1,0 +1,341 @@
+"""The redraw as one fused Triton kernel: indices in, normalised channels_last batch out, nothing in between in device memory.
+
+One program draws one tile of one picture, so layouts and palettes mix freely in a batch. Inside it:
+
+1. *First pass*, the horizontal one, for the tile's columns and the rows of cells that its output rows blend. Each tap loads one
+   byte per lane (neighbouring lanes read neighbouring cells) and looks its colour up in a copy of the palette in shared memory,
+   three channels in one integer. Rows of cells at a tile's upper and lower end are computed in both tiles that need them: that is
+   cheaper than sending them through memory.
+2. *Second pass* from the colours of 1, which other lanes hold: again a look-up in shared memory.
+3. *Output.* One lane writes one value, so a warp writes whole lines of memory although a pixel is three values wide. fp16 and bf16 are
+   computed as ``level · scale + shift``, if that gives the table's bits for all 768 levels (:func:`_affine` proves it, with
+   and without fused multiply-add); float32, where it does not, comes from the table.
+
+Where Pillow resizes vertically first (:class:`quaclrs.imaging.render.Passes`), rows and columns change places throughout; "lines" are
+rows of cells else. Such pictures are read and written across the grain, which is slow and right.
+
+Tiles need not be powers of two, only their lanes are padded to one; :func:`choose_tile` weighs padding against recomputed rows.
+All sums are int32, as in Pillow: at most 255 · (2^22 + 8192) + 2^21 < 2^31, see ``MAX_SIDE``.
+
+``triton`` is imported here at the top; import this module only where there is a GPU, or with ``TRITON_INTERPRET=1`` for CPU tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from quaclrs.imaging.normalise import IMAGENET_MEAN, IMAGENET_STD, normalisation_table
+from quaclrs.imaging.render import Grids, Passes, RedrawTables, checked_out
+from quaclrs.imaging.resample import HALF, WEIGHT_BITS, cell_taps
+
+MAX_LANES = 4096
+"""Of a tile: 32 registers per value and thread at 128 threads, 16 at 256."""
+
+MAX_UNROLLED = tl.constexpr(16)
+"""Taps; more of them, as when S is small, stay a loop."""
+
+LEVELS, TABLE, AFFINE = 0, 1, 2
+"""How a level becomes a value of the batch."""
+
+_HALF = tl.constexpr(HALF)
+_SHIFT = tl.constexpr(WEIGHT_BITS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """The part of a picture that one program draws."""
+
+    rows: int
+    """Of the output, along the second pass."""
+    columns: int
+    """Of the output, along the first pass."""
+    lines: int
+    """Lines of cells that ``rows`` output rows blend, at most, in any layout."""
+    warps: int
+
+    @property
+    def source_lanes(self) -> int:
+        """Lanes of the first pass: a power of two."""
+        return _power_of_two(self.lines * self.columns)
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of the second pass: a power of two."""
+        return _power_of_two(self.rows * self.columns)
+
+
+def redraw_triton(
+    grids: Grids,
+    index: torch.Tensor,
+    tables: RedrawTables,
+    dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
+    tile: Tile | None = None,
+) -> torch.Tensor:
+    """As :func:`quaclrs.imaging.render.redraw_reference`, in one kernel on the current stream, without waiting for the device.
+
+    Nothing is checked that would take a wait: call :func:`quaclrs.imaging.render.check_grids` once per set of grids, and keep ``index``
+    within them. ``tile`` is for tuning; the default is :func:`choose_tile`'s.
+    """
+    out = checked_out(out, len(index), tables, dtype)
+    if not len(index):
+        return out
+    tile = tile or choose_tile(tables)
+    mode = _mode(dtype, interpreted=tables.device.type == "cpu")
+    values = _values(mode, dtype, tables.device)
+    tiles = -(-tables.size // tile.rows) * -(-tables.size // tile.columns)
+    pointers = (index, grids.flat, grids.offsets, grids.layouts, grids.palettes, *_table_tensors(tables), values, out)
+    # Fused multiply-add is no matter of precision here, see _affine; Triton 3.9 warns unless told.
+    _draw_tile[(len(index) * tiles,)](*pointers, **_constants(tables, tile, mode), num_warps=tile.warps, enable_fp_fusion=True)
+    return out
+
+
+def choose_tile(tables: RedrawTables, rows: int | None = None, columns: int | None = None) -> Tile:
+    """The tile with the least estimated work for all layouts of ``tables``; ``rows`` and ``columns`` fix a side of it.
+
+    The estimate is a rough count of the passes' instructions per lane, not a measurement.
+    """
+    axes = tuple(dict.fromkeys(Passes.of(layout, tables.size).lines for layout in tables.layouts))
+    return _choose_tile(axes, tables.size, tables.cell_weights.shape[1], tables.line_weights.shape[1], rows, columns)
+
+
+@functools.lru_cache(maxsize=64)
+def _choose_tile(
+    axes: tuple[tuple[tuple[int, ...], int], ...],
+    size: int,
+    cell_taps: int,
+    line_taps: int,
+    rows: int | None,
+    columns: int | None,
+) -> Tile:
+    def work(tile: Tile) -> int:
+        first_pass = tile.source_lanes * (12 + 10 * cell_taps)
+        second_pass = tile.lanes * (40 + 10 * line_taps)
+        return -(-size // tile.rows) * -(-size // tile.columns) * (first_pass + second_pass + 8192)
+
+    candidates = []
+    row_choices = [rows] if rows else sorted({min(side, size) for side in (1, 2, *range(4, 257, 4))})
+    # At least 32, so that a row of a tile is whole sectors of memory.
+    column_choices = [columns] if columns else sorted({min(side, size) for side in (32, 48, 56, 64, 96, 112, 128)})
+    for one_rows in row_choices:
+        lines = max(_most_lines(edges, pixels, size, one_rows) for edges, pixels in axes)
+        for one_columns in column_choices:
+            lanes = _power_of_two(max(one_rows, lines) * one_columns)
+            candidates.append(Tile(rows=one_rows, columns=one_columns, lines=lines, warps=min(max(lanes // 512, 1), 8)))
+    small = [tile for tile in candidates if max(tile.lanes, tile.source_lanes) <= MAX_LANES]
+    return min(small or candidates, key=work)
+
+
+def _most_lines(edges: tuple[int, ...], pixels: int, size: int, tile_rows: int) -> int:
+    """Lines of cells that a tile of ``tile_rows`` output rows blends, at most."""
+    taps = cell_taps(edges, pixels, size)
+    used = taps.first + taps.weights.shape[1] - (taps.weights[:, ::-1] != 0).argmax(axis=1)  # (S,) end of the last tap that counts
+    tops = np.arange(0, size, tile_rows)
+    return int((np.maximum.reduceat(used, tops) - taps.first[tops]).max())
+
+
+def _table_tensors(tables: RedrawTables) -> tuple[torch.Tensor, ...]:
+    shapes = (tables.lines, tables.cells, tables.line_stride, tables.cell_stride, tables.turned)
+    return (*shapes, tables.cell_first, tables.cell_weights, tables.line_first, tables.line_weights, tables.palettes)
+
+
+def _constants(tables: RedrawTables, tile: Tile, mode: int) -> dict[str, int]:
+    return {
+        "SIZE": tables.size,
+        "CELL_TAPS": tables.cell_weights.shape[1],
+        "LINE_TAPS": tables.line_weights.shape[1],
+        "TILE_ROWS": tile.rows,
+        "TILE_COLUMNS": tile.columns,
+        "TILE_LINES": tile.lines,
+        "SOURCE_LANES": tile.source_lanes,
+        "LANES": tile.lanes,
+        "MODE": mode,
+    }
+
+
+def _mode(dtype: torch.dtype, interpreted: bool) -> int:
+    """LEVELS, AFFINE or TABLE. Triton's interpreter truncates to bfloat16 where GPUs round, so there it takes the table."""
+    if dtype == torch.uint8:
+        return LEVELS
+    return TABLE if _affine(dtype) is None or (interpreted and dtype == torch.bfloat16) else AFFINE
+
+
+@functools.lru_cache(maxsize=64)
+def _values(mode: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The numbers that ``mode`` needs, on ``device``."""
+    affine = _affine(dtype)
+    if mode == AFFINE and affine is not None:
+        return affine.to(device)
+    if mode == TABLE:
+        return normalisation_table().to(dtype).to(device)
+    return torch.zeros(1, device=device)  # levels need none
+
+
+@functools.cache
+def _affine(dtype: torch.dtype) -> torch.Tensor | None:
+    """(2, 3) float32 scales and shifts of the channels, if they give the bits of all 768 normalised levels; else None."""
+    mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
+    scale, shift = (torch.from_numpy(value.astype(np.float32))[:, None] for value in (1 / (255 * std), -mean / std))
+    levels = torch.arange(256, dtype=torch.float32)
+    rounded_twice = levels * scale + shift
+    rounded_once = (levels.double() * scale.double() + shift.double()).float()  # the product is exact in float64
+    wanted = normalisation_table().to(dtype)
+    exact = torch.equal(rounded_twice.to(dtype), wanted) and torch.equal(rounded_once.to(dtype), wanted)
+    return torch.stack([scale[:, 0], shift[:, 0]]) if exact else None
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+@triton.jit
+def _weigh(colour, weight, red, green, blue):  # type: ignore[no-untyped-def]
+    """Add a tap to the sums of three channels."""
+    red += (colour & 255) * weight
+    green += ((colour >> 8) & 255) * weight
+    blue += (colour >> 16) * weight
+    return red, green, blue
+
+
+@triton.jit
+def _add_cell_tap(line, cell, last_cell, cell_stride, palette, weight, red, green, blue):  # type: ignore[no-untyped-def]
+    """One tap of the first pass; beyond the last cell its weight is 0."""
+    entry = tl.load(line + tl.minimum(cell, last_cell) * cell_stride).to(tl.int32)
+    return _weigh(tl.gather(palette, entry, 0), tl.load(weight), red, green, blue)
+
+
+@triton.jit
+def _rounded(red, green, blue):  # type: ignore[no-untyped-def]
+    """Three sums to three levels in one integer."""
+    return (red >> _SHIFT) | ((green >> _SHIFT) << 8) | ((blue >> _SHIFT) << 16)
+
+
+@triton.jit
+def _draw_tile(  # type: ignore[no-untyped-def]
+    index,  # (B,) int64; the other inputs as in Grids and RedrawTables
+    flat,
+    offsets,
+    layouts,
+    palettes,
+    all_lines,
+    all_cells,
+    line_strides,
+    cell_strides,
+    all_turned,
+    cell_first,
+    cell_weights,
+    line_first,
+    line_weights,
+    colours,
+    values,  # (3, 256) of the batch's dtype, or (2, 3) float32 scales and shifts
+    out,  # (B, S, S, 3)
+    SIZE: tl.constexpr,
+    CELL_TAPS: tl.constexpr,
+    LINE_TAPS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    TILE_LINES: tl.constexpr,
+    SOURCE_LANES: tl.constexpr,
+    LANES: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    tiles_across: tl.constexpr = (SIZE + TILE_COLUMNS - 1) // TILE_COLUMNS
+    tiles: tl.constexpr = tiles_across * ((SIZE + TILE_ROWS - 1) // TILE_ROWS)
+    sample = tl.program_id(0) // tiles  # tiles of one picture run side by side and share its indices in the cache
+    tile = tl.program_id(0) % tiles
+    top = tile // tiles_across * TILE_ROWS
+    left = tile % tiles_across * TILE_COLUMNS
+
+    picture = tl.load(index + sample)
+    layout = tl.load(layouts + picture)
+    grid = flat + tl.load(offsets + picture)
+    last_line = tl.load(all_lines + layout) - 1
+    last_cell = tl.load(all_cells + layout) - 1
+    line_stride = tl.load(line_strides + layout)
+    cell_stride = tl.load(cell_strides + layout)
+    palette = tl.load(colours + tl.load(palettes + picture) * 256 + tl.arange(0, 256))
+    top_line = tl.load(line_first + layout * SIZE + top)  # the first line that this tile needs
+
+    # First pass. Lanes beyond the picture repeat its edge: cheaper than masking each load, and nobody reads them.
+    lane = tl.arange(0, SOURCE_LANES)
+    x = tl.minimum(left + lane % TILE_COLUMNS, SIZE - 1)
+    line = grid + tl.minimum(top_line + lane // TILE_COLUMNS, last_line) * line_stride
+    first = tl.load(cell_first + layout * SIZE + x)
+    weights = cell_weights + layout * CELL_TAPS * SIZE + x
+    red = tl.full([SOURCE_LANES], _HALF, tl.int32)
+    green = red
+    blue = red
+    if CELL_TAPS <= MAX_UNROLLED:
+        for k in tl.static_range(CELL_TAPS):
+            red, green, blue = _add_cell_tap(line, first + k, last_cell, cell_stride, palette, weights + k * SIZE, red, green, blue)
+    else:
+        for k in range(CELL_TAPS):
+            red, green, blue = _add_cell_tap(line, first + k, last_cell, cell_stride, palette, weights + k * SIZE, red, green, blue)
+    across = _rounded(red, green, blue)  # (SOURCE_LANES,)
+
+    # Second pass.
+    lane = tl.arange(0, LANES)
+    y = tl.minimum(top + lane // TILE_COLUMNS, SIZE - 1)
+    column = lane % TILE_COLUMNS
+    first = tl.load(line_first + layout * SIZE + y) - top_line
+    weights = line_weights + layout * LINE_TAPS * SIZE + y
+    red = tl.full([LANES], _HALF, tl.int32)
+    green = red
+    blue = red
+    if LINE_TAPS <= MAX_UNROLLED:
+        for k in tl.static_range(LINE_TAPS):
+            source = tl.minimum(first + k, TILE_LINES - 1) * TILE_COLUMNS + column
+            red, green, blue = _weigh(tl.gather(across, source, 0), tl.load(weights + k * SIZE), red, green, blue)
+    else:
+        for k in range(LINE_TAPS):
+            source = tl.minimum(first + k, TILE_LINES - 1) * TILE_COLUMNS + column
+            red, green, blue = _weigh(tl.gather(across, source, 0), tl.load(weights + k * SIZE), red, green, blue)
+    pixels = _rounded(red, green, blue)  # (LANES,)
+
+    # Output: 3 · LANES values, one after the other as they lie in memory.
+    turned = tl.load(all_turned + layout)
+    row_stride = tl.where(turned == 0, SIZE, 1)
+    column_stride = tl.where(turned == 0, 1, SIZE)
+    for part in tl.static_range(3):
+        value = part * LANES + lane
+        pixel = value // 3
+        channel = value % 3
+        level = (tl.gather(pixels, pixel, 0) >> (channel * 8)) & 255
+        y = top + pixel // TILE_COLUMNS
+        x = left + pixel % TILE_COLUMNS
+        inside = (pixel < TILE_ROWS * TILE_COLUMNS) & (y < SIZE) & (x < SIZE)
+        target = out + sample.to(tl.int64) * (SIZE * SIZE * 3) + (y * row_stride + x * column_stride) * 3 + channel
+        if MODE == 0:
+            tl.store(target, level.to(tl.uint8), mask=inside)
+        elif MODE == 1:
+            tl.store(target, tl.load(values + channel * 256 + level), mask=inside)
+        else:
+            normalised = level.to(tl.float32) * tl.load(values + channel) + tl.load(values + 3 + channel)
+            tl.store(target, normalised.to(out.dtype.element_ty), mask=inside)
+
+
+def compile_for(capability: int, tables: RedrawTables, dtype: torch.dtype) -> Any:
+    """The kernel for compute capability ``capability`` (75, 90, ...), compiled without a GPU: Triton's ``CompiledKernel``.
+
+    For tests and for a look at its PTX and cubin (``.asm``).
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    element = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}[dtype]
+    mode = _mode(dtype, interpreted=False)
+    constants: dict[str, int] = _constants(tables, choose_tile(tables), mode)
+    inputs = ["*i64", "*u8", "*i64", "*i32", "*i32", *["*i32"] * 10, f"*{element}" if mode == TABLE else "*fp32", f"*{element}"]
+    names = itertools.chain(inputs, ["constexpr"] * len(constants))
+    signature = dict(zip(_draw_tile.arg_names, names, strict=True))
+    source = ASTSource(_draw_tile, signature, constexprs=constants)
+    options = {"num_warps": choose_tile(tables).warps, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

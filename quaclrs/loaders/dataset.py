@@ -1,0 +1,143 @@
+"""The samples of a run, wherever they lie: shards that were given, shards packed into a cache, or the PNG tree itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, PackConfig, TrainConfig
+from quaclrs.data.metadata import Metadata, read_metadata
+from quaclrs.data.sampling import storage_order
+from quaclrs.errors import DataError, ShardError, StorageError
+from quaclrs.shards.packing.pack import pack
+from quaclrs.shards.packing.summary import data_warnings
+from quaclrs.shards.reader import ShardSet
+
+CACHE_FOLDER = "quaclrs_shards"
+_STORAGE_SEED = 0
+"""Seed of the sample numbering; the tree and the shards packed from it number their samples alike."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dataset:
+    """All samples by sample number, N of them."""
+
+    name: str
+    """The CSV or shard folder, for messages."""
+    classes: tuple[str, ...]
+    label: np.ndarray
+    """(N,) int64"""
+    fold: np.ndarray
+    """(N,) int64, from 1"""
+    is_original: np.ndarray | None
+    """(N,) bool: not augmented; None where the CSV does not say."""
+    fingerprint: str
+    """Of the CSV: results with equal fingerprints are about the same samples."""
+    shards: ShardSet | None
+    paths: tuple[Path, ...] | None
+    """(N,) PNG files, where there are no shards."""
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    @property
+    def identity(self) -> str:
+        """Of what is learned: the CSV, and the class and fold of each sample, which other columns or skipped pictures change."""
+        digest = hashlib.sha256("\0".join([self.fingerprint, *self.classes]).encode())
+        digest.update(self.label.tobytes())
+        digest.update(self.fold.tobytes())
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Give back the shards' maps."""
+        if self.shards is not None:
+            self.shards.close()
+
+
+def open_dataset(config: TrainConfig, *, want_shards: bool, log: Callable[[str], None]) -> Dataset:
+    """Open what ``config`` names; with ``want_shards`` and no ``--shards``, pack the tree once into a cache beside the CSV.
+
+    Raises :class:`DataError` for the CSV or a picture, :class:`ShardError` for the shards.
+    """
+    if config.shards is not None:
+        dataset = _from_shards(config.shards, log)
+        if config.csv_file is not None:
+            _refuse_other_csv(dataset, config.shards, config.csv_file, config)
+        return dataset
+    csv_file = config.csv_file or DEFAULT_CSV_FILE
+    spectrograms_dir = config.spectrograms_dir or DEFAULT_SPECTROGRAMS_DIR
+    metadata = read_metadata(csv_file, config.columns)
+    if not want_shards:
+        for warning in data_warnings(metadata.audit()):
+            log(warning)
+        return _from_tree(metadata, spectrograms_dir)
+    cache = cache_folder(metadata)
+    log(f"shards: {cache} (packed once, then reused)")
+    packing = PackConfig(
+        csv_file=csv_file,
+        spectrograms_dir=spectrograms_dir,
+        output_dir=cache,
+        seed=_STORAGE_SEED,
+        columns=config.columns,
+        num_workers=max(1, config.num_workers),
+    )
+    try:
+        pack(packing, progress=True)
+    except StorageError as error:
+        raise StorageError(f"{error}, or pack elsewhere with tools/shard_dataset.py and give --shards") from None
+    return _from_shards(cache, log)
+
+
+def cache_folder(metadata: Metadata) -> Path:
+    """Where the shards of ``metadata``'s CSV are kept: beside it, one folder per content of the CSV and columns used."""
+    content = hashlib.sha256("\0".join([metadata.fingerprint, *metadata.columns]).encode()).hexdigest()
+    return metadata.csv_file.parent / CACHE_FOLDER / f"{metadata.csv_file.stem}-{content[:12]}-png"
+
+
+def _from_shards(folder: Path, log: Callable[[str], None]) -> Dataset:
+    shards = ShardSet(folder)
+    metadata = shards.metadata()
+    for warning in data_warnings(metadata.audit(), shards.manifest):
+        log(warning)
+    return _dataset(metadata, shards.samples["row"].astype(np.int64), str(folder), shards=shards)
+
+
+def _from_tree(metadata: Metadata, spectrograms_dir: Path) -> Dataset:
+    if not spectrograms_dir.is_dir():
+        raise DataError(f"{spectrograms_dir}: no such folder; check --spectrograms_dir")
+    rows = storage_order(metadata.fold, _STORAGE_SEED)
+    paths = tuple(metadata.path(int(row), spectrograms_dir) for row in rows)
+    for row, path in zip(rows, paths, strict=True):
+        if not path.is_file():
+            raise DataError(
+                f"{metadata.csv_file}: row {row + 1}: no picture at {path}; check --spectrograms_dir or restore the file"
+            )
+    return _dataset(metadata, rows, str(metadata.csv_file), paths=paths)
+
+
+def _dataset(
+    metadata: Metadata, rows: np.ndarray, name: str, shards: ShardSet | None = None, paths: tuple[Path, ...] | None = None
+) -> Dataset:
+    return Dataset(
+        name=name,
+        classes=metadata.classes,
+        label=metadata.label[rows],
+        fold=metadata.fold[rows],
+        is_original=None if metadata.is_original is None else metadata.is_original[rows],
+        fingerprint=metadata.fingerprint,
+        shards=shards,
+        paths=paths,
+    )
+
+
+def _refuse_other_csv(dataset: Dataset, shards: Path, csv_file: Path, config: TrainConfig) -> None:
+    given = read_metadata(csv_file, config.columns).fingerprint
+    if given != dataset.fingerprint:
+        raise ShardError(
+            f"{shards}: packed from another CSV (SHA-256 {dataset.fingerprint[:12]}…) than {csv_file} ({given[:12]}…); "
+            "leave out --csv_file to train on what the shards hold, or pack them anew"
+        )

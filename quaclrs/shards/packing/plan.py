@@ -1,0 +1,161 @@
+"""Which sample goes into which shard: decided before anything is written, by names and sizes alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from quaclrs.config import Columns, PackConfig
+from quaclrs.data.metadata import Metadata, read_metadata
+from quaclrs.data.sampling import storage_order
+from quaclrs.errors import DataError, ShardError
+from quaclrs.shards import format as fmt
+from quaclrs.shards.packing.write_shard import SampleSource, ShardPlan
+from quaclrs.shards.reader import ShardSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Where one picture is."""
+
+    path: Path
+    size: int
+    """Bytes; -1 where there is no picture and the row is to be skipped."""
+    mtime_ns: int = 0
+    offset: int = 0
+
+
+Finder = Callable[[int], Found]
+"""Row of the CSV to its picture; raises :class:`DataError` naming row and file when there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What is packed."""
+
+    metadata: Metadata
+    csv_name: str
+    columns: Columns
+    find: Finder
+
+
+def open_source(config: PackConfig) -> Source:
+    """The CSV that ``config`` names, and how to find its pictures: in the PNG tree, or in ``png`` shards."""
+    if config.from_shards is not None:
+        with ShardSet(config.from_shards) as shards:
+            manifest = shards.manifest
+            find = _shard_finder(shards, config)
+            return Source(metadata=shards.metadata(), csv_name=manifest.csv_name, columns=Columns(**manifest.columns), find=find)
+    assert config.csv_file is not None
+    metadata = read_metadata(config.csv_file, config.columns)
+    find = _tree_finder(metadata, config)
+    return Source(metadata=metadata, csv_name=metadata.csv_file.name, columns=config.columns, find=find)
+
+
+def _tree_finder(metadata: Metadata, config: PackConfig) -> Finder:
+    spectrograms_dir = config.spectrograms_dir
+    assert spectrograms_dir is not None
+
+    def find(row: int) -> Found:
+        path = metadata.path(row, spectrograms_dir)
+        try:
+            stat = path.stat()
+        except OSError as error:
+            if config.on_error == "skip":
+                return Found(path=path, size=-1)
+            raise DataError(
+                f"{metadata.csv_file}: row {row + 1}: no picture at {path} ({error.strerror}); check --spectrograms_dir, restore the "
+                "file, or pack with --on_error skip to leave it out"
+            ) from None
+        return Found(path=path, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
+
+    return find
+
+
+def _shard_finder(shards: ShardSet, config: PackConfig) -> Finder:
+    if shards.encoding != "png":
+        raise ShardError(f"--from_shards {shards.root}: is encoded {shards.encoding}; only png shards hold the original pictures")
+    number_of_row = {int(row): number for number, row in enumerate(shards.samples["row"])}
+    tars = [shards.root / entry.file for entry in shards.manifest.shards]
+    times = [tar.stat().st_mtime_ns for tar in tars]
+
+    def find(row: int) -> Found:
+        if row not in number_of_row:
+            if config.on_error == "skip":
+                return Found(path=shards.root / "skipped before", size=-1)
+            raise DataError(f"{shards.root}: row {row + 1} was skipped when these shards were packed; go on with --on_error skip")
+        record = shards.samples[number_of_row[row]]
+        shard = int(record["shard"])
+        return Found(path=tars[shard], size=int(record["size"]), mtime_ns=times[shard], offset=int(record["offset"]))
+
+    return find
+
+
+def plan_shards(source: Source, config: PackConfig) -> tuple[list[ShardPlan], str]:
+    """Every shard to be written, and the source fingerprint; only names and sizes of the pictures are read.
+
+    Raises :class:`DataError` naming the first row whose picture is missing, unless those are to be skipped.
+    """
+    metadata = source.metadata
+    plans: list[ShardPlan] = []
+    source_hash = hashlib.sha256()
+    sources: list[SampleSource] = []
+    shard_bytes = position = number = 0
+
+    def close_shard(fold: int) -> None:
+        nonlocal shard_bytes, number
+        plans.append(
+            ShardPlan(
+                file=fmt.shard_file(fold, number),
+                fold=fold,
+                encoding=config.encoding,
+                image_size=config.image_size,
+                skip_bad=config.on_error == "skip",
+                sources=tuple(sources),
+            )
+        )
+        sources.clear()
+        shard_bytes, number = 0, number + 1
+
+    fold = 0
+    for row in storage_order(metadata.fold, config.seed).tolist():
+        if fold != metadata.fold[row]:
+            if sources:
+                close_shard(fold)
+            fold, position, number = int(metadata.fold[row]), 0, 0
+        sample = _sample(source, row, fmt.sample_key(fold, position))
+        source_hash.update(f"{metadata.relative_path(row)}\t{sample.size}\n".encode())
+        stored = sample_bytes(sample, config)
+        if sources and shard_bytes + stored > config.shard_size:
+            close_shard(fold)
+        sources.append(sample)
+        shard_bytes += stored
+        position += 1
+    close_shard(fold)
+    return plans, source_hash.hexdigest()
+
+
+def _sample(source: Source, row: int, key: str) -> SampleSource:
+    metadata, found = source.metadata, source.find(row)
+    return SampleSource(
+        row=row,
+        key=key,
+        label=int(metadata.label[row]),
+        path=str(found.path),
+        file=metadata.relative_path(row),
+        size=found.size,
+        offset=found.offset,
+        mtime_ns=found.mtime_ns,
+        csv_row=metadata.row_json(row),
+    )
+
+
+def sample_bytes(source: SampleSource, config: PackConfig) -> int:
+    """What ``source`` takes in its shard; for ``indexed``, whose size only decoding can tell, what it takes as ``png``."""
+    payload_bytes = max(source.size, 0)
+    if config.encoding == "rgb":
+        payload_bytes = 128 + 3 * config.image_size**2  # a .npy header is 128 bytes
+    contents = fmt.members(source.key, config.encoding, b"", source.label, source.csv_row)
+    return fmt.stored_bytes(payload_bytes) + sum(fmt.stored_bytes(len(content)) for _, content in contents[1:])

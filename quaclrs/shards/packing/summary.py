@@ -1,0 +1,120 @@
+"""What the packing and inspecting tools print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from quaclrs.data.metadata import Audit
+from quaclrs.imaging.indexed import NotIndexable, find_cells
+from quaclrs.imaging.png import to_rgb
+from quaclrs.shards import format as fmt
+from quaclrs.shards.packing.pack import PackSummary
+from quaclrs.shards.reader import ShardSet
+
+_NAMED = 5
+_LOOKED_AT = 64
+
+
+def describe_packing(summary: PackSummary, output_dir: Path) -> str:
+    """The closing report of tools/shard_dataset.py."""
+    manifest = summary.manifest
+    total_bytes = sum(entry.bytes for entry in manifest.shards)
+    if summary.already_complete:
+        done = f"{output_dir}: already packed from this CSV and these settings; nothing to do"
+    else:
+        rate = summary.images_packed / max(summary.seconds, 1e-9)
+        done = (
+            f"{output_dir}: {manifest.num_samples} samples in {len(manifest.shards)} shards, {_megabytes(total_bytes)}, encoding "
+            f"{manifest.encoding}; packed {summary.images_packed} pictures in {summary.seconds:.1f} s ({rate:.0f} images/s)"
+        )
+    return "\n".join([counts_table(manifest, summary.audit), *_facts(manifest), *data_warnings(summary.audit, manifest), done])
+
+
+def indexing_advice(shards: ShardSet) -> str | None:
+    """Whether ``png`` shards could be kept as grids, and what that would save: by a sample, since looking at all costs a packing."""
+    if shards.encoding != "png":
+        return None
+    chosen = np.unique(np.linspace(0, len(shards) - 1, _LOOKED_AT).astype(int))
+    grid_bytes = []
+    for number in chosen:
+        try:
+            picture = find_cells(to_rgb(shards.payload(number).tobytes(), shards.name(number)))
+        except NotIndexable as error:
+            return f"note: {shards.name(number)} is no colour-mapped grid ({error}); --encoding indexed would refuse it"
+        grid_bytes.append(picture.layout.cells)
+    share = sum(grid_bytes) / shards.samples["size"][chosen].sum()
+    total = share * shards.samples["size"].sum()
+    return (
+        f"note: all of {len(chosen)} pictures looked at are colour-mapped grids: --encoding indexed would keep them without loss in about "
+        f"{_megabytes(int(total))} ({share:.0%} of the PNGs), with nothing left to decode (--from_shards {shards.root})"
+    )
+
+
+def describe_shards(shards: ShardSet) -> str:
+    """The report of ``tools/inspect_shards.py info``."""
+    manifest, audit = shards.manifest, shards.metadata().audit()
+    size = f", {manifest.image_size}x{manifest.image_size}" if manifest.image_size else ""
+    payload_bytes = int(shards.samples["size"].sum())
+    lines = [
+        f"{shards.root}: {fmt.FORMAT_NAME} version {fmt.FORMAT_VERSION}, encoding {manifest.encoding}{size}, seed {manifest.seed}",
+        f"samples {manifest.num_samples}, shards {len(manifest.shards)}, {_megabytes(sum(e.bytes for e in manifest.shards))} on disk, "
+        f"{payload_bytes / max(manifest.num_samples, 1) / 1e3:.1f} kB per picture",
+        f"packed from {manifest.csv_name} (SHA-256 {manifest.csv_fingerprint[:16]}…), data fingerprint {manifest.data_fingerprint[:16]}…",
+        counts_table(manifest, audit),
+    ]
+    return "\n".join([*lines, *_facts(manifest), *data_warnings(audit, manifest)])
+
+
+def counts_table(manifest: fmt.Manifest, audit: Audit) -> str:
+    """Classes × folds, with totals: rows of the CSV."""
+    width = max(len(name) for name in (*manifest.classes, "total"))
+    header = " ".join([f"{'':{width}}", *(f"{f'fold{k}':>7}" for k in manifest.folds), f"{'total':>8}"])
+    rows = [_row(name, width, counts) for name, counts in zip((*manifest.classes, "total"), _with_total(audit.counts), strict=True)]
+    return "\n".join([header, *rows])
+
+
+def _with_total(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([counts, counts.sum(axis=0, keepdims=True)])
+
+
+def _row(name: str, width: int, counts: np.ndarray) -> str:
+    return " ".join([f"{name:{width}}", *(f"{count:>7}" for count in counts), f"{counts.sum():>8}"])
+
+
+def _facts(manifest: fmt.Manifest) -> Iterator[str]:
+    sizes = ", ".join(f"{size} ({count})" for size, count in manifest.facts.get("picture_sizes", {}).items())
+    modes = ", ".join(f"{mode} ({count})" for mode, count in manifest.facts.get("modes", {}).items())
+    yield f"pictures: size {sizes}; mode {modes}"
+    transparent = manifest.facts.get("transparent_pictures", 0)
+    if transparent:
+        yield f"note: {transparent} picture(s) have real transparency; training drops it, as Pillow's convert('RGB') does"
+
+
+def data_warnings(audit: Audit, manifest: fmt.Manifest | None = None) -> Iterator[str]:
+    """What to know about the data before trusting a score on them, a line each."""
+    if audit.rows_sharing_a_file:
+        yield f"note: {audit.rows_sharing_a_file} rows share their picture with another row; each row is one sample"
+    if audit.conflicting_files:
+        yield f"warning: {len(audit.conflicting_files)} picture(s) carry rows of different classes: {_named(audit.conflicting_files)}"
+    if audit.recordings_across_folds:
+        yield (
+            f"warning: {len(audit.recordings_across_folds)} recording(s) (fsID) lie in more than one fold, which leaks training data "
+            f"into the test: {_named(audit.recordings_across_folds)}"
+        )
+    if audit.class_id_conflicts:
+        yield f"warning: classID disagrees with the sorted class names in {audit.class_id_conflicts} row(s); labels follow the names"
+    if manifest is not None and manifest.skipped:
+        skipped = [f"row {skipped.row + 1}: {skipped.file}: {skipped.reason}" for skipped in manifest.skipped]
+        yield f"warning: {len(skipped)} row(s) were skipped: {_named(skipped)}"
+
+
+def _named(names: tuple[str, ...] | list[str]) -> str:
+    more = f", … and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

@@ -1,0 +1,231 @@
+"""One shard, in one worker process: check every picture, write the tar, its index and a receipt. Imports neither pandas nor torch.
+
+The receipt is written last. A shard without one, or with one for other input, is written anew; so a killed packing goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from quaclrs.errors import DataError
+from quaclrs.imaging.png import PngFacts, check_png, decode_png, resize_rgb
+from quaclrs.shards import format as fmt
+from quaclrs.system.atomic_files import atomic_writer, write_bytes
+from quaclrs.system.processes import Tick
+
+Made = TypeVar("Made")
+
+PACKING_FOLDER = ".packing"
+"""Receipts, settings and locks of a packing that is not finished."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSource:
+    """Where one sample comes from."""
+
+    row: int
+    key: str
+    label: int
+    path: str
+    file: str
+    """The picture as the CSV names it."""
+    size: int
+    """Bytes of the picture when the shard was planned."""
+    offset: int = 0
+    """Where the picture begins in ``path``: in a tar of ``png`` shards; a file of its own begins at 0."""
+    mtime_ns: int
+    csv_row: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """Row (counted from 1, as in messages about the CSV) and path."""
+        return f"row {self.row + 1}: {self.path}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan:
+    """One shard to be written: which samples, in which order, how."""
+
+    file: str
+    fold: int
+    encoding: str
+    image_size: int
+    skip_bad: bool
+    sources: tuple[SampleSource, ...]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything the shard's bytes depend on, the files' sizes and times in place of their content.
+
+        Not over ``skip_bad``: good pictures pack alike either way. Nor over ``path``, which jobs may spell in different ways.
+        """
+        digest = hashlib.sha256(repr((self.file, self.encoding, self.image_size)).encode())
+        for source in self.sources:
+            depends_on = (source.row, source.key, source.label, source.file, source.size, source.offset, source.mtime_ns)
+            digest.update(repr((depends_on, source.csv_row)).encode())
+        return digest.hexdigest()
+
+
+RECORDED = ("row", "label", "flags", "offset", "size", "width", "height", "layout", "palette", "pixels")
+"""The fields of format.SAMPLE_DTYPE that a shard's writer knows; the others follow from where the shard stands."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """One sample ready to be stored."""
+
+    payload: bytes
+    facts: PngFacts
+    layout: int = 0
+    palette: int = 0
+    pixels: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What a finished shard is; kept on disk until the manifest is written."""
+
+    plan: str
+    """The plan's fingerprint."""
+    entry: fmt.ShardEntry
+    samples: list[list[int]]
+    """Per sample: the values of :data:`RECORDED`."""
+    modes: dict[str, int]
+    skipped: list[fmt.SkippedRow]
+
+    @classmethod
+    def load(cls, path: Path) -> Receipt | None:
+        """The receipt at ``path``; None when there is none or it cannot be read."""
+        try:
+            document = json.loads(path.read_bytes())
+            document["entry"] = fmt.ShardEntry(**document["entry"])
+            document["skipped"] = [fmt.SkippedRow(**row) for row in document["skipped"]]
+            return cls(**document)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def receipt_file(plan: ShardPlan, output_dir: Path) -> Path:
+    """Where ``plan``'s receipt lies while the packing of ``output_dir`` is not finished."""
+    return output_dir / PACKING_FOLDER / (Path(plan.file).stem + ".json")
+
+
+def finished_receipt(plan: ShardPlan, *, output_dir: Path, fingerprint: str | None = None) -> Receipt | None:
+    """The receipt of ``plan``'s shard if it was written from the same input and still stands whole, else None."""
+    receipt = Receipt.load(receipt_file(plan, output_dir))
+    if receipt is None or receipt.plan != (fingerprint or plan.fingerprint) or (receipt.skipped and not plan.skip_bad):
+        return None
+    tar, index = output_dir / plan.file, output_dir / fmt.index_file(plan.file)
+    whole = index.is_file() and tar.is_file() and tar.stat().st_size == receipt.entry.bytes
+    return receipt if whole else None
+
+
+def write_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> Receipt:
+    """Write ``plan``'s tar (``png`` or ``rgb``), its index and then its receipt below ``output_dir``; one tick a picture.
+
+    Raises :class:`DataError` naming row and file for a bad picture (unless the plan skips those), :class:`StorageError` for the disk.
+    """
+    prepared = ((source, attempt(source, plan, _prepare)) for source in plan.sources)
+    return write_samples(plan, prepared, tick, output_dir=output_dir, fingerprint=plan.fingerprint)
+
+
+def write_samples(
+    plan: ShardPlan,
+    prepared: Iterable[tuple[SampleSource, Prepared | fmt.SkippedRow]],
+    tick: Tick,
+    *,
+    output_dir: Path,
+    fingerprint: str,
+) -> Receipt:
+    """Write what ``prepared`` yields, in its order, as ``plan``'s shard; ``fingerprint`` goes into the receipt."""
+    samples: list[list[int]] = []
+    modes: dict[str, int] = {}
+    skipped: list[fmt.SkippedRow] = []
+    with atomic_writer(output_dir / plan.file) as file:
+        writer = fmt.ShardWriter(file)
+        for source, sample in prepared:
+            if isinstance(sample, fmt.SkippedRow):
+                skipped.append(sample)
+            else:
+                offset = writer.add_sample(fmt.members(source.key, plan.encoding, sample.payload, source.label, source.csv_row))
+                samples.append(_record(source, sample, offset))
+                modes[sample.facts.mode] = modes.get(sample.facts.mode, 0) + 1
+            tick()
+        sha256 = writer.finish()
+    write_bytes(output_dir / fmt.index_file(plan.file), writer.index())
+    entry = fmt.ShardEntry(
+        file=plan.file,
+        fold=plan.fold,
+        samples=len(samples),
+        bytes=writer.bytes,
+        sha256=sha256,
+        index_sha256=hashlib.sha256(writer.index()).hexdigest(),
+    )
+    receipt = Receipt(plan=fingerprint, entry=entry, samples=samples, modes=modes, skipped=skipped)
+    write_bytes(receipt_file(plan, output_dir), json.dumps(asdict(receipt)).encode())
+    return receipt
+
+
+def attempt(source: SampleSource, plan: ShardPlan, work: Callable[[SampleSource, ShardPlan], Made]) -> Made | fmt.SkippedRow:
+    """``work``'s result, or why the plan skips the row; without skipping, its :class:`DataError`."""
+    try:
+        return work(source, plan)
+    except DataError as error:
+        if not plan.skip_bad:
+            raise
+        reason = str(error).removeprefix(f"{source.name}: ")  # the manifest must not depend on where the tree lies
+        return fmt.SkippedRow(row=source.row, file=source.file, reason=reason)
+
+
+def read_source(source: SampleSource) -> bytes:
+    """The picture's bytes. Raises :class:`DataError` when they cannot be read or are not as many as planned."""
+    try:
+        with Path(source.path).open("rb") as file:
+            file.seek(source.offset)
+            # of a file of its own everything, to notice one that has grown
+            data = file.read(max(source.size, 0)) if source.offset else file.read()
+    except OSError as error:
+        raise DataError(f"{source.name}: cannot read the file ({error.strerror}); restore it or take the row out") from None
+    if len(data) != source.size:
+        raise DataError(f"{source.name}: has {len(data)} bytes, a moment ago {source.size}; let nobody write to it while packing")
+    return data
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """``array`` as the bytes of a .npy file, version 1.0."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def flags_of(facts: PngFacts) -> int:
+    """The FLAG_ bits of samples.npy for a picture."""
+    flags = (
+        (fmt.FLAG_NOT_PLAIN, not facts.plain),
+        (fmt.FLAG_TRANSPARENT, facts.transparent),
+        (fmt.FLAG_ALPHA, facts.mode.endswith("A")),
+    )
+    return sum(flag for flag, is_set in flags if is_set)
+
+
+def _prepare(source: SampleSource, plan: ShardPlan) -> Prepared:
+    data = read_source(source)
+    if plan.encoding == "png":
+        return Prepared(payload=data, facts=check_png(data, source.name))
+    image, facts = decode_png(data, source.name)
+    return Prepared(payload=npy_bytes(resize_rgb(image, plan.image_size)), facts=facts)
+
+
+def _record(source: SampleSource, sample: Prepared, offset: int) -> list[int]:
+    facts = sample.facts
+    place = (source.row, source.label, flags_of(facts), offset, len(sample.payload))
+    return [*place, facts.width, facts.height, sample.layout, sample.palette, sample.pixels]
