@@ -1,4 +1,4 @@
-"""What the benchmarks are measured on: synthetic pictures, and their shards in a work folder, kept from run to run."""
+"""What the benchmarks are measured on: synthetic images, and their shards in a work folder, kept from run to run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_data(options: Any, folder: Path) -> None:
     options.csv_file, options.spectrograms_dir = folder / DEFAULT_CSV_FILE, folder / DEFAULT_SPECTROGRAMS_DIR
 
 
-def fewer_pictures(options: Any, most: int, folder: Path) -> Any:
+def fewer_images(options: Any, most: int, folder: Path) -> Any:
     """``options`` with a CSV of at most ``most`` rows, every so many of the whole; decoding all of them takes minutes."""
     lines = options.csv_file.read_text(encoding="utf-8").splitlines(keepends=True)
     step = -(-(len(lines) - 1) // most)
@@ -75,7 +75,7 @@ def tree_of(options: Any) -> Dataset:
 
 
 def pixels_of(rgb: Dataset, work_dir: Path) -> Path:
-    """(N, S, S, 3) uint8 .npy of the ``rgb`` shards' pictures, as Pillow resized them."""
+    """(N, S, S, 3) uint8 .npy of the ``rgb`` shards' images, as Pillow resized them."""
     assert rgb.shards is not None
     shape = (len(rgb), *rgb.shards.array(0).shape)
     path = work_dir / f"pixels_{shape[0]}x{shape[1]}.npy"
@@ -89,12 +89,12 @@ def pixels_of(rgb: Dataset, work_dir: Path) -> Path:
     return path
 
 
-def write_pictures(tree: Dataset, work_dir: Path) -> Path:
+def write_images(tree: Dataset, work_dir: Path) -> Path:
     """CSV: number and PNG file of each sample."""
     assert tree.paths is not None
-    path = work_dir / "pictures.csv"
+    path = work_dir / "images.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["number", "file"])
-        writer.writerows(enumerate(map(str, (picture.resolve() for picture in tree.paths))))
+        writer.writerows(enumerate(map(str, (image.resolve() for image in tree.paths))))
     return path

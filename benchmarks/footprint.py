@@ -7,7 +7,7 @@
 ``--records`` simulates datasets of other sizes: CSV and sample table of so many rows, whose records lie in the tars of SHARDS, each many
 times or not at all. All that grows with a dataset grows with them, but for the tars and the page cache that they would need.
 
-The first batch is taken twice: by the process that may still have to compile the redraw (once per machine) and in one that finds it
+The first batch is taken twice: by the process that may still have to compile the render (once per machine) and in one that finds it
 compiled, which is what a user meets. Memory is the process's resident set beyond what it had with torch and the loader imported.
 """
 

@@ -1,8 +1,8 @@
 """What the machine itself allows, measured in the same race as the loaders and trainings that come up against it.
 
 writing      every byte of a batch written once into memory that batches use again, by whatever is fastest here on all cores
-copying      the same with ready pixels copied from where they lie, a picture of 150 KB after the other in shuffled order
-inflate      isal, or zlib where there is none, over the pictures' data, on all cores: decoding if all else cost nothing
+copying      the same with ready pixels copied from where they lie, an image of 150 KB after the other in shuffled order
+inflate      isal, or zlib where there is none, over the images' data, on all cores: decoding if all else cost nothing
 arithmetic   a model's products and sums, forward and backward, at the speed of a large matrix product, the fastest there is
 """
 
@@ -36,9 +36,9 @@ _BUFFERS = 2
 _BANDWIDTH_BYTES = 128 * 2**20
 """Of each buffer; more than caches hold."""
 _COPIED_BYTES = 2 * 2**30
-"""Of pictures that are copied from, whatever the size of the data: no cache holds them, any machine does."""
+"""Of images that are copied from, whatever the size of the data: no cache holds them, any machine does."""
 _MOST_INFLATED = 520
-"""Pictures held in memory for inflating; of more, every so many."""
+"""Images held in memory for inflating; of more, every so many."""
 _MATMUL_S = 0.3
 
 
@@ -46,7 +46,7 @@ _MATMUL_S = 0.3
 
 
 def writing_limit(batch_size: int, batches: int, image_size: int, dtype: torch.dtype, device: torch.device) -> Contender:
-    """So many ``batches`` of ``batch_size`` pictures written, and nothing else."""
+    """So many ``batches`` of ``batch_size`` images written, and nothing else."""
     buffers = _batch_buffers(batch_size, image_size, dtype, device)
     way, write = _fastest(_writing_ways(buffers), device)
 
@@ -60,7 +60,7 @@ def writing_limit(batch_size: int, batches: int, image_size: int, dtype: torch.d
 
 
 def copying_limit(pixels: np.ndarray, batches: Sequence[np.ndarray], device: torch.device) -> Contender:
-    """The pictures ``batches`` (numbers) of ``pixels`` (N, S, S, 3) uint8 copied into batches and nothing else."""
+    """The images ``batches`` (numbers) of ``pixels`` (N, S, S, 3) uint8 copied into batches and nothing else."""
     kept = pixels[: max(1, _COPIED_BYTES // pixels[0].nbytes)]
     source = torch.from_numpy(np.array(kept).reshape(len(kept), -1)).to(device)  # in memory, as a resident loader has it
     buffers = _batch_buffers(max(map(len, batches)), pixels.shape[1], torch.uint8, device)
@@ -88,12 +88,12 @@ def memory_bandwidth(device: torch.device) -> dict[str, float]:
     return {"memory_write_gb_per_s": written / 1e9, "memory_copy_gb_per_s": 2 * copied / 1e9}
 
 
-def _batch_buffers(pictures: int, image_size: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+def _batch_buffers(images: int, image_size: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
     """Flat, of the memory that our own loaders use for batches; every page has been touched."""
     if device.type == "cuda":
-        return [torch.zeros(pictures * 3 * image_size**2, dtype=dtype, device=device) for _ in range(_BUFFERS)]
+        return [torch.zeros(images * 3 * image_size**2, dtype=dtype, device=device) for _ in range(_BUFFERS)]
     memory = BatchMemory(image_size, dtype)
-    batches = [memory.take(pictures) for _ in range(_BUFFERS)]
+    batches = [memory.take(images) for _ in range(_BUFFERS)]
     return [batch.permute(0, 2, 3, 1).reshape(-1).zero_() for batch in batches]
 
 
@@ -124,14 +124,14 @@ def _copying_ways(source: torch.Tensor, buffers: Sequence[torch.Tensor], numbers
 
     ways: dict[str, Work] = {"torch.index_select": select}
     if source.device.type == "cpu":
-        pictures, targets, threads = source.numpy(), [row.numpy() for row in rows], _Threads()
+        images, targets, threads = source.numpy(), [row.numpy() for row in rows], _Threads()
 
         def copy(i: int) -> None:
             asked, target = numbers[i % len(numbers)].numpy(), targets[i % _BUFFERS]
 
             def copy_part(places: np.ndarray) -> None:
                 for place in places.tolist():
-                    target[place] = pictures[asked[place]]
+                    target[place] = images[asked[place]]
 
             threads.share(copy_part, np.arange(len(asked)), 1)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_data import packed, pixels_of, tree_of, write_pictures
+from bench_data import packed, pixels_of, tree_of, write_images
 from limits import copying_limit, inflate_limit, writing_limit
 from measure import Contender, Group, Outcome, repeated, spent
 from peers.client import Pass
@@ -35,13 +35,13 @@ OURS = "quaclrs"
 _YARDSTICKS = ("dali", "ffcv-raw", "memmap")
 """Keys of the peers that a group is compared with, where they are in it: the first that works."""
 _LOSSY = "ffcv-jpeg"
-"""The peer that decodes other, smaller pictures than the PNGs whose inflating is the limit of all others."""
+"""The peer that decodes other, smaller images than the PNGs whose inflating is the limit of all others."""
 
 
 def measure_loading(kind: str, options: Any, work_dir: Path) -> Outcome:
     """Race the loaders of ``kind``, DECODING or READY, for every one of ``--dtypes``."""
     device, world = pick_device(options.device, options.world), options.world
-    with world.in_turn():  # the first process packs, the others find the shards
+    with world.main_process_first():  # the first process packs, the others find the shards
         sources = _Sources.made(options, work_dir, ("png", "rgb") if kind == DECODING else ENCODINGS)
     base_bytes = resident_bytes(own_processes())
     groups = []
@@ -75,7 +75,7 @@ def _group(kind: str, dtype: str, sources: _Sources, opening: _Opening, options:
     ours = _ours(kind, sources, opening) if not options.only or OURS in options.only else []
     setting = Setting(
         pixels=sources.pixels,
-        pictures=sources.pictures,
+        images=sources.images,
         shards=sources.shards,
         work_dir=sources.shards.parent,
         batch_size=options.batch_size,
@@ -103,7 +103,7 @@ class _Sources:
     datasets: dict[str, Dataset]
     """Shards, by encoding."""
     pixels: Path
-    pictures: Path
+    images: Path
     shards: Path
     """The ``png`` ones."""
 
@@ -116,7 +116,7 @@ class _Sources:
             tree=tree,
             datasets=datasets,
             pixels=pixels_of(datasets["rgb"], work_dir),
-            pictures=write_pictures(tree, work_dir),
+            images=write_images(tree, work_dir),
             shards=work_dir / "shards-png",
         )
 
@@ -214,7 +214,7 @@ def _ours(kind: str, sources: _Sources, opening: _Opening) -> list[Contender]:
             opening.contender("dali", sources.datasets["png"], "png shards", "decoding"),
             opening.contender("files", sources.tree, "PNG tree", "decoding"),
         ]
-    works = {"indexed": "redraw", "rgb": "copying and normalising"}
+    works = {"indexed": "render", "rgb": "copying and normalising"}
     return [
         opening.contender(name, sources.datasets[encoding], f"{encoding} shards", work)
         for name in ("mapped", "resident")
@@ -235,7 +235,7 @@ def _load_all(loader: Loader, batches: Sequence[np.ndarray], device: torch.devic
         for batch in loader.load(batches):
             first = first or time.perf_counter()
             images += len(batch)
-            batch.images[:, 0, 0, 0].sum()  # one value of each picture, as serving.py does
+            batch.images[:, 0, 0, 0].sum()  # one value of each image, as serving.py does
     return Pass(images=images, first_batch_s=first and first - started, device_s=clock.seconds())
 
 

@@ -1,4 +1,4 @@
-"""Mode ``pack`` of throughput.py: packing, against bare decoding of the same files on the same cores; and making synthetic pictures."""
+"""Mode ``pack`` of throughput.py: packing, against bare decoding of the same files on the same cores; and making synthetic images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quaclrs.system.processes import Tick, run_tasks
 
 BARE = "bare decoding (Pillow open + load)"
 SYNTHESIS_FOLDS = 10
-"""Of 13 pictures each: enough that starting the workers does not count for much."""
+"""Of 13 images each: enough that starting the workers does not count for much."""
 
 
 def measure_packing(options: Any, work_dir: Path) -> Outcome:
@@ -82,4 +82,4 @@ def _synthesis(options: Any, work_dir: Path) -> Group:
         return Pass(images=synthesis(folder, samples_per_class=1, folds=SYNTHESIS_FOLDS, num_workers=options.num_workers).drawn)
 
     drawing = Contender(name="synthesis", run=draw_all, work="drawing")
-    return Group(name="making synthetic pictures", contenders=[drawing], baseline=drawing)
+    return Group(name="making synthetic images", contenders=[drawing], baseline=drawing)

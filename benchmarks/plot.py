@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(command, parser.prog)
 
 
-def plot(result: Path, picture: Path) -> Path:
-    """Draw ``result``; returns ``picture``. Raises :class:`DataError` naming the file when it is not one of ours."""
+def plot(result: Path, image: Path) -> Path:
+    """Draw ``result``; returns ``image``. Raises :class:`DataError` naming the file when it is not one of ours."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -55,9 +55,9 @@ def plot(result: Path, picture: Path) -> Path:
         raise DataError(f"{result}: not a result of benchmarks/ ({type(error).__name__}: {error}); name files it wrote") from None
     hardware = environment.get("gpu", {}).get("name") or f"{environment['cpus_usable']} cores, {environment['cpu']}"
     figure.suptitle(f"{document['what']}: {hardware}, torch {environment['packages']['torch']}, {document['date']}", fontsize=9)
-    figure.savefig(picture, dpi=110)
+    figure.savefig(image, dpi=110)
     plt.close(figure)
-    return picture
+    return image
 
 
 def _draw_groups(rows: list[dict[str, Any]]) -> Any:

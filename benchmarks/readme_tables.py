@@ -64,7 +64,7 @@ _LOADING: tuple[Column, ...] = (
     ("workers", _fact("num_workers", "{}")),
     ("first batch, s", _fact("first_batch_s", "{:.3f}")),
     ("memory, MB", _fact("host_peak_mb", "{:,.0f}")),
-    ("bytes a picture", _fact("bytes_per_image", "{:,.0f}")),
+    ("bytes an image", _fact("bytes_per_image", "{:,.0f}")),
 )
 
 
@@ -160,7 +160,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "synthesis": ("pack", lambda record: _table("", _RATES, [row for row in record["rows"] if row["name"] == "synthesis"])),
     "scaling": ("scaling", _scaling),
 }
-"""Name of each block to the kind of result file it is made of, and how; ``targets`` takes several, ``figure_KIND`` is a picture."""
+"""Name of each block to the kind of result file it is made of, and how; ``targets`` takes several, ``figure_KIND`` is an image."""
 
 
 def block(name: str, folder: Path = RESULTS) -> str:
@@ -177,10 +177,10 @@ def block(name: str, folder: Path = RESULTS) -> str:
 
 
 def _figure(what: str, folder: Path) -> str:
-    """The picture that plot.py made of the newest result of ``what``, where it has; seen from benchmarks/README.md."""
+    """The image that plot.py made of the newest result of ``what``, where it has; seen from benchmarks/README.md."""
     path = newest_path(what, folder=folder)
-    picture = None if path is None else path.with_suffix(".png")
-    return f"![{what}](results/{picture.name})\n" if picture is not None and picture.is_file() else _NOT_YET
+    image = None if path is None else path.with_suffix(".png")
+    return f"![{what}](results/{image.name})\n" if image is not None and image.is_file() else _NOT_YET
 
 
 def rendered(text: str, folder: Path = RESULTS) -> str:

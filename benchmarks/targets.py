@@ -110,7 +110,7 @@ def _of_scaling(field: str) -> Callable[[Path], Measured | None]:
 
 _NO_GPU = "not measured: no GPU was at hand"
 TARGETS = (
-    Target(what="synthetic pictures, images/s", goal=50, form="{:,.0f}", measure=_rate("pack", "synthesis")),
+    Target(what="synthetic images, images/s", goal=50, form="{:,.0f}", measure=_rate("pack", "synthesis")),
     Target(
         what="packing `png`, of bare decoding",
         goal=0.9,
@@ -161,7 +161,7 @@ TARGETS = (
         unmeasured=_NO_GPU,
     ),
     Target(
-        what=f"{_GPU}: redraw, of the time that writing its output takes",
+        what=f"{_GPU}: render, of the time that writing its output takes",
         goal=0.6,
         measure=_share_of_limit("load", "resident, indexed shards", "float16", _GPU),
         unmeasured=_NO_GPU,

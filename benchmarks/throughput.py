@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench_data import fewer_pictures, make_data
+from bench_data import fewer_images, make_data
 from measure import Outcome
 from packing_speed import measure_packing
 from peers.registry import KEYS
@@ -126,7 +126,9 @@ def _run(options: Any) -> None:
         options.world, options.log = world, functools.partial(print, flush=True) if world.is_main else _silent
         if options.num_workers is None:
             options.num_workers = max(1, default_num_workers() // world.local_size)
-        temporary = world.from_main(tempfile.mkdtemp(prefix="quaclrs-bench-") if world.is_main and not options.work_dir else "")
+        temporary = world.broadcast_object(
+            tempfile.mkdtemp(prefix="quaclrs-bench-") if world.is_main and not options.work_dir else ""
+        )
         work_dir = Path(temporary or options.work_dir).resolve()
         try:
             _measure_all(modes, options, work_dir)
@@ -166,7 +168,7 @@ def _refuse_in_several_processes(options: Any, modes: Sequence[str], processes: 
 
 def _measure_all(modes: Sequence[str], options: Any, work_dir: Path) -> None:
     world = options.world
-    with world.in_turn():
+    with world.main_process_first():
         work_dir.mkdir(parents=True, exist_ok=True)
         if options.csv_file is None:
             make_data(options, work_dir / "data")
@@ -205,8 +207,8 @@ def _measure(mode: str, options: Any, work_dir: Path) -> Outcome:
 
     if mode == "load":
         return measure_loading(READY, options, work_dir)
-    with options.world.in_turn():
-        few = fewer_pictures(options, options.decode_images, work_dir / "decode")
+    with options.world.main_process_first():
+        few = fewer_images(options, options.decode_images, work_dir / "decode")
     return measure_loading(DECODING, few, work_dir / "decode")
 
 

@@ -79,7 +79,7 @@ def measure_training(options: Any, work_dir: Path, *, train: bool) -> Outcome:
     cases = _cases(options, device.type == "cuda", world)
     for case in cases:  # before anything is packed
         refuse_for_device(case.config, device, world)
-    with world.in_turn():
+    with world.main_process_first():
         dataset = packed(options, work_dir, options.train_encoding)
     groups = []
     for case in cases:
@@ -193,7 +193,7 @@ def _steps_on(batch: Batch, training: Training, case: Case) -> Callable[[], Pass
 class _OneBatch:
     """A loader of one batch, for graphs: a gather that costs nothing."""
 
-    name, pixels, holds_all = "one batch", "", True
+    name, pixels, replicated = "one batch", "", True
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         self._images, self._labels = images, labels

@@ -3,7 +3,7 @@
 Loading and packing, in this order:
 
 1. at ``NEAR_LIMIT`` of a physical limit or more: that limit;
-2. the cores were busy for ``BUSY`` of the time or more: the contender's own work on them (redrawing, decoding, ...);
+2. the cores were busy for ``BUSY`` of the time or more: the contender's own work on them (rendering, decoding, ...);
 3. else: handing over. Cores stood idle, waiting for a thread, a worker or Python.
 
 On a GPU only the first is known from outside; ``quaclrs-train --profile`` tells the rest.

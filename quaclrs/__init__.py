@@ -1,4 +1,4 @@
-"""quaclrs: spectrogram pictures to trained classifiers, fast and without surprises.
+"""quaclrs: spectrogram images to trained classifiers, fast and without surprises.
 
 Importing the package loads neither torch nor DALI; each module imports what it needs.
 """

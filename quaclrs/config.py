@@ -86,11 +86,11 @@ class PackConfig:
     csv_file: Path | None = None
     spectrograms_dir: Path | None = None
     from_shards: Path | None = None
-    """``png`` shards to take the CSV and the pictures from, in place of the two above."""
+    """``png`` shards to take the CSV and the images from, in place of the two above."""
     output_dir: Path
     encoding: str = "png"
     image_size: int = DEFAULT_IMAGE_SIZE
-    """S of the ``rgb`` encoding, in pixels; the others keep the picture's own size."""
+    """S of the ``rgb`` encoding, in pixels; the others keep the image's own size."""
     shard_size: int = 256 * 2**20
     """Upper bound of one tar in bytes; a single sample may exceed it."""
     seed: int = 0

@@ -29,7 +29,7 @@ class UsageError(QuaclrsError):
 
 
 class DataError(QuaclrsError):
-    """The CSV or a picture is not what it has to be."""
+    """The CSV or an image is not what it has to be."""
 
 
 class ShardError(QuaclrsError):

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share; all pictures are tiny."""
+"""Fixtures that several test files share; all images are tiny."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def make_rows(classes: tuple[str, ...] = CLASSES, folds: tuple[int, ...] = FOLDS
     return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
 
 
-def grid_picture(label: str, seed: int, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
+def grid_image(label: str, seed: int, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
     """RGBA, opaque, cells of equal pixels; a bright band whose place tells the class."""
     random = np.random.default_rng(seed)
     rows, columns = -(-height // CELL_PIXELS), -(-width // CELL_PIXELS)
@@ -91,12 +91,12 @@ def write_csv(csv_file: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def write_tree(folder: Path, rows: list[dict[str, str]]) -> PngTree:
-    """``folder/data.csv`` and ``folder/spectrograms/``, one picture per distinct file."""
+    """``folder/data.csv`` and ``folder/spectrograms/``, one image per distinct file."""
     folder.mkdir(parents=True, exist_ok=True)
     tree = PngTree(write_csv(folder / "data.csv", rows), folder / "spectrograms", rows)
     for number, row in enumerate(rows):
         path = tree.path(number)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            grid_picture(row["class"], seed=number).save(path)
+            grid_image(row["class"], seed=number).save(path)
     return tree

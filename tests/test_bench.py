@@ -244,15 +244,15 @@ def test_images_of_all_ranks_over_the_slowest(monkeypatch: pytest.MonkeyPatch) -
     ("share", "cores_busy", "expected"),
     [
         (NEAR_LIMIT, 0.1, "memory writes"),
-        (NEAR_LIMIT - 0.01, BUSY, "redraw"),
+        (NEAR_LIMIT - 0.01, BUSY, "render"),
         (0.1, BUSY - 0.01, HANDING_OVER),
-        (None, 1.0, "redraw"),
+        (None, 1.0, "render"),
         (None, None, None),
         (0.1, None, None),
     ],
 )
 def test_verdict(share: float | None, cores_busy: float | None, expected: str | None) -> None:
-    assert bound_by(share_of_limit=share, limit="memory writes", cores_busy=cores_busy, work="redraw") == expected
+    assert bound_by(share_of_limit=share, limit="memory writes", cores_busy=cores_busy, work="render") == expected
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_verdict_of_training(data_wait: float, ceiling: float, share: float | No
 def test_inflating_all_pixels(mode: str, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (40, 100), dtype=np.uint8)
     image = Image.fromarray(pixels.astype(np.uint16)) if mode == "I;16" else Image.fromarray(pixels).convert(mode)
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     image.save(path)
     stream, room = limits._pixel_data(path.read_bytes())
     content = zlib.decompress(stream)
@@ -300,7 +300,7 @@ def test_every_way_of_writing_writes_all() -> None:
             assert (buffers[1].view(torch.uint8).view(-1, buffers[1].element_size()) != 0).any(dim=1).all(), name
 
 
-def test_limits_of_memory_count_every_picture() -> None:
+def test_limits_of_memory_count_every_image() -> None:
     assert limits.writing_limit(4, 3, 8, torch.float32, CPU).run() == Pass(images=12)
     pixels = np.zeros((5, 8, 8, 3), np.uint8)
     assert limits.copying_limit(pixels, [np.array([1, 2, 3]), np.array([0, 4])], CPU).run() == Pass(images=5)

@@ -54,7 +54,7 @@ def line_of(table: str, what: str) -> list[str]:
 
 def test_nothing_measured(tmp_path: Path) -> None:
     table = targets.markdown(tmp_path)
-    assert line_of(table, "synthetic pictures") == ["synthetic pictures, images/s", "≥ 50", "", "", "not measured"]
+    assert line_of(table, "synthetic images") == ["synthetic images, images/s", "≥ 50", "", "", "not measured"]
     gpu = [line for line in table.splitlines() if line.startswith("| H200")]
     assert len(gpu) == 2
     assert all(line.endswith("| not measured: no GPU was at hand |") for line in gpu)
@@ -105,11 +105,11 @@ def test_upper_bounds_take_the_largest(tmp_path: Path) -> None:
 def test_only_the_gpu_that_is_meant(tmp_path: Path) -> None:
     rows = [row("resident, indexed shards", "nothing to decode, float16", 1_200_000, share_of_limit=0.7)]
     write(tmp_path, "load", rows, gpu="NVIDIA GeForce RTX 2080 Ti")
-    assert line_of(targets.markdown(tmp_path), "H200: redraw")[-1] == "not measured: no GPU was at hand"
+    assert line_of(targets.markdown(tmp_path), "H200: render")[-1] == "not measured: no GPU was at hand"
     write(tmp_path, "load", rows, date="2026-01-03", gpu="NVIDIA H200")
     table = targets.markdown(tmp_path)
     assert line_of(table, "H200: `resident`")[1:] == ["≥ 1,000,000", "1,200,000", "1.20", "met"]
-    assert line_of(table, "H200: redraw")[1:] == ["≥ 0.60", "0.70", "1.17", "met"]
+    assert line_of(table, "H200: render")[1:] == ["≥ 0.60", "0.70", "1.17", "met"]
 
 
 def test_the_newest_result_of_one_process_counts(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_the_targets_are_shown() -> None:
 
 def test_blocks_are_made_anew(tmp_path: Path) -> None:
     group = "nothing to decode, uint8"
-    facts = {"share_of_limit": 0.5, "bound_by": "redraw", "first_batch_s": 0.0123, "host_peak_mb": 812.6, "num_workers": 2}
+    facts = {"share_of_limit": 0.5, "bound_by": "render", "first_batch_s": 0.0123, "host_peak_mb": 812.6, "num_workers": 2}
     rows = [
         row("FFCV, raw", group, 1234.4),
         row("mapped, indexed shards", group, 2000, 1.62, **facts),
@@ -153,7 +153,7 @@ def test_blocks_are_made_anew(tmp_path: Path) -> None:
     assert made.startswith("before\n<!-- table: load_uint8 -->\n| ")
     assert "Not measured yet." in made
     assert line_of(made, "mapped, indexed shards")[1:-1] == [
-        *("2,000", "1,800 – 2,200", "1.62", "0.50", "redraw", "2", "0.012", "813"),
+        *("2,000", "1,800 – 2,200", "1.62", "0.50", "render", "2", "0.012", "813"),
     ]
     assert line_of(made, "copying")[3:6] == ["", "", "the limit itself"]
     assert line_of(made, "LitData")[1] == "left out: no such version"
@@ -194,9 +194,9 @@ def test_figures_of_races_and_of_sizes(tmp_path: Path) -> None:
     write(tmp_path, "scaling", sizes)
     assert readme_tables.block("figure_load", tmp_path) == "Not measured yet.\n"
     assert plot.main([*map(str, tmp_path.glob("*.json")), "--output_dir", str(tmp_path)]) == 0
-    for kind, picture in (("load", "load_0.png"), ("scaling", "scaling_1.png")):
-        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-        assert readme_tables.block(f"figure_{kind}", tmp_path) == f"![{kind}](results/{picture})\n"
+    for kind, image in (("load", "load_0.png"), ("scaling", "scaling_1.png")):
+        assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
+        assert readme_tables.block(f"figure_{kind}", tmp_path) == f"![{kind}](results/{image})\n"
     assert [plot._colour(a_row) for a_row in rows[:3]] == ["tab:gray", "tab:blue", "tab:orange"]
 
 
@@ -209,8 +209,8 @@ def test_other_files_are_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_committed_figures_are_small() -> None:
-    for picture in records.RESULTS.glob("*.png"):
-        assert picture.stat().st_size < 150_000, picture.name
+    for image in records.RESULTS.glob("*.png"):
+        assert image.stat().st_size < 150_000, image.name
 
 
 @pytest.mark.parametrize(

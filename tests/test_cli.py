@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from png_trees import PngTree, grid_picture, make_rows, write_csv, write_tree
+from png_trees import PngTree, grid_image, make_rows, write_csv, write_tree
 
 from quaclrs.cli.train import main, parse, to_config
 from quaclrs.config import TrainConfig
@@ -21,7 +21,7 @@ CLASSES = ("dog_bark", "drilling", "traffic")
 
 FLAGS = {
     "csv_file": ("a.csv", Path("a.csv"), None),
-    "spectrograms_dir": ("pictures", Path("pictures"), None),
+    "spectrograms_dir": ("images", Path("images"), None),
     "model_name": ("vgg16", "vgg16", "resnet18"),
     "batch_size": ("64", 64, 32),
     "num_workers": ("2", 2, 4),
@@ -238,7 +238,7 @@ def test_data_that_is_not_there(tree: PngTree, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("loader", ["files", "dali"])
-def test_a_missing_picture(loader: str, own_tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_image(loader: str, own_tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
     own_tree.path(4).unlink()
     first = next(row for row in range(len(own_tree.rows)) if own_tree.path(row) == own_tree.path(4))
     line = refused(capsys, *training_flags(own_tree), "--loader", loader)
@@ -248,7 +248,7 @@ def test_a_missing_picture(loader: str, own_tree: PngTree, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("loader", ["files", "dali"])
-def test_a_damaged_picture(loader: str, own_tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_image(loader: str, own_tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
     """Found while training (files) or packing (dali); named either way."""
     path = own_tree.path(5)
     path.write_bytes(path.read_bytes()[:-40])
@@ -269,7 +269,7 @@ def rewrite(tree: PngTree, rows: list[dict[str, str]]) -> PngTree:
         ({"fold": "0"}, "row 3: column 'fold' is '0', not a "),
         ({"fold": "two"}, "row 3: column 'fold' is 'two', not a "),
         ({"class": "nan"}, "row 3: column 'class' is 'nan', a missing value"),
-        ({"spec_file_name": "../x.png"}, "row 3: the picture '../x.png' is absolute or climbs out"),
+        ({"spec_file_name": "../x.png"}, "row 3: the image '../x.png' is absolute or climbs out"),
     ],
 )
 def test_a_bad_row(change: dict[str, str], expected: str, own_tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,7 +290,7 @@ def test_more_folds_than_the_protocol_has(own_tree: PngTree, capsys: pytest.Capt
     rows = [row | {"fold": "5"} if i == 0 else row for i, row in enumerate(own_tree.rows)]
     moved = rewrite(own_tree, rows)
     moved.path(0).parent.mkdir()
-    grid_picture("dog_bark", seed=0).save(moved.path(0))
+    grid_image("dog_bark", seed=0).save(moved.path(0))
     assert "has a fold 5, but the protocol has 3; give --num_folds 5 or mend the CSV" in refused(capsys, *training_flags(moved))
 
 
@@ -304,7 +304,7 @@ def test_fewer_folds_than_ten(tree: PngTree, capsys: pytest.CaptureFixture[str])
     assert main([*flags, "--fold", "2"]) == 0
     assert main([*flags, "--fold", "3"]) == 0
     assert sorted(path.name for path in Path("results/mobilenet").glob("[!.]*")) == [
-        *("fold_2", "fold_3", "ledger.json", "summary.json")
+        *("fold_2", "fold_3", "run_status.json", "summary.json")
     ]
 
 
@@ -427,13 +427,13 @@ def test_in_a_folder_that_holds_the_data(own_tree: PngTree) -> None:
 
 
 def test_training_tells_what_packing_found(own_tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows that share a picture, and a recording in two folds, which leaks training data into the test."""
+    """Rows that share an image, and a recording in two folds, which leaks training data into the test."""
     rows = [dict(row) for row in own_tree.rows]
     rows[0]["fsID"] = next(row["fsID"] for row in rows if row["fold"] != rows[0]["fold"])
     write_csv(own_tree.csv_file, [*rows, rows[1]])
     assert main([*data_flags(own_tree), *QUICK.split(), "--num_folds", "3", "--fold", "1", "--loader", "files"]) == 0
     told = capsys.readouterr().out
-    assert "rows share their picture with another row" in told
+    assert "rows share their image with another row" in told
     assert f"recording(s) (fsID) lie in more than one fold, which leaks training data into the test: {rows[0]['fsID']}" in told
 
 

@@ -12,12 +12,12 @@ from torchvision import transforms
 from quaclrs.imaging.layout import even_layout
 from quaclrs.imaging.memory import as_batch, host_bytes
 from quaclrs.imaging.normalise import IMAGENET_MEAN, IMAGENET_STD, normalise
-from quaclrs.imaging.render import Grids, RedrawTables, redraw_reference
+from quaclrs.imaging.render import Grids, RenderTables, render_reference
 from quaclrs.imaging.resample import HALF, WEIGHT_BITS
 
 pytest.importorskip("numba", reason="numba is not installed")
 
-from quaclrs.imaging import intrinsics, normalise_cpu, redraw_cpu
+from quaclrs.imaging.kernels import intrinsics, normalise_cpu, render_cpu
 
 
 def every_level(size: int) -> torch.Tensor:
@@ -76,7 +76,7 @@ def two_weights(excess: int) -> np.ndarray:
 def test_blend_is_used_exactly_where_it_is_exact(excess: int) -> None:
     """Against the sum itself, for all 65,536 pairs of levels: neither a wrong blend nor a needless detour."""
     weights = two_weights(excess)
-    claimed = redraw_cpu._blends_exactly(np.vstack([weights, np.zeros_like(weights)]))
+    claimed = render_cpu._blends_exactly(np.vstack([weights, np.zeros_like(weights)]))
     upper, lower = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
     blended = np.empty((256, 256), np.uint8)
     for (first, second), exact in zip(weights.T.astype(np.int64), claimed, strict=True):
@@ -98,7 +98,7 @@ def blend_all(upper, lower, high, low, out):  # type: ignore[no-untyped-def]
 
 def test_three_lines_are_never_blended_as_two() -> None:
     weights = np.array([[1 << 21], [1 << 21], [1]], np.int32)
-    assert not redraw_cpu._blends_exactly(weights).any()
+    assert not render_cpu._blends_exactly(weights).any()
 
 
 @pytest.mark.parametrize("offset", [0, 8])
@@ -108,15 +108,15 @@ def test_a_batch_in_the_callers_own_memory(offset: int) -> None:
     layout, palette = even_layout(40, 100, 13, 38), rng.integers(0, 256, (256, 3)).astype(np.uint8)
     zero = torch.zeros(1, dtype=torch.int32)
     grids = Grids(torch.from_numpy(rng.integers(0, 256, layout.cells).astype(np.uint8)), torch.tensor([0]), zero, zero)
-    tables, index = RedrawTables.build([layout], [palette], 32), torch.tensor([0])
+    tables, index = RenderTables.build([layout], [palette], 32), torch.tensor([0])
     values = torch.from_numpy(host_bytes(2, 32, torch.float32)[offset : offset + 4 * 3 * 32 * 32])
     out = values.view(torch.float32).view(1, 32, 32, 3).permute(0, 3, 1, 2)
-    assert torch.equal(redraw_cpu.redraw_cpu(grids, index, tables, torch.float32, out), redraw_reference(grids, index, tables))
+    assert torch.equal(render_cpu.render_cpu(grids, index, tables, torch.float32, out), render_reference(grids, index, tables))
 
 
 def test_memory_of_batches_begins_on_a_cache_line() -> None:
-    for pictures, size in ((1, 7), (3, 64)):
-        batch = as_batch(host_bytes(pictures, size, torch.bfloat16), pictures, size, torch.bfloat16)
-        assert batch.shape == (pictures, 3, size, size)
+    for images, size in ((1, 7), (3, 64)):
+        batch = as_batch(host_bytes(images, size, torch.bfloat16), images, size, torch.bfloat16)
+        assert batch.shape == (images, 3, size, size)
         assert batch.is_contiguous(memory_format=torch.channels_last)
         assert batch.data_ptr() % 64 == 0

@@ -41,15 +41,15 @@ from quaclrs.experiment import fold
 from quaclrs.experiment.cross_validation import pick_device, run_cross_validation
 from quaclrs.loaders.base import Batch
 from quaclrs.loaders.dataset import open_dataset
-from quaclrs.system.signals import Watch
+from quaclrs.system.signals import SignalHandler
 from quaclrs.training import checkpoint, loop
-from quaclrs.training.distributed import Agreement, World, joined_world, run_rank
+from quaclrs.training.distributed import AsyncConsensus, World, joined_world, run_rank
 from quaclrs.training.loop import FoldSamples, Hooks
 from quaclrs.training.state import Training
 
 CLASSES = ("dog_bark", "drilling", "traffic")
 SMALL = 32
-"""Pixels of MobileNetV2's pictures."""
+"""Pixels of MobileNetV2's images."""
 SIZES = (1, 2, 3, 4)
 DEADLINE_S = 120
 """Of everything, so that a hang is a failure."""
@@ -156,8 +156,8 @@ class _Given:
 
     name = pixels = "given"
 
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor, holds_all: bool = True) -> None:
-        self.images, self.labels, self.holds_all = images, labels, holds_all
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, replicated: bool = True) -> None:
+        self.images, self.labels, self.replicated = images, labels, replicated
 
     def load(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
         for numbers in batches:
@@ -167,11 +167,11 @@ class _Given:
         pass
 
 
-def noise(samples: int, holds_all: bool = True) -> _Given:
-    """Pictures of nothing, so that learning them does not help with others."""
+def noise(samples: int, replicated: bool = True) -> _Given:
+    """Images of nothing, so that learning them does not help with others."""
     generator = torch.Generator().manual_seed(5)
     images, labels = torch.randn(samples, 3, 4, 4, generator=generator), torch.randint(3, (samples,), generator=generator)
-    return _Given(images, labels, holds_all)
+    return _Given(images, labels, replicated)
 
 
 class _FrozenBatchNorm(nn.BatchNorm2d):
@@ -236,8 +236,8 @@ EVALUATED = tuple(itertools.product((1, 2, 5, 7, 13), (True, False)))
 """Numbers of samples, some of which leave ranks without a batch; and whether each rank has all data, or those of its own numbers."""
 
 
-def evaluate_numbers(world: World, samples: int, holds_all: bool) -> dict[str, Any]:
-    loader = noise(20, holds_all)
+def evaluate_numbers(world: World, samples: int, replicated: bool) -> dict[str, Any]:
+    loader = noise(20, replicated)
     numbers = np.random.default_rng(samples).permutation(20)[:samples]
     # each rank begins with other weights and other statistics: rank 0's are the ones that count
     training = Training.begin(small_network(seed=world.rank), WEIGHTS, CPU, TrainConfig(), world)
@@ -280,10 +280,12 @@ NUMBERS = FoldSamples(train=np.arange(13), validation=np.arange(13, 32), test=np
 PER_RANK = 4
 
 
-def fitting(world: World, folder: Path, watch: Watch | None = None, hooks: Hooks | None = None) -> tuple[Training, loop.Fitting]:
+def fitting(
+    world: World, folder: Path, watch: SignalHandler | None = None, hooks: Hooks | None = None
+) -> tuple[Training, loop.Trainer]:
     training = Training.begin(small_network(seed=world.rank), WEIGHTS, CPU, FIT, world)
     global_batch = PER_RANK * world.size
-    return training, loop.Fitting(training, noise(39), NUMBERS, FIT, global_batch, folder, {"fold": 1}, watch, hooks)
+    return training, loop.Trainer(training, noise(39), NUMBERS, FIT, global_batch, folder, {"fold": 1}, watch, hooks)
 
 
 def outcome(training: Training, stopped_early: bool, tested: loop.Evaluation) -> dict[str, Any]:
@@ -326,7 +328,7 @@ def fit_with_signal(world: World, folder: Path, phase: str, epoch: int, step: in
 
         return on_step
 
-    training, fitted = fitting(world, folder, watch := Watch(), Hooks(step_meter=step_meter))
+    training, fitted = fitting(world, folder, watch := SignalHandler(), Hooks(step_meter=step_meter))
     where = ""
     with watch:
         try:
@@ -334,7 +336,7 @@ def fit_with_signal(world: World, folder: Path, phase: str, epoch: int, step: in
             fitted.test()
         except Interrupted as error:
             where = str(error)
-    state = world.from_main(checkpoint.load_checkpoint(folder, {"fold": 1}) if world.is_main else None)
+    state = world.broadcast_object(checkpoint.load_checkpoint(folder, {"fold": 1}) if world.is_main else None)
     training, fitted = fitting(world, folder)
     assert state is not None
     training.restore(state)
@@ -346,7 +348,7 @@ def take_turns(world: World, file: Path) -> None:
         with file.open("a") as written:
             written.write(f"{what}{world.rank} ")
 
-    with world.in_turn():
+    with world.main_process_first():
         say("+")
         time.sleep(0.05)
         say("-")
@@ -369,7 +371,7 @@ AGREED = [0, 0, 1, 0, 0, 1, 0, 0, 0, 2]
 
 
 def agree(world: World, folder: Path) -> dict[str, Any]:
-    agreement, told = Agreement(world), folder / "rank 0 has gone on"
+    agreement, told = AsyncConsensus(world), folder / "rank 0 has gone on"
     if world.is_main:
         heard = [agreement.exchange(WISHES[0][0])]  # comes back although no other rank has come so far
         told.touch()
@@ -420,8 +422,8 @@ def logits_of(model: nn.Module, tree: PngTree, number: int) -> tuple[torch.Tenso
     )
     rows, images = rows_of_fold(tree, number), []
     for row in rows:
-        with Image.open(tree.spectrograms_dir / f"fold{number}" / row["spec_file_name"]) as picture:
-            images.append(prepare(picture.convert("RGB")))
+        with Image.open(tree.spectrograms_dir / f"fold{number}" / row["spec_file_name"]) as image:
+            images.append(prepare(image.convert("RGB")))
     with torch.no_grad():
         return model(torch.stack(images)).double(), torch.tensor([CLASSES.index(row["class"]) for row in rows])
 
@@ -456,7 +458,7 @@ def test_probabilities_are_in_the_order_of_the_samples(done: Done) -> None:
     _, ranks = done
     loader, model = noise(20), small_network(seed=0).eval()
     for case in EVALUATED:
-        samples, holds_all = case
+        samples, replicated = case
         numbers = np.random.default_rng(samples).permutation(20)[:samples]
         with torch.no_grad():
             logits = model(loader.images[numbers]).double()
@@ -474,7 +476,7 @@ def test_probabilities_are_in_the_order_of_the_samples(done: Done) -> None:
         seen = [list(itertools.chain(*rank["evaluations"][case]["seen"])) for rank in ranks]
         assert sorted(itertools.chain(*seen)) == sorted(numbers.tolist())
         steps = {rank["evaluations"][case]["calls"] for rank in ranks}
-        if holds_all:
+        if replicated:
             assert steps == {math.ceil(samples / (2 * len(ranks)))}
         else:
             assert len(steps) == 1
@@ -543,7 +545,7 @@ def test_all_ranks_decide_alike(done: Done) -> None:
 
 def test_only_rank_0_writes_and_talks(done: Done) -> None:
     _, ranks = done
-    assert {"metrics.json", "summary.json", "ledger.json", "best_model.pth", "run.json"} <= set(ranks[0]["written"])
+    assert {"metrics.json", "summary.json", "run_status.json", "best_model.pth", "run.json"} <= set(ranks[0]["written"])
     assert [rank["written"] for rank in ranks[1:]] == [[]] * (len(ranks) - 1)
 
 
@@ -620,7 +622,7 @@ def run_command_line(arguments: list[str], sabotaged: str) -> None:
 
 
 def damaged(tree: PngTree, folder: Path, rank: int) -> tuple[PngTree, Path]:
-    """A copy in which a picture of ``rank``'s second batch is cut short."""
+    """A copy in which an image of ``rank``'s second batch is cut short."""
     shutil.copytree(tree.csv_file.parent, folder)
     copy = dataclasses.replace(tree, csv_file=folder / "data.csv", spectrograms_dir=folder / "spectrograms")
     dataset = open_dataset(config_for(copy, folder), want_shards=False, log=lambda text: None)
@@ -755,7 +757,7 @@ def site_with(what: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("way", LAUNCHERS)
-def test_a_damaged_picture_of_one_rank(way: str, tree: PngTree, tmp_path: Path) -> None:
+def test_a_damaged_image_of_one_rank(way: str, tree: PngTree, tmp_path: Path) -> None:
     copy, path = damaged(tree, tmp_path / "tree", rank=1)
     ended = launch(way, flags(copy, tmp_path / "results"))
     lines = ended.stderr.splitlines()

@@ -1,6 +1,6 @@
 """Contract: the losses of a fixed training are those in ``golden/losses.json``, to the last bit.
 
-So nothing about order, initial weights, pictures, loss, optimizer or averages changes unnoticed. After a change that is meant to change
+So nothing about order, initial weights, images, loss, optimizer or averages changes unnoticed. After a change that is meant to change
 them: ``python tests/test_golden.py`` writes the file anew.
 
 The last bits of a sum depend on its order, which torch and its libraries choose by the processor's instructions. :data:`ENVIRONMENT` and
@@ -46,7 +46,7 @@ ENVIRONMENT = {
 
 
 def write_data(folder: Path) -> list[str]:
-    """Three classes, three folds of eight pictures, by arithmetic alone: NumPy's random numbers may change. Returns the flags."""
+    """Three classes, three folds of eight images, by arithmetic alone: NumPy's random numbers may change. Returns the flags."""
     rows = []
     for fold in (1, 2, 3):
         for number in range(8):
@@ -55,10 +55,10 @@ def write_data(folder: Path) -> list[str]:
             y, x = np.mgrid[:10, :24]
             level = (x * (7 + 4 * (number % 3)) + y * y * (3 + fold) + number * 29) % 240  # (10, 24) cells of 4 pixels
             grey = np.kron(level, np.ones((4, 4), dtype=np.int64)).astype(np.uint8)
-            picture = np.stack([grey, 255 - grey, grey // 2 + 60, np.full_like(grey, 255)], axis=2)
+            image = np.stack([grey, 255 - grey, grey // 2 + 60, np.full_like(grey, 255)], axis=2)
             path = folder / "spectrograms" / f"fold{fold}" / row["spec_file_name"]
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(path)
+            Image.fromarray(image).save(path)
     return ["--csv_file", str(write_csv(folder / "data.csv", rows)), "--spectrograms_dir", str(folder / "spectrograms")]
 
 

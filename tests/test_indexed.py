@@ -1,4 +1,4 @@
-"""Indexed pictures: nothing is lost, refusals say why, and a dataset's layouts and palettes do not depend on its order."""
+"""Indexed images: nothing is lost, refusals say why, and a dataset's layouts and palettes do not depend on its order."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from quaclrs.errors import DataError
-from quaclrs.imaging import canonical
-from quaclrs.imaging.indexed import IndexedPicture, NotIndexable, decode, encode, find_cells, recode
+from quaclrs.imaging import shared_layouts
+from quaclrs.imaging.indexed import IndexedImage, NotIndexable, decode, encode, find_cells, recode
 from quaclrs.imaging.layout import Layout, even_edges, even_layout
-from quaclrs.imaging.shared_layouts import picture_facts, plan
+from quaclrs.imaging.shared_layouts import image_facts, plan
 
 MAGMA = matplotlib.colormaps["magma"](np.arange(256), bytes=True)[:, :3].copy()
 
@@ -37,7 +37,7 @@ def random_colours(rng, number):
 
 
 @st.composite
-def drawn_pictures(draw, side=40, colours=256):
+def drawn_images(draw, side=40, colours=256):
     """(grid, palette, layout) with arbitrary edges and, often, equal neighbours."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     height, width = draw(st.integers(1, side)), draw(st.integers(1, side))
@@ -56,7 +56,7 @@ def drawn_pictures(draw, side=40, colours=256):
     return grid, palette, layout
 
 
-@given(drawn_pictures())
+@given(drawn_images())
 @settings(deadline=None, max_examples=200)
 def test_nothing_is_lost(drawn):
     grid, palette, layout = drawn
@@ -78,29 +78,29 @@ def test_nothing_is_lost(drawn):
 @pytest.mark.parametrize("height", [1, 7, 400])
 @pytest.mark.parametrize("width", [1, 3, 8, 1000])
 def test_one_colour_is_one_cell(height, width):
-    picture = encode(np.full((height, width, 3), (1, 2, 3), np.uint8))
-    assert picture.grid.shape == (1, 1)
-    assert picture.palette.tolist() == [[1, 2, 3]]
-    assert decode(picture).shape == (height, width, 3)
+    image = encode(np.full((height, width, 3), (1, 2, 3), np.uint8))
+    assert image.grid.shape == (1, 1)
+    assert image.palette.tolist() == [[1, 2, 3]]
+    assert decode(image).shape == (height, width, 3)
 
 
 def test_256_colours_fit_and_257_do_not():
     colours = random_colours(np.random.default_rng(0), 257)
     pixels = colours[:256].reshape(16, 16, 3)
     assert np.array_equal(decode(encode(pixels)), pixels)
-    with pytest.raises(NotIndexable, match="the picture has 257 colours; an indexed picture has at most 256"):
+    with pytest.raises(NotIndexable, match="the image has 257 colours; an indexed image has at most 256"):
         encode(colours[None])
 
 
 def test_a_photograph_is_refused_with_its_number_of_colours():
     pixels = np.random.default_rng(0).integers(0, 256, (400, 1000, 3)).astype(np.uint8)
     number = len(np.unique(pixels.reshape(-1, 3), axis=0))
-    with pytest.raises(DataError, match=f"the picture has {number:,} colours"):
+    with pytest.raises(DataError, match=f"the image has {number:,} colours"):
         encode(pixels)
 
 
 def test_too_long_a_side_is_refused():
-    with pytest.raises(NotIndexable, match="is 16385×1 pixels; an indexed picture has at most 16384 a side"):
+    with pytest.raises(NotIndexable, match="is 16385×1 pixels; an indexed image has at most 16384 a side"):
         encode(np.zeros((1, 16385, 3), np.uint8))
 
 
@@ -119,11 +119,11 @@ def test_a_view_that_is_not_contiguous_is_indexed_too():
 
 def test_misfits_are_refused_with_what_does_not_fit():
     pixels = paint(np.array([[0, 1]]), np.array([[0, 0, 0], [255, 128, 0]], np.uint8), even_layout(4, 8, 1, 2))
-    with pytest.raises(NotIndexable, match="the picture is 8×4 pixels, the layout 9×4"):
+    with pytest.raises(NotIndexable, match="the image is 8×4 pixels, the layout 9×4"):
         encode(pixels, even_layout(4, 9, 1, 2))
-    with pytest.raises(NotIndexable, match=r"1 of the picture's column edges are not in the layout, e\.g\. pixel 4"):
+    with pytest.raises(NotIndexable, match=r"1 of the image's column edges are not in the layout, e\.g\. pixel 4"):
         encode(pixels, even_layout(4, 8, 1, 1))
-    with pytest.raises(NotIndexable, match=r"1 of the picture's 2 colours are not in the palette, e\.g\. #ff8000"):
+    with pytest.raises(NotIndexable, match=r"1 of the image's 2 colours are not in the palette, e\.g\. #ff8000"):
         encode(pixels, palette=np.zeros((1, 3), np.uint8))
 
 
@@ -144,8 +144,8 @@ def test_matplotlib_draws_even_edges():
     axes.pcolormesh(np.random.default_rng(0).normal(size=(128, 376)), cmap="magma")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    picture = encode(np.asarray(canvas.buffer_rgba())[..., :3], even_layout(400, 1000, 128, 376))
-    assert picture.grid.shape == (128, 376)
+    image = encode(np.asarray(canvas.buffer_rgba())[..., :3], even_layout(400, 1000, 128, 376))
+    assert image.grid.shape == (128, 376)
 
 
 def test_layouts_travel_through_json():
@@ -178,13 +178,13 @@ def test_broken_layouts_are_refused(change, message):
 
 
 def seen_parts(layout, palette, rng, number):
-    """Facts of pictures on ``layout`` with cells merged and colours left out, from hardly at all to nearly everything."""
+    """Facts of images on ``layout`` with cells merged and colours left out, from hardly at all to nearly everything."""
     for kept in rng.choice([0.01, 0.3, 0.9, 1.0], number):
         edges = [(0, *(edge for edge in axis[1:] if rng.random() < kept)) for axis in (layout.row_edges, layout.column_edges)]
         seen = Layout(height=layout.height, width=layout.width, row_edges=edges[0], column_edges=edges[1])
         colours = palette[rng.random(len(palette)) < kept]
         grid = np.zeros((seen.rows, seen.columns), np.uint8)
-        yield picture_facts(IndexedPicture(grid, colours if len(colours) else palette[:1], seen))
+        yield image_facts(IndexedImage(grid, colours if len(colours) else palette[:1], seen))
 
 
 def same_plan(one, other):
@@ -208,17 +208,17 @@ def test_a_dataset_of_three_widths_has_three_layouts_and_one_palette_in_any_orde
         assert palette == 0
 
 
-def test_a_picture_that_shows_nothing_takes_the_smallest_layout():
-    facts = [picture_facts(find_cells(np.zeros((400, 1000, 3), np.uint8)))]
+def test_a_image_that_shows_nothing_takes_the_smallest_layout():
+    facts = [image_facts(find_cells(np.zeros((400, 1000, 3), np.uint8)))]
     assert plan(facts).layouts == (even_layout(400, 1000, 1, 1),)
     whole = even_layout(400, 1000, 128, 376)
-    facts.append(picture_facts(IndexedPicture(np.zeros((128, 376), np.uint8), MAGMA, whole)))
+    facts.append(image_facts(IndexedImage(np.zeros((128, 376), np.uint8), MAGMA, whole)))
     planned = plan(facts)
     assert planned.layouts == (whole,)
     assert planned.choose(facts[0]) == (0, 0)
 
 
-def test_grids_that_are_not_even_are_put_together_from_what_pictures_show():
+def test_grids_that_are_not_even_are_put_together_from_what_images_show():
     rng = np.random.default_rng(0)
     edges = [
         (0, *sorted(rng.choice(np.arange(1, pixels), cells, replace=False).tolist())) for pixels, cells in ((300, 60), (500, 90))
@@ -228,7 +228,7 @@ def test_grids_that_are_not_even_are_put_together_from_what_pictures_show():
     for _ in range(30):
         kept = [(0, *(edge for edge in axis[1:] if rng.random() < 0.7)) for axis in edges]
         part = Layout(height=300, width=500, row_edges=kept[0], column_edges=kept[1])
-        facts.append(picture_facts(IndexedPicture(np.zeros((part.rows, part.columns), np.uint8), MAGMA, part)))
+        facts.append(image_facts(IndexedImage(np.zeros((part.rows, part.columns), np.uint8), MAGMA, part)))
     planned = plan(facts)
     assert planned.layouts == (odd,)
     same_plan(planned, plan(reversed(facts)))
@@ -238,7 +238,7 @@ def test_colour_maps_that_do_not_fit_together_keep_a_palette_each():
     rng = np.random.default_rng(0)
     maps = [matplotlib.colormaps[name](np.arange(256), bytes=True)[:, :3].copy() for name in ("magma", "viridis", "gray")]
     layout = even_layout(40, 100, 4, 10)
-    facts = [picture_facts(IndexedPicture(np.zeros((4, 10), np.uint8), MAGMA, layout))]  # one picture has all of magma
+    facts = [image_facts(IndexedImage(np.zeros((4, 10), np.uint8), MAGMA, layout))]  # one image has all of magma
     facts += [fact for palette in maps for fact in seen_parts(layout, palette, rng, 40)]
     planned = plan(facts)
     assert len(planned.palettes) == 3
@@ -250,40 +250,40 @@ def test_colour_maps_that_do_not_fit_together_keep_a_palette_each():
 def test_small_palettes_are_put_together():
     colours = random_colours(np.random.default_rng(0), 600).reshape(6, 100, 3)
     layout = even_layout(4, 4, 1, 1)
-    facts = [picture_facts(IndexedPicture(np.zeros((1, 1), np.uint8), palette, layout)) for palette in colours]
+    facts = [image_facts(IndexedImage(np.zeros((1, 1), np.uint8), palette, layout)) for palette in colours]
     assert [len(palette) for palette in plan(facts).palettes] == [200, 200, 200]
 
 
-def test_pictures_without_anything_in_common_are_refused(monkeypatch):
-    monkeypatch.setattr(canonical, "MAX_SHARED", 3)
+def test_images_without_anything_in_common_are_refused(monkeypatch):
+    monkeypatch.setattr(shared_layouts, "MAX_SHARED", 3)
     colours = random_colours(np.random.default_rng(0), 1200).reshape(6, 200, 3)
-    facts = [picture_facts(IndexedPicture(np.zeros((1, 1), np.uint8), palette, even_layout(4, 4, 1, 1))) for palette in colours]
+    facts = [image_facts(IndexedImage(np.zeros((1, 1), np.uint8), palette, even_layout(4, 4, 1, 1))) for palette in colours]
     with pytest.raises(NotIndexable, match="need more than 3 palettes"):
         plan(facts)
-    facts = [picture_facts(find_cells(np.zeros((1, width, 3), np.uint8))) for width in range(1, 6)]
+    facts = [image_facts(find_cells(np.zeros((1, width, 3), np.uint8))) for width in range(1, 6)]
     with pytest.raises(NotIndexable, match="need more than 3 layouts"):
         plan(facts)
 
 
-def test_a_picture_outside_the_plan_is_refused():
+def test_a_image_outside_the_plan_is_refused():
     black, grey = (np.full((2, 2, 3), level, np.uint8) for level in (0, 9))
-    planned = plan([picture_facts(find_cells(black))])
+    planned = plan([image_facts(find_cells(black))])
     with pytest.raises(NotIndexable, match="colours fit nothing planned"):
-        planned.choose(picture_facts(find_cells(grey)))
+        planned.choose(image_facts(find_cells(grey)))
     with pytest.raises(NotIndexable, match="cells fit nothing planned"):
-        planned.choose(picture_facts(find_cells(black[:1])))
+        planned.choose(image_facts(find_cells(black[:1])))
 
 
-@given(st.lists(drawn_pictures(side=12, colours=40), min_size=1, max_size=12), st.randoms())
+@given(st.lists(drawn_images(side=12, colours=40), min_size=1, max_size=12), st.randoms())
 @settings(deadline=None, max_examples=100)
-def test_every_planned_picture_is_lossless_whatever_the_order(drawn, shuffler):
-    pictures = [find_cells(paint(*one)) for one in drawn]
-    facts = [picture_facts(picture) for picture in pictures]
+def test_every_planned_image_is_lossless_whatever_the_order(drawn, shuffler):
+    images = [find_cells(paint(*one)) for one in drawn]
+    facts = [image_facts(image) for image in images]
     planned = plan(facts)
-    for picture, fact in zip(pictures, facts, strict=True):
+    for image, fact in zip(images, facts, strict=True):
         layout, palette = planned.choose(fact)
-        recoded = recode(picture, planned.layouts[layout], planned.palettes[palette])
-        assert np.array_equal(decode(recoded), decode(picture))
+        recoded = recode(image, planned.layouts[layout], planned.palettes[palette])
+        assert np.array_equal(decode(recoded), decode(image))
     shuffler.shuffle(facts)
     same_plan(planned, plan(facts))
 
@@ -292,7 +292,7 @@ def test_encoding_costs_less_than_decoding_the_png():
     rng = np.random.default_rng(0)
     grid = np.clip(rng.normal(128, 20, (128, 376)) + 60 * np.sin(np.arange(376) / 9), 0, 255).astype(np.uint8)
     layout = even_layout(400, 1000, 128, 376)
-    pixels = decode(IndexedPicture(grid, MAGMA, layout))
+    pixels = decode(IndexedImage(grid, MAGMA, layout))
     file = io.BytesIO()
     Image.fromarray(pixels).convert("RGBA").save(file, "png")
 

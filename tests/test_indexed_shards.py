@@ -1,4 +1,4 @@
-"""Contract of ``--encoding indexed``: lossless for every picture, shared layouts and palettes, the same bytes however they were made."""
+"""Contract of ``--encoding indexed``: lossless for every image, shared layouts and palettes, the same bytes however they were made."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def rgb_of(path: Path) -> np.ndarray:
 
 
 def photograph(path: Path, colours: int = 257) -> None:
-    """A picture of exactly ``colours`` colours, too many by one."""
+    """An image of exactly ``colours`` colours, too many by one."""
     number = np.arange(40 * 100).reshape(40, 100) % colours
     Image.fromarray(np.stack([number % 256, number // 256, number * 0], axis=-1).astype(np.uint8)).save(path)
 
 
-def test_every_picture_can_be_redrawn_by_hand(indexed_shards: Path, png_tree: PngTree) -> None:
+def test_every_image_can_be_rendered_by_hand(indexed_shards: Path, png_tree: PngTree) -> None:
     """By NumPy and json alone, from what the format says: no code of ours."""
     manifest, samples = manifest_of(indexed_shards), samples_of(indexed_shards)
     payloads = {
@@ -61,8 +61,8 @@ def test_every_picture_can_be_redrawn_by_hand(indexed_shards: Path, png_tree: Pn
         grid = np.frombuffer(content[128:], np.uint8).reshape(len(layout["row_edges"]), len(layout["column_edges"]))
         heights = np.diff([*layout["row_edges"], layout["height"]])
         widths = np.diff([*layout["column_edges"], layout["width"]])
-        redrawn = palette[grid].repeat(heights, axis=0).repeat(widths, axis=1)
-        assert np.array_equal(redrawn, rgb_of(png_tree.path(int(record["row"]))))
+        rendered = palette[grid].repeat(heights, axis=0).repeat(widths, axis=1)
+        assert np.array_equal(rendered, rgb_of(png_tree.path(int(record["row"]))))
     assert len(payloads) == len(png_tree.rows)
 
 
@@ -100,8 +100,8 @@ def test_from_png_shards_come_png_and_rgb_too(png_shards: Path, rgb_shards: Path
     assert content_of(tmp_path / "rgb") == content_of(rgb_shards)
 
 
-def test_only_png_shards_hold_the_pictures(rgb_shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"--from_shards .*: is encoded rgb; only png shards hold the original pictures"):
+def test_only_png_shards_hold_the_images(rgb_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match=r"--from_shards .*: is encoded rgb; only png shards hold the original images"):
         pack(PackConfig(from_shards=rgb_shards, output_dir=tmp_path / "shards"))
 
 
@@ -136,7 +136,7 @@ def test_the_first_round_is_not_done_twice(tmp_path: Path, monkeypatch: pytest.M
             pack_tree(tree, tmp_path / "shards", encoding="indexed")
 
     def decode_again(*arguments: object) -> None:
-        raise AssertionError("a picture was decoded again")
+        raise AssertionError("an image was decoded again")
 
     monkeypatch.setattr("quaclrs.shards.packing.write_indexed.decode_png", decode_again)
     assert pack_tree(tree, tmp_path / "shards", encoding="indexed").manifest.num_samples == len(tree.rows)
@@ -164,25 +164,25 @@ def test_a_photograph_can_be_left_out(tmp_path: Path) -> None:
     assert verify(tmp_path / "shards") == len(tree.rows) - len(affected)
 
 
-def test_pictures_of_several_sizes_and_colour_maps(tmp_path: Path) -> None:
+def test_images_of_several_sizes_and_colour_maps(tmp_path: Path) -> None:
     """Two sizes, three colour maps with more than 256 colours together, 1 colour, 1×1 pixel, cells of 1 pixel."""
     random = np.random.default_rng(0)
-    pictures = [random.integers(0, 255, (40, 100, 3)).astype(np.uint8)[:2, :2] for _ in range(3)]
+    images = [random.integers(0, 255, (40, 100, 3)).astype(np.uint8)[:2, :2] for _ in range(3)]
     ramps = [
         np.stack([np.arange(200), np.full(200, colour), np.arange(200)[::-1]], axis=1).astype(np.uint8) for colour in (0, 99, 255)
     ]
-    pictures += [ramp[random.integers(0, 200, (20, 50))].repeat(2, axis=0).repeat(2, axis=1) for ramp in ramps for _ in range(2)]
-    pictures += [np.full((40, 100, 3), 7, np.uint8), np.zeros((1, 1, 3), np.uint8), ramps[0][random.integers(0, 200, (33, 77))]]
-    rows = [make_row("dog_bark", 1 + i % 3, recording=i) for i in range(len(pictures))]
+    images += [ramp[random.integers(0, 200, (20, 50))].repeat(2, axis=0).repeat(2, axis=1) for ramp in ramps for _ in range(2)]
+    images += [np.full((40, 100, 3), 7, np.uint8), np.zeros((1, 1, 3), np.uint8), ramps[0][random.integers(0, 200, (33, 77))]]
+    rows = [make_row("dog_bark", 1 + i % 3, recording=i) for i in range(len(images))]
     tree = PngTree(write_csv(tmp_path / "data.csv", rows), tmp_path / "spectrograms", rows)
-    for row, picture in enumerate(pictures):
+    for row, image in enumerate(images):
         tree.path(row).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(tree.path(row))
+        Image.fromarray(image).save(tree.path(row))
     pack_tree(tree, tmp_path / "shards", encoding="indexed")
     assert verify(tmp_path / "shards") == len(rows)
     with ShardSet(tmp_path / "shards") as shards:
         for number, record in enumerate(shards.samples):
-            assert np.array_equal(shards.picture(number), pictures[record["row"]])
+            assert np.array_equal(shards.image(number), images[record["row"]])
 
 
 def test_export_restores_the_pixels_and_the_mode(indexed_shards: Path, png_tree: PngTree, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_export_restores_the_pixels_and_the_mode(indexed_shards: Path, png_tree:
         assert restored.tobytes() == original.tobytes()
 
 
-def test_verify_redraws_every_picture(indexed_shards: Path, tmp_path: Path) -> None:
+def test_verify_renders_every_image(indexed_shards: Path, tmp_path: Path) -> None:
     """A shard in which everything fits together but the pixels are other ones."""
     folder = tmp_path / "shards"
     shutil.copytree(indexed_shards, folder)
@@ -213,7 +213,7 @@ def test_verify_redraws_every_picture(indexed_shards: Path, tmp_path: Path) -> N
 def test_the_summary_of_png_shards_says_what_indexed_would_save(png_tree: PngTree, tmp_path: Path) -> None:
     flags = ["--csv_file", png_tree.csv_file, "--spectrograms_dir", png_tree.spectrograms_dir, "--output_dir", tmp_path / "png"]
     result = run_tool("shard_dataset", list(map(str, flags)))
-    assert "all of 64 pictures looked at are colour-mapped grids: --encoding indexed would keep them without loss" in result.stdout
+    assert "all of 64 images looked at are colour-mapped grids: --encoding indexed would keep them without loss" in result.stdout
 
 
 def test_the_summary_of_photographs_does_not(tmp_path: Path) -> None:
@@ -222,4 +222,4 @@ def test_the_summary_of_photographs_does_not(tmp_path: Path) -> None:
         photograph(tree.path(row), colours=300)
     flags = ["--csv_file", tree.csv_file, "--spectrograms_dir", tree.spectrograms_dir, "--output_dir", tmp_path / "png"]
     result = run_tool("shard_dataset", list(map(str, flags)))
-    assert "is no colour-mapped grid (the picture has 300 colours" in result.stdout
+    assert "is no colour-mapped grid (the image has 300 colours" in result.stdout

@@ -35,7 +35,7 @@ from torchvision import transforms
 from quaclrs.config import PackConfig, TrainConfig
 from quaclrs.errors import DataError, QuaclrsError, ShardError, UsageError
 from quaclrs.imaging.normalise import normalisation_table, normalise
-from quaclrs.loaders import Choice, Fit, build_loader, choose_loader
+from quaclrs.loaders import Choice, MemoryEstimate, build_loader, choose_loader
 from quaclrs.loaders.base import Batch, Loader, LoaderConfig
 from quaclrs.loaders.dataset import Dataset, open_dataset
 from quaclrs.loaders.files import FilesLoader
@@ -49,7 +49,7 @@ MAX_BATCH = 6
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 DALI_LARGEST, DALI_MEAN = 10, 0.5
-"""How far DALI's own resize may be from Pillow's, in 8-bit levels: at a single value, and in the mean over a picture."""
+"""How far DALI's own resize may be from Pillow's, in 8-bit levels: at a single value, and in the mean over an image."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ CASES = [
 ]
 
 
-# --- the data: pictures as the real ones, and every odd kind of PNG ---
+# --- the data: images as the real ones, and every odd kind of PNG ---
 
 
-def magma_picture(seed: int, columns: int = 376, width: int = 1000, height: int = 400) -> np.ndarray:
+def magma_image(seed: int, columns: int = 376, width: int = 1000, height: int = 400) -> np.ndarray:
     """(height, width, 4) uint8: a grid of 128 × ``columns`` cells in magma, enlarged as matplotlib draws it."""
     grid = np.random.default_rng(seed).normal(size=(128, columns))
     for axis in (0, 1):
@@ -97,30 +97,30 @@ def magma_picture(seed: int, columns: int = 376, width: int = 1000, height: int 
     return matplotlib.colormaps["magma"](np.arange(256), bytes=True)[pixels]
 
 
-def png_16_bit_rgb(picture: np.ndarray) -> bytes:
+def png_16_bit_rgb(image: np.ndarray) -> bytes:
     """A colour PNG of 16 bits a channel, which Pillow reads but cannot write."""
-    wide = picture[..., :3].astype(">u2") * 256 + np.random.default_rng(0).integers(0, 256, (*picture.shape[:2], 3))
+    wide = image[..., :3].astype(">u2") * 256 + np.random.default_rng(0).integers(0, 256, (*image.shape[:2], 3))
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in wide)
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = struct.pack(">IIBBBBB", picture.shape[1], picture.shape[0], 16, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], 16, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b"")
 
 
-def png(picture: Image.Image, **options: object) -> bytes:
+def png(image: Image.Image, **options: object) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "PNG", compress_level=1, **options)
+    image.save(file, "PNG", compress_level=1, **options)
     return file.getvalue()
 
 
-def odd_pictures() -> dict[str, bytes]:
-    base = magma_picture(seed=99)
+def odd_images() -> dict[str, bytes]:
+    base = magma_image(seed=99)
     see_through = base.copy()
     see_through[..., 3] = np.random.default_rng(1).integers(0, 256, base.shape[:2])
-    picture, palette = Image.fromarray(base), Image.fromarray(base).convert("RGB").quantize(256)
-    grey = picture.convert("L")
+    image, palette = Image.fromarray(base), Image.fromarray(base).convert("RGB").quantize(256)
+    grey = image.convert("L")
     gamma = PngImagePlugin.PngInfo()
     gamma.add(b"gAMA", struct.pack(">I", 100_000))
     turned = Image.Exif()
@@ -134,10 +134,10 @@ def odd_pictures() -> dict[str, bytes]:
         "16-bit-dark.png": png(Image.fromarray(np.asarray(grey).astype(np.uint16))),
         "16-bit-colour.png": png_16_bit_rgb(base),
         "transparent.png": png(Image.fromarray(see_through)),
-        "rgb.png": png(picture.convert("RGB")),
-        "rgb-transparent-colour.png": png(picture.convert("RGB"), transparency=tuple(int(v) for v in base[0, 0, :3])),
-        "gamma.png": png(picture, pnginfo=gamma),
-        "turned.png": png(picture, exif=turned),
+        "rgb.png": png(image.convert("RGB")),
+        "rgb-transparent-colour.png": png(image.convert("RGB"), transparency=tuple(int(v) for v in base[0, 0, :3])),
+        "gamma.png": png(image, pnginfo=gamma),
+        "turned.png": png(image, exif=turned),
         "smaller.png": png(Image.fromarray(base[:130, :190])),
     }
 
@@ -164,17 +164,17 @@ class Data:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     root = tmp_path_factory.mktemp("loaders")
-    pictures = {f"magma{i}.png": png(Image.fromarray(magma_picture(i, (376, 469, 313)[i % 3]))) for i in range(6)}
-    pictures |= odd_pictures()
+    images = {f"magma{i}.png": png(Image.fromarray(magma_image(i, (376, 469, 313)[i % 3]))) for i in range(6)}
+    images |= odd_images()
     rows = [
         {"spec_file_name": name, "fold": str(1 + i % 3), "class": ("saw", "horn", "dog")[i % 2 + i % 3 // 2]}
-        for i, name in enumerate(pictures)
+        for i, name in enumerate(images)
     ]
     rows.append(dict(rows[2]))  # two slices of one recording: one file, two samples
     tree = PngTree(write_csv(root / "data.csv", rows), root / "spectrograms", rows)
     for row in range(len(rows)):
         tree.path(row).parent.mkdir(parents=True, exist_ok=True)
-        tree.path(row).write_bytes(pictures[rows[row]["spec_file_name"]])
+        tree.path(row).write_bytes(images[rows[row]["spec_file_name"]])
     folders = {encoding: root / encoding for encoding in sorted({case.source for case in CASES} - {"tree"})}
     for encoding, folder in folders.items():
         pack(
@@ -218,8 +218,8 @@ def oracle(data: Data) -> Oracle:
     to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     images = []
     for row in rows:
-        with Image.open(data.tree.spectrograms_dir / f"fold{row['fold']}" / row["spec_file_name"]) as picture:
-            images.append(to_tensor(picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)))
+        with Image.open(data.tree.spectrograms_dir / f"fold{row['fold']}" / row["spec_file_name"]) as image:
+            images.append(to_tensor(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)))
     names = sorted({row["class"] for row in rows})
     return Oracle(rows, torch.tensor([names.index(row["class"]) for row in rows]), torch.stack(images))
 
@@ -437,8 +437,8 @@ def copy_of(data: Data, source: str, folder: Path) -> Data:
     return Data(data.tree, data.folders | {source: folder})
 
 
-def damage_picture(data: Data, oracle: Oracle, number: int) -> Path:
-    """Overwrite the second half of a picture in the tree."""
+def damage_image(data: Data, oracle: Oracle, number: int) -> Path:
+    """Overwrite the second half of an image in the tree."""
     row = oracle.rows[number]
     path = data.tree.spectrograms_dir / f"fold{row['fold']}" / row["spec_file_name"]
     content = path.read_bytes()
@@ -467,11 +467,11 @@ DECODING_CASES = [case for case in CASES if case.source in ("tree", "png") and c
 
 @pytest.mark.parametrize("victim", ["magma4.png", "palette.png"])
 @pytest.mark.parametrize("case", DECODING_CASES, ids=str, scope="function")
-def test_a_damaged_picture(case: Case, victim: str, data: Data, oracle: Oracle, tmp_path: Path) -> None:
+def test_a_damaged_image(case: Case, victim: str, data: Data, oracle: Oracle, tmp_path: Path) -> None:
     """Its batch raises, those before do not; who leaves before it comes sees nothing, and can go on with other samples."""
     bad = oracle.number_of(victim)
     damaged = copy_of(data, case.source, tmp_path / "copy")
-    file = damage_picture(damaged, oracle, bad) if case.source == "tree" else damage_record(damaged.folders[case.source], bad)
+    file = damage_image(damaged, oracle, bad) if case.source == "tree" else damage_record(damaged.folders[case.source], bad)
     good = [number for number in range(len(oracle)) if oracle.rows[number]["spec_file_name"] != victim]
     asked = [np.array([number]) for number in (*good[:2], bad, *good[2:])]
     before = settled()
@@ -510,7 +510,7 @@ def test_a_shard_that_vanishes(case: Case, data: Data, tmp_path: Path) -> None:
 
 
 class _KillsItsReader:
-    def picture(self, number: int) -> np.ndarray:
+    def image(self, number: int) -> np.ndarray:
         if number == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         return np.zeros((SIZE, SIZE, 3), np.uint8)
@@ -557,7 +557,7 @@ def test_dali_has_nothing_to_decode_in_rgb_shards(data: Data) -> None:
         ("auto", "png", "dali", "DALI is here"),
         ("auto", None, "dali", "DALI is here"),
         ("auto", "rgb", "mapped", "ready pixels"),
-        ("auto", "indexed", "mapped", "grids to redraw"),
+        ("auto", "indexed", "mapped", "grids to render"),
         ("resident", "indexed", "resident", "as asked for"),
         ("files", "png", "files", "as asked for"),
         ("files", None, "files", "as asked for"),
@@ -572,18 +572,21 @@ def test_choice(wanted: str, encoding: str | None, name: str, reason: str) -> No
 
 @pytest.mark.parametrize(("free", "name"), [(10**9, "resident"), (1_900_000, "mapped")])
 def test_what_fits_in_the_device_stays_there(free: int, name: str) -> None:
-    choice = choose_loader("auto", "indexed", Fit(needed=1_000_000, free=free))
+    choice = choose_loader("auto", "indexed", MemoryEstimate(needed=1_000_000, free=free))
     assert choice.name == name
     assert f"0.00 of {free / 1e9:.2f} GB" in choice.reason
 
 
 @pytest.mark.parametrize(("free", "name", "parts"), [(2_000_000, "resident", 1), (500_000, "resident", 4), (499_999, "mapped", 1)])
 def test_what_fits_in_several_devices_is_shared_out(free: int, name: str, parts: int) -> None:
-    choice = choose_loader("auto", "indexed", Fit(needed=1_000_000, free=free, ranks=4))
+    choice = choose_loader("auto", "indexed", MemoryEstimate(needed=1_000_000, free=free, ranks=4))
     assert (choice.name, choice.parts) == (name, parts)
     assert ("shared out over 4 processes, each of which shuffles its own part" in choice.reason) == (parts == 4)
-    asked = choose_loader("resident", "indexed", Fit(needed=1_000_000, free=1_200_000, ranks=4))
-    assert (asked.parts, choose_loader("resident", "indexed", Fit(needed=1_000_000, free=300_000, ranks=4)).parts) == (1, 4)
+    asked = choose_loader("resident", "indexed", MemoryEstimate(needed=1_000_000, free=1_200_000, ranks=4))
+    assert (asked.parts, choose_loader("resident", "indexed", MemoryEstimate(needed=1_000_000, free=300_000, ranks=4)).parts) == (
+        1,
+        4,
+    )
 
 
 @pytest.mark.parametrize("encoding", ["indexed", "rgb", "png"])
@@ -591,11 +594,11 @@ def test_parts_hold_what_the_whole_does(encoding: str, data: Data) -> None:
     """Each sample is in one of three parts, with the same bits; a part says so when it is asked for another's."""
     choice, dataset = Choice(name="resident", reason="test"), data.open(encoding)
     whole = build_loader(choice, dataset, loader_config())
-    assert whole.holds_all
+    assert whole.replicated
     seen: list[int] = []
     for rank in range(3):
         part = build_loader(choice, dataset, dataclasses.replace(loader_config(), part=(rank, 3)))
-        assert not part.holds_all
+        assert not part.replicated
         numbers = np.arange(rank, len(dataset), 3)[::-1].copy()
         batches = np.array_split(numbers, -(-len(numbers) // 4))
         for mine, theirs in zip(part.load(batches), whole.load(batches), strict=True):
@@ -723,39 +726,39 @@ def every_level() -> torch.Tensor:
     return torch.stack([first, first.flip(0)])
 
 
-def torchvision_normalised(pictures: torch.Tensor) -> torch.Tensor:
+def torchvision_normalised(images: torch.Tensor) -> torch.Tensor:
     to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-    return torch.stack([to_tensor(Image.fromarray(picture.numpy())) for picture in pictures])
+    return torch.stack([to_tensor(Image.fromarray(image.numpy())) for image in images])
 
 
 def test_normalise_is_torchvisions_to_the_last_bit() -> None:
-    pictures = every_level()
-    found = normalise(pictures)
+    images = every_level()
+    found = normalise(images)
     assert found.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(found, torchvision_normalised(pictures))
+    assert torch.equal(found, torchvision_normalised(images))
     for dtype in (torch.float16, torch.bfloat16):
-        assert torch.equal(normalise(pictures, dtype), torchvision_normalised(pictures).to(dtype))
+        assert torch.equal(normalise(images, dtype), torchvision_normalised(images).to(dtype))
 
 
 def test_the_table_of_other_devices_gives_the_same_bits() -> None:
-    pictures = every_level()
+    images = every_level()
     table = normalisation_table()
     assert table.shape == (3, 256)
-    looked_up = torch.stack([table[channel][pictures[..., channel].long()] for channel in range(3)], dim=1)
-    assert torch.equal(looked_up, torchvision_normalised(pictures))
+    looked_up = torch.stack([table[channel][images[..., channel].long()] for channel in range(3)], dim=1)
+    assert torch.equal(looked_up, torchvision_normalised(images))
 
 
 @pytest.mark.gpu
 def test_normalise_on_a_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
-    pictures = every_level()
-    assert torch.equal(normalise(pictures.cuda()).cpu(), torchvision_normalised(pictures))
+    images = every_level()
+    assert torch.equal(normalise(images.cuda()).cpu(), torchvision_normalised(images))
 
 
 @pytest.mark.parametrize(
-    "pictures", [torch.zeros(2, 4, 4, 3), torch.zeros(4, 4, 3, dtype=torch.uint8), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)]
+    "images", [torch.zeros(2, 4, 4, 3), torch.zeros(4, 4, 3, dtype=torch.uint8), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)]
 )
-def test_normalise_refuses_other_arrays(pictures: torch.Tensor) -> None:
+def test_normalise_refuses_other_arrays(images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"must be \(B, S, S, 3\) uint8"):
-        normalise(pictures)
+        normalise(images)

@@ -110,7 +110,7 @@ def test_semicolons_are_shown_as_what_they_make_of_the_header() -> None:
 
 @pytest.mark.parametrize("content", ["", "\n\n", "  \n"])
 def test_an_empty_csv(content: str) -> None:
-    assert "the CSV is empty; it needs a header and one row per picture" in refusal(content)
+    assert "the CSV is empty; it needs a header and one row per image" in refusal(content)
 
 
 def test_a_header_without_rows() -> None:
@@ -203,7 +203,7 @@ def test_a_quote_that_never_ends() -> None:
 )
 def test_a_path_that_leaves_the_folder(file: str) -> None:
     message = refusal(HEADER, GOOD, with_value("spec_file_name", file))
-    assert f"row 2: the picture {file!r} is absolute or climbs out with '..'; paths must stay below --spectrograms_dir" in message
+    assert f"row 2: the image {file!r} is absolute or climbs out with '..'; paths must stay below --spectrograms_dir" in message
 
 
 @pytest.mark.parametrize("file", ["a..b.png", "...png", "x/y/a.png", "-a.png", "ä ö.png", "a.b.png"])
@@ -275,7 +275,7 @@ def test_originals_are_unknown_without_the_column() -> None:
     assert parse("spec_file_name,fold,class", "a.png,1,dog").is_original is None
 
 
-def test_pictures_lie_in_their_folds_folder_or_flat(tmp_path: Path) -> None:
+def test_images_lie_in_their_folds_folder_or_flat(tmp_path: Path) -> None:
     metadata = parse(HEADER, GOOD)
     (tmp_path / "fold1").mkdir()
     in_fold, flat = tmp_path / "fold1" / "1-3-orig.png", tmp_path / "1-3-orig.png"
@@ -286,6 +286,6 @@ def test_pictures_lie_in_their_folds_folder_or_flat(tmp_path: Path) -> None:
     assert metadata.path(0, tmp_path) == in_fold
 
 
-def test_a_name_too_long_for_the_file_system_is_a_missing_picture(tmp_path: Path) -> None:
+def test_a_name_too_long_for_the_file_system_is_a_missing_image(tmp_path: Path) -> None:
     metadata = parse(HEADER, with_value("spec_file_name", "a" * 300))
     assert metadata.path(0, tmp_path) == tmp_path / "fold1" / ("a" * 300)

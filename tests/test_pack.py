@@ -35,7 +35,7 @@ from packing import (
     tool_command,
 )
 from PIL import Image
-from png_trees import CLASSES, PngTree, grid_picture, make_row, make_rows, write_csv, write_tree
+from png_trees import CLASSES, PngTree, grid_image, make_row, make_rows, write_csv, write_tree
 
 from quaclrs.config import Columns, PackConfig, parse_bytes
 from quaclrs.errors import DataError, QuaclrsError, ShardError, StorageError, UsageError
@@ -47,7 +47,7 @@ FEW_CLASSES, FEW_FOLDS = CLASSES[:4], (1, 2, 3)
 
 @pytest.fixture
 def small_tree(tmp_path: Path) -> PngTree:
-    """24 pictures in three folds, to be damaged at will."""
+    """24 images in three folds, to be damaged at will."""
     return write_tree(tmp_path / "tree", make_rows(FEW_CLASSES, FEW_FOLDS))
 
 
@@ -240,7 +240,7 @@ def test_the_tool_with_four_workers_writes_the_same_bytes_as_one(png_shards: Pat
 
 
 def test_a_tree_elsewhere_with_other_times_gives_the_same_bytes(png_shards: Path, png_tree: PngTree, tmp_path: Path) -> None:
-    moved = PngTree(tmp_path / "moved" / "data.csv", tmp_path / "moved" / "pictures", png_tree.rows)
+    moved = PngTree(tmp_path / "moved" / "data.csv", tmp_path / "moved" / "images", png_tree.rows)
     shutil.copytree(png_tree.spectrograms_dir, moved.spectrograms_dir, copy_function=shutil.copyfile)  # new times
     shutil.copyfile(png_tree.csv_file, moved.csv_file)
     pack_tree(moved, tmp_path / "shards")
@@ -372,7 +372,7 @@ def test_killed_before_and_after_every_flush_and_rename(tmp_path: Path) -> None:
     assert {tars for _, tars, _ in killed} == {"0", "1"}
 
 
-def test_finished_shards_are_kept_when_a_picture_is_bad(small_tree: PngTree, tmp_path: Path) -> None:
+def test_finished_shards_are_kept_when_a_image_is_bad(small_tree: PngTree, tmp_path: Path) -> None:
     output_dir = tmp_path / "shards"
     bad = next(small_tree.path(row) for row in range(len(small_tree.rows)) if small_tree.rows[row]["fold"] == "3")
     good = bad.read_bytes()
@@ -414,7 +414,7 @@ def test_a_shard_that_lacks_skipped_rows_is_not_kept_for_stop(small_tree: PngTre
         pack_tree(small_tree, tmp_path / "shards", on_error="stop")
 
 
-def test_a_picture_changed_before_the_second_try_is_packed_anew(small_tree: PngTree, tmp_path: Path) -> None:
+def test_a_image_changed_before_the_second_try_is_packed_anew(small_tree: PngTree, tmp_path: Path) -> None:
     obstacle = tmp_path / "shards" / "manifest.json"
     obstacle.mkdir(parents=True)
     with pytest.raises(StorageError):
@@ -500,7 +500,7 @@ def test_a_packing_waits_for_the_one_before_it(small_tree: PngTree, tmp_path: Pa
     assert not (output_dir / ".packing").exists()
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------------------------
+# ---- images -------------------------------------------------------------------------------------------------------------------------
 
 
 def packing_error(tree: PngTree, output_dir: Path, **options: object) -> str:
@@ -512,25 +512,25 @@ def packing_error(tree: PngTree, output_dir: Path, **options: object) -> str:
     return str(caught.value)
 
 
-def test_a_missing_picture_is_named_before_anything_is_written(small_tree: PngTree, tmp_path: Path) -> None:
+def test_a_missing_image_is_named_before_anything_is_written(small_tree: PngTree, tmp_path: Path) -> None:
     small_tree.path(5).unlink()
     message = packing_error(small_tree, tmp_path / "shards")
     assert message == (
-        f"{small_tree.csv_file}: row 6: no picture at {small_tree.path(5)} (No such file or directory); "
+        f"{small_tree.csv_file}: row 6: no image at {small_tree.path(5)} (No such file or directory); "
         "check --spectrograms_dir, restore the file, or pack with --on_error skip to leave it out"
     )
     assert not (tmp_path / "shards").exists()
 
 
-def test_a_name_too_long_is_a_missing_picture(small_tree: PngTree, tmp_path: Path) -> None:
+def test_a_name_too_long_is_a_missing_image(small_tree: PngTree, tmp_path: Path) -> None:
     rows = [*small_tree.rows, make_row("ambulance", 1) | {"spec_file_name": "a" * 300}]
     tree = PngTree(write_csv(tmp_path / "data.csv", rows), small_tree.spectrograms_dir, rows)
-    assert "row 25: no picture at" in packing_error(tree, tmp_path / "shards")
+    assert "row 25: no image at" in packing_error(tree, tmp_path / "shards")
 
 
 def jpeg() -> bytes:
     buffer = io.BytesIO()
-    grid_picture("police", 0).convert("RGB").save(buffer, "JPEG")
+    grid_image("police", 0).convert("RGB").save(buffer, "JPEG")
     return buffer.getvalue()
 
 
@@ -545,7 +545,7 @@ def jpeg() -> bytes:
     ids=["cut", "overwritten", "jpeg", "empty"],
 )
 @pytest.mark.parametrize("encoding", ["png", "rgb"])
-def test_a_bad_picture_stops_the_packing_with_row_and_file(
+def test_a_bad_image_stops_the_packing_with_row_and_file(
     encoding: str, damage: object, reason: str, small_tree: PngTree, tmp_path: Path
 ) -> None:
     path = small_tree.path(7)
@@ -554,7 +554,7 @@ def test_a_bad_picture_stops_the_packing_with_row_and_file(
     assert message.startswith(f"row 8: {path}: {reason}")
 
 
-def test_a_bad_picture_in_a_worker_is_reported_by_the_tool_in_one_line(small_tree: PngTree, tmp_path: Path) -> None:
+def test_a_bad_image_in_a_worker_is_reported_by_the_tool_in_one_line(small_tree: PngTree, tmp_path: Path) -> None:
     path = small_tree.path(7)
     path.write_bytes(path.read_bytes()[:-1])
     done = run_tool("shard_dataset", pack_flags(small_tree, tmp_path / "shards", num_workers=2))
@@ -566,7 +566,7 @@ def test_a_bad_picture_in_a_worker_is_reported_by_the_tool_in_one_line(small_tre
     ]
 
 
-def test_skip_leaves_bad_pictures_out_and_says_which(small_tree: PngTree, tmp_path: Path) -> None:
+def test_skip_leaves_bad_images_out_and_says_which(small_tree: PngTree, tmp_path: Path) -> None:
     rows = [2, 9, 20]
     for row, content in zip(rows, (small_tree.path(2).read_bytes()[:40], None, b"<svg/>"), strict=True):
         if content is None:
@@ -593,7 +593,7 @@ def test_a_manifest_with_skipped_rows_does_not_depend_on_where_the_tree_lies(sma
     assert content_of(tmp_path / "here") == content_of(tmp_path / "there")
 
 
-def test_shards_of_nothing_but_skipped_pictures_are_left_out(small_tree: PngTree, tmp_path: Path) -> None:
+def test_shards_of_nothing_but_skipped_images_are_left_out(small_tree: PngTree, tmp_path: Path) -> None:
     for row in range(24):
         if small_tree.rows[row]["fold"] == "2":
             small_tree.path(row).write_bytes(b"")
@@ -602,10 +602,10 @@ def test_shards_of_nothing_but_skipped_pictures_are_left_out(small_tree: PngTree
     assert len(ShardSet(tmp_path / "shards")) == 16
 
 
-def test_a_dataset_of_bad_pictures_only_is_refused(small_tree: PngTree, tmp_path: Path) -> None:
+def test_a_dataset_of_bad_images_only_is_refused(small_tree: PngTree, tmp_path: Path) -> None:
     for row in range(24):
         small_tree.path(row).write_bytes(b"")
-    assert "not one row has a good picture" in packing_error(small_tree, tmp_path / "shards", on_error="skip")
+    assert "not one row has a good image" in packing_error(small_tree, tmp_path / "shards", on_error="skip")
 
 
 def test_shards_packed_with_skip_are_refused_where_stop_was_asked_for(small_tree: PngTree, tmp_path: Path) -> None:
@@ -616,24 +616,24 @@ def test_shards_packed_with_skip_are_refused_where_stop_was_asked_for(small_tree
         pack_tree(small_tree, tmp_path / "shards")
 
 
-def odd_pictures() -> dict[str, Image.Image]:
-    plain = grid_picture("police", 1).convert("RGB")
+def odd_images() -> dict[str, Image.Image]:
+    plain = grid_image("police", 1).convert("RGB")
     deep = np.random.default_rng(0).integers(0, 65536, (40, 100)).astype(np.uint16)
     return {"palette": plain.quantize(64), "grey": plain.convert("L"), "16bit": Image.fromarray(deep), "rgb": plain}
 
 
 def odd_tree(folder: Path) -> PngTree:
-    """One picture of each odd mode, and one of another size."""
-    pictures = odd_pictures() | {"large": grid_picture("police", 2, width=130, height=60)}
-    rows = [make_row("police", 1) | {"spec_file_name": f"{name}.png"} for name in pictures]
+    """One image of each odd mode, and one of another size."""
+    images = odd_images() | {"large": grid_image("police", 2, width=130, height=60)}
+    rows = [make_row("police", 1) | {"spec_file_name": f"{name}.png"} for name in images]
     tree = PngTree(write_csv(folder / "data.csv", rows), folder / "spectrograms", rows)
     (tree.spectrograms_dir / "fold1").mkdir(parents=True)
-    for name, picture in pictures.items():
-        picture.save(tree.spectrograms_dir / "fold1" / f"{name}.png")
+    for name, image in images.items():
+        image.save(tree.spectrograms_dir / "fold1" / f"{name}.png")
     return tree
 
 
-def test_palette_grey_deep_and_large_pictures_pack_as_they_are(tmp_path: Path) -> None:
+def test_palette_grey_deep_and_large_images_pack_as_they_are(tmp_path: Path) -> None:
     tree = odd_tree(tmp_path)
     pack_tree(tree, tmp_path / "shards")
     with ShardSet(tmp_path / "shards") as shards:
@@ -656,7 +656,7 @@ def test_palette_grey_deep_and_large_pictures_pack_as_they_are(tmp_path: Path) -
     }
 
 
-def test_palette_grey_deep_and_large_pictures_become_rgb_as_pillow_converts(tmp_path: Path) -> None:
+def test_palette_grey_deep_and_large_images_become_rgb_as_pillow_converts(tmp_path: Path) -> None:
     tree = odd_tree(tmp_path)
     pack_tree(tree, tmp_path / "shards", encoding="rgb", image_size=24)
     with ShardSet(tmp_path / "shards") as shards:
@@ -686,10 +686,10 @@ def test_the_largest_fold_number_packs(tmp_path: Path) -> None:
 
 def test_other_peoples_columns_and_flat_folders(tmp_path: Path) -> None:
     rows = [{"part": str(1 + i % 2), "genre": "rock" if i < 2 else "jazz", "path": f"sub/{i}.png"} for i in range(4)]
-    tree = PngTree(write_csv(tmp_path / "music.csv", rows), tmp_path / "pictures", rows)
+    tree = PngTree(write_csv(tmp_path / "music.csv", rows), tmp_path / "images", rows)
     (tree.spectrograms_dir / "sub").mkdir(parents=True)
     for i in range(4):
-        grid_picture("police", i).save(tree.spectrograms_dir / f"sub/{i}.png")
+        grid_image("police", i).save(tree.spectrograms_dir / f"sub/{i}.png")
     flags = pack_flags(tree, tmp_path / "shards", file_column="path", label_column="genre", fold_column="part")
     done = run_tool("shard_dataset", flags)
     assert (done.returncode, done.stderr) == (0, "")
@@ -743,9 +743,7 @@ def test_another_image_size_is_refused(small_tree: PngTree, tmp_path: Path) -> N
         pack_tree(small_tree, tmp_path / "shards", encoding="rgb", image_size=32)
 
 
-def test_a_picture_that_grows_while_packing_is_noticed(
-    small_tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_image_that_grows_while_packing_is_noticed(small_tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The space is measured after the sizes and before the reading."""
     path, measure = small_tree.path(7), shutil.disk_usage
 
@@ -767,10 +765,10 @@ def test_another_csv_is_refused(small_tree: PngTree, tmp_path: Path) -> None:
         pack_tree(other, tmp_path / "shards")
 
 
-def test_changed_pictures_are_noticed(small_tree: PngTree, tmp_path: Path) -> None:
+def test_changed_images_are_noticed(small_tree: PngTree, tmp_path: Path) -> None:
     pack_tree(small_tree, tmp_path / "shards")
-    grid_picture("police", 99).save(small_tree.path(3))
-    with pytest.raises(ShardError, match="holds shards made from pictures that have changed since"):
+    grid_image("police", 99).save(small_tree.path(3))
+    with pytest.raises(ShardError, match="holds shards made from images that have changed since"):
         pack_tree(small_tree, tmp_path / "shards")
 
 
@@ -968,7 +966,7 @@ def test_the_summary_names_what_a_user_must_know(tmp_path: Path) -> None:
         make_row("traffic", 1, recording=88) | {"class": "police"},  # one file, two classes
     ]
     tree = write_tree(tmp_path / "tree", rows)
-    clear = grid_picture("police", 5)
+    clear = grid_image("police", 5)
     clear.putpixel((0, 0), (1, 2, 3, 0))
     clear.save(tree.path(len(rows) - 4))
     bad = next(i for i, row in enumerate(rows) if row["class"] == "ambulance")
@@ -986,15 +984,15 @@ def test_the_summary_names_what_a_user_must_know(tmp_path: Path) -> None:
         ["total", "8", "6", "14"],
     ]
     text = "\n".join(lines[6:])
-    assert "pictures: size 100x40 (13); mode RGBA (13)" in text
-    assert "note: 1 picture(s) have real transparency; training drops it" in text
-    assert "note: 6 rows share their picture with another row" in text
-    assert f"warning: 1 picture(s) carry rows of different classes: fold1/{rows[-1]['spec_file_name']}" in text
+    assert "images: size 100x40 (13); mode RGBA (13)" in text
+    assert "note: 1 image(s) have real transparency; training drops it" in text
+    assert "note: 6 rows share their image with another row" in text
+    assert f"warning: 1 image(s) carry rows of different classes: fold1/{rows[-1]['spec_file_name']}" in text
     assert "warning: 1 recording(s) (fsID) lie in more than one fold, which leaks training data into the test: 77" in text
     assert "warning: classID disagrees with the sorted class names in" in text
     assert f"warning: 1 row(s) were skipped: {named}: not a PNG (it looks like GIF)" in text
     size = sum(tar.stat().st_size for tar in tars(tmp_path / "shards"))
-    assert f"{tmp_path / 'shards'}: 13 samples in 2 shards, {size / 1e6:.1f} MB, encoding png; packed 14 pictures in " in text
+    assert f"{tmp_path / 'shards'}: 13 samples in 2 shards, {size / 1e6:.1f} MB, encoding png; packed 14 images in " in text
 
 
 def test_the_summary_of_a_clean_tree_warns_of_nothing(
@@ -1003,7 +1001,7 @@ def test_the_summary_of_a_clean_tree_warns_of_nothing(
     assert call_tool("shard_dataset", pack_flags(png_tree, png_shards)) == 0
     printed = capsys.readouterr()
     assert "warning" not in printed.out
-    assert "note: 20 rows share their picture with another row; each row is one sample" in printed.out
+    assert "note: 20 rows share their image with another row; each row is one sample" in printed.out
     assert f"{png_shards}: already packed from this CSV and these settings; nothing to do" in printed.out
     assert printed.err == ""
 

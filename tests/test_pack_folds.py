@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {"shard_size": 4096, "image_size": 16}
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> PngTree:
-    """24 pictures in three folds, each of one row. Read only."""
+    """24 images in three folds, each of one row. Read only."""
     return write_tree(tmp_path_factory.mktemp("tree"), make_rows(("ambulance", "car_horn", "police", "traffic"), FOLDS))
 
 
@@ -50,7 +50,7 @@ def whole(tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture
 def small_tree(tmp_path: Path) -> PngTree:
-    """12 pictures in three folds, to be damaged at will."""
+    """12 images in three folds, to be damaged at will."""
     return write_tree(tmp_path / "tree", make_rows(("ambulance", "police"), FOLDS))
 
 
@@ -66,7 +66,7 @@ def rows_of(tree: PngTree, *folds: int) -> list[int]:
     return [row for row, described in enumerate(tree.rows) if int(described["fold"]) in folds]
 
 
-# ---- processes whose every look at a picture is written down --------------------------------------------------------------------------
+# ---- processes whose every look at an image is written down --------------------------------------------------------------------------
 
 JOB = """
 import sys, time
@@ -74,7 +74,7 @@ from pathlib import Path
 import quaclrs.shards.packing.pack as packing, quaclrs.shards.packing.write_indexed as scan, quaclrs.shards.packing.write_shard as write
 from quaclrs.config import PackConfig
 
-csv_file, pictures, output_dir, folds, encoding, log, stop_at = sys.argv[1:]
+csv_file, images, output_dir, folds, encoding, log, stop_at = sys.argv[1:]
 
 def note(what):
     with Path(log).open("a") as file:
@@ -92,7 +92,7 @@ def noted(function, what):
 scan.decode_png, write.decode_png, write.check_png = (noted(f, "") for f in (scan.decode_png, write.decode_png, write.check_png))
 packing.finish = noted(packing.finish, "finish")
 config = PackConfig(
-    csv_file=Path(csv_file), spectrograms_dir=Path(pictures), output_dir=Path(output_dir), encoding=encoding,
+    csv_file=Path(csv_file), spectrograms_dir=Path(images), output_dir=Path(output_dir), encoding=encoding,
     folds=tuple(map(int, folds.split(","))) if folds else None, shard_size=4096, image_size=16, num_workers=1,
 )
 summary = packing.pack(config)
@@ -101,7 +101,7 @@ print(summary.images_packed, summary.already_complete, *summary.missing_folds)
 
 
 class Job:
-    """A packing process that notes the name of each picture when it looks at it, and sleeps for ever at ``stop_at``."""
+    """A packing process that notes the name of each image when it looks at it, and sleeps for ever at ``stop_at``."""
 
     def __init__(self, tree: PngTree, output_dir: Path, folds: str, encoding: str, log: Path, stop_at: str = "nowhere") -> None:
         self.log = log
@@ -121,7 +121,7 @@ class Job:
             time.sleep(0.005)
 
     def result(self) -> tuple[int, bool, tuple[int, ...]]:
-        """Pictures packed, whether all was there already, folds that are missing."""
+        """Images packed, whether all was there already, folds that are missing."""
         stdout, stderr = self.process.communicate(timeout=TIMEOUT_S)
         assert self.process.returncode == 0, stderr
         images, complete, *missing = stdout.split()
@@ -161,7 +161,7 @@ def test_jobs_from_shards_too(encoding: str, tree: PngTree, whole: dict[str, dic
     assert content_of(tmp_path / "shards") == whole[encoding]
 
 
-def test_jobs_may_spell_the_folder_of_pictures_differently(
+def test_jobs_may_spell_the_folder_of_images_differently(
     tree: PngTree, whole: dict[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack_folds(tree, tmp_path / "shards", 1, 3, encoding="indexed")
@@ -171,7 +171,7 @@ def test_jobs_may_spell_the_folder_of_pictures_differently(
     assert content_of(tmp_path / "shards") == whole["indexed"]
 
 
-def test_skipped_pictures_are_those_of_one_packing(small_tree: PngTree, tmp_path: Path) -> None:
+def test_skipped_images_are_those_of_one_packing(small_tree: PngTree, tmp_path: Path) -> None:
     for row in rows_of(small_tree, 2):
         small_tree.path(row).write_bytes(b"")  # a fold of nothing else, too
     small_tree.path(rows_of(small_tree, 3)[1]).unlink()
@@ -183,7 +183,7 @@ def test_skipped_pictures_are_those_of_one_packing(small_tree: PngTree, tmp_path
     assert content_of(tmp_path / "jobs") == content_of(tmp_path / "whole")
 
 
-def test_a_job_whose_picture_was_mended_goes_on(small_tree: PngTree, tmp_path: Path) -> None:
+def test_a_job_whose_image_was_mended_goes_on(small_tree: PngTree, tmp_path: Path) -> None:
     bad = small_tree.path(rows_of(small_tree, 2)[0])
     bad.write_bytes(b"")
     pack_folds(small_tree, tmp_path / "shards", 1)
@@ -196,7 +196,7 @@ def test_a_job_whose_picture_was_mended_goes_on(small_tree: PngTree, tmp_path: P
     assert content_of(tmp_path / "shards") == content_of(tmp_path / "whole")
 
 
-def test_a_picture_that_changed_after_its_fold_was_packed_is_packed_anew(small_tree: PngTree, tmp_path: Path) -> None:
+def test_a_image_that_changed_after_its_fold_was_packed_is_packed_anew(small_tree: PngTree, tmp_path: Path) -> None:
     pack_folds(small_tree, tmp_path / "shards", 1, encoding="indexed")
     pack_folds(small_tree, tmp_path / "shards", 2, encoding="indexed")
     changed = small_tree.path(rows_of(small_tree, 1)[0])
@@ -212,7 +212,7 @@ def test_a_picture_that_changed_after_its_fold_was_packed_is_packed_anew(small_t
 
 
 @pytest.mark.parametrize("encoding", ["png", "indexed"])
-def test_jobs_at_once_look_at_each_picture_once_and_finish_once(
+def test_jobs_at_once_look_at_each_image_once_and_finish_once(
     encoding: str, tree: PngTree, whole: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
     """Two of them with the same folds, one with all."""
@@ -257,7 +257,7 @@ def test_a_living_job_is_waited_for_and_a_killed_one_is_replaced(
     before = set(other.looked_at())
     assert {tree.path(row).name for row in rows_of(tree, 2, 3)} <= before  # all that nobody else was at
     assert in_hand not in before
-    assert not list(output_dir.glob("fold*"))  # no shard before every picture was looked at
+    assert not list(output_dir.glob("fold*"))  # no shard before every image was looked at
     stopped.kill()
     assert other.result() == (len(rows_of(tree, 2)), False, (1, 3))
     assert in_hand in other.looked_at()
@@ -296,10 +296,10 @@ def test_a_whole_packing_waits_for_a_living_job(
     assert content_of(output_dir) == whole["indexed"]
 
 
-def test_pictures_that_another_job_saw_otherwise_are_not_written(
+def test_images_that_another_job_saw_otherwise_are_not_written(
     small_tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two jobs, a picture changed between their beginnings, and the second looks again at what the first has seen."""
+    """Two jobs, an image changed between their beginnings, and the second looks again at what the first has seen."""
 
     def change_and_look_again(facts: set[Facts]) -> Plan:
         monkeypatch.undo()
@@ -308,10 +308,8 @@ def test_pictures_that_another_job_saw_otherwise_are_not_written(
         pack_folds(small_tree, tmp_path / "shards", 2, encoding="indexed")
         return plan(facts)
 
-    monkeypatch.setattr("quaclrs.shards.packing.pack.plan_canonical", change_and_look_again)  # between its two rounds
-    with pytest.raises(
-        ShardError, match=r"another job looked at other pictures for fold01/fold01-00000\d\.tar: some changed while"
-    ):
+    monkeypatch.setattr("quaclrs.shards.packing.pack.share_layouts", change_and_look_again)  # between its two rounds
+    with pytest.raises(ShardError, match=r"another job looked at other images for fold01/fold01-00000\d\.tar: some changed while"):
         pack_folds(small_tree, tmp_path / "shards", 1, encoding="indexed")
     assert pack_folds(small_tree, tmp_path / "shards", 1, encoding="indexed").missing_folds == (3,)
 
@@ -361,12 +359,12 @@ from pathlib import Path
 from quaclrs.config import PackConfig
 from quaclrs.shards.packing.pack import pack
 
-csv_file, pictures, output_dir, encoding, promised = sys.argv[1:]
+csv_file, images, output_dir, encoding, promised = sys.argv[1:]
 output_dir = Path(output_dir)
 
 def run(*folds):
     return pack(PackConfig(
-        csv_file=Path(csv_file), spectrograms_dir=Path(pictures), output_dir=output_dir, encoding=encoding, folds=folds, num_workers=1
+        csv_file=Path(csv_file), spectrograms_dir=Path(images), output_dir=output_dir, encoding=encoding, folds=folds, num_workers=1
     ))
 
 def content(folder):
@@ -562,7 +560,7 @@ def test_a_job_says_what_is_missing_and_the_last_one_how_it_ended(
     assert call_tool("shard_dataset", flags(tree, output_dir, folds="2")) == 0
     *_, packed, missing = capsys.readouterr().out.splitlines()
     assert packed.startswith(f"{output_dir}: 8 samples in ")
-    assert "encoding png; packed 8 pictures in " in packed
+    assert "encoding png; packed 8 images in " in packed
     assert missing == f"{output_dir}: fold(s) 1,3 are not there yet; the call that finds all folds there writes the manifest"
     assert call_tool("inspect_shards", ["info", str(output_dir)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -575,7 +573,7 @@ def test_a_job_says_what_is_missing_and_the_last_one_how_it_ended(
     assert call_tool("shard_dataset", flags(tree, output_dir, folds="1,3")) == 0
     printed = capsys.readouterr().out
     assert f"{output_dir}: 24 samples in " in printed
-    assert "packed 16 pictures in " in printed
+    assert "packed 16 images in " in printed
     assert "not there yet" not in printed
     assert manifest_of(output_dir)["folds"] == [1, 2, 3]
 

@@ -61,11 +61,11 @@ def setting(png_tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> Sett
     files = [png_tree.path(int(row)) for row in np.load(shards / "samples.npy")["row"]]
     pixels = [np.asarray(Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)) for path in files]
     np.save(folder / "pixels.npy", np.stack(pixels))
-    with (folder / "pictures.csv").open("w", newline="") as file:
+    with (folder / "images.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("number", "file"), *enumerate(map(str, files))])
     return Setting(
         pixels=folder / "pixels.npy",
-        pictures=folder / "pictures.csv",
+        images=folder / "images.csv",
         shards=shards,
         work_dir=folder / "stores",
         batch_size=BATCH,
@@ -159,9 +159,9 @@ def test_normalisation_of_the_peers_is_ours() -> None:
     from quaclrs.imaging import normalise
 
     assert (IMAGENET_MEAN, IMAGENET_STD) == (normalise.IMAGENET_MEAN, normalise.IMAGENET_STD)
-    pictures = torch.arange(2 * 4 * 4 * 3, dtype=torch.uint8).reshape(2, 4, 4, 3)
-    kept = KeptBuffer(3, 4).normalise(pictures).permute(0, 3, 1, 2)
-    torch.testing.assert_close(kept, normalise.normalise(pictures), rtol=0, atol=1e-6)
+    images = torch.arange(2 * 4 * 4 * 3, dtype=torch.uint8).reshape(2, 4, 4, 3)
+    kept = KeptBuffer(3, 4).normalise(images).permute(0, 3, 1, 2)
+    torch.testing.assert_close(kept, normalise.normalise(images), rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------------- the check

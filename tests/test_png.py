@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from png_trees import grid_picture
+from png_trees import grid_image
 
 from quaclrs.errors import DataError
 from quaclrs.imaging.png import check_png, decode_png, resize_rgb, to_rgb
@@ -59,7 +59,7 @@ def saved(image: Image.Image, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def picture(mode: str) -> Image.Image:
+def made_image(mode: str) -> Image.Image:
     pixels = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
     pixels[0, 0, 3] = 128
     image = Image.fromarray(pixels)
@@ -67,30 +67,30 @@ def picture(mode: str) -> Image.Image:
 
 
 def opaque_rgba() -> Image.Image:
-    image = picture("RGBA")
+    image = made_image("RGBA")
     image.putalpha(255)
     return image
 
 
 def corner(mode: str) -> object:
-    return picture(mode).getpixel((0, 0))
+    return made_image(mode).getpixel((0, 0))
 
 
 SIXTEEN = as_lines(values(16, RGB))
 GOOD = {
     "opaque RGBA": (saved(opaque_rgba()), "RGBA", False, True),
-    "RGBA with transparency": (saved(picture("RGBA")), "RGBA", True, True),
-    "RGB": (saved(picture("RGB")), "RGB", False, True),
-    "RGB with a transparent colour": (saved(picture("RGB"), transparency=corner("RGB")), "RGB", True, True),
+    "RGBA with transparency": (saved(made_image("RGBA")), "RGBA", True, True),
+    "RGB": (saved(made_image("RGB")), "RGB", False, True),
+    "RGB with a transparent colour": (saved(made_image("RGB"), transparency=corner("RGB")), "RGB", True, True),
     "RGB with an unused transparent colour": (saved(Image.new("RGB", (4, 4)), transparency=(1, 2, 3)), "RGB", False, True),
-    "palette": (saved(picture("P")), "P", False, False),
-    "palette with a transparent entry": (saved(picture("P"), transparency=corner("P")), "P", True, False),
-    "palette with alphas": (saved(picture("P"), transparency=bytes([0, 100] + [255] * 14)), "P", True, False),
-    "palette with opaque alphas": (saved(picture("P"), transparency=bytes([255] * 16)), "P", False, False),
-    "grey": (saved(picture("L")), "L", False, False),
-    "grey with a transparent value": (saved(picture("L"), transparency=corner("L")), "L", True, False),
-    "grey and alpha": (saved(picture("LA")), "LA", True, False),
-    "black and white": (saved(picture("1")), "1", False, False),
+    "palette": (saved(made_image("P")), "P", False, False),
+    "palette with a transparent entry": (saved(made_image("P"), transparency=corner("P")), "P", True, False),
+    "palette with alphas": (saved(made_image("P"), transparency=bytes([0, 100] + [255] * 14)), "P", True, False),
+    "palette with opaque alphas": (saved(made_image("P"), transparency=bytes([255] * 16)), "P", False, False),
+    "grey": (saved(made_image("L")), "L", False, False),
+    "grey with a transparent value": (saved(made_image("L"), transparency=corner("L")), "L", True, False),
+    "grey and alpha": (saved(made_image("LA")), "LA", True, False),
+    "black and white": (saved(made_image("1")), "1", False, False),
     "16-bit grey": (saved(Image.fromarray(values(16, GREY).astype(np.uint16))), "I;16", False, False),
     "16-bit RGB": (craft(16, RGB, SIXTEEN), "RGB", False, False),
     "16-bit RGBA": (craft(16, RGBA, as_lines(values(16, RGBA))), "RGBA", True, False),
@@ -123,20 +123,20 @@ def test_interlacing_changes_no_pixel() -> None:
 
 
 def test_alpha_is_dropped_not_blended() -> None:
-    image = picture("RGBA")
+    image = made_image("RGBA")
     image.putalpha(0)
     np.testing.assert_array_equal(to_rgb(saved(image), "a.png"), np.asarray(image)[:, :, :3])
 
 
 def test_resize_is_the_originals() -> None:
-    image = grid_picture("police", seed=3).convert("RGB")
+    image = grid_image("police", seed=3).convert("RGB")
     resized = resize_rgb(image, 32)
     assert (resized.shape, resized.dtype) == ((32, 32, 3), np.uint8)
     np.testing.assert_array_equal(resized, np.asarray(image.resize((32, 32), Image.BILINEAR)))
 
 
 def refusal(data: bytes, name: str = "row 7: data/fold3/b.png") -> str:
-    """The message about a picture that must be refused, by checking and by decoding."""
+    """The message about an image that must be refused, by checking and by decoding."""
     messages = []
     for read in (check_png, decode_png):
         with pytest.raises(DataError) as caught:
@@ -193,7 +193,7 @@ def test_missing_pixel_rows_are_found() -> None:
     assert "truncated" in refusal(craft(8, RGB, lines[:-5]))
 
 
-def test_random_damage_gives_a_message_or_a_picture_never_another_error() -> None:
+def test_random_damage_gives_a_message_or_a_image_never_another_error() -> None:
     dice = random.Random(0)
     outcomes = set()
     for _ in range(400):
@@ -202,7 +202,7 @@ def test_random_damage_gives_a_message_or_a_picture_never_another_error() -> Non
             damaged[dice.randrange(8, len(damaged))] = dice.randrange(256)
         try:
             decode_png(bytes(damaged), "a.png")
-            outcomes.add("picture")
+            outcomes.add("image")
         except DataError as error:
             outcomes.add(str(error).split(":")[1])
     assert " truncated or damaged" in outcomes
@@ -211,7 +211,7 @@ def test_random_damage_gives_a_message_or_a_picture_never_another_error() -> Non
 @pytest.mark.parametrize(("kind", "named"), [("JPEG", "JPEG"), ("GIF", "GIF"), ("BMP", "BMP"), ("WebP", "WebP or WAV")])
 def test_another_format_named_png(kind: str, named: str) -> None:
     buffer = io.BytesIO()
-    picture("RGB").save(buffer, kind)
+    made_image("RGB").save(buffer, kind)
     message = refusal(buffer.getvalue())
     assert f"not a PNG (it looks like {named}); convert it to PNG or take its row out of the CSV" in message
 
@@ -232,7 +232,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_unpacked(side: int) -> Non
 
 
 @pytest.mark.parametrize(("width", "height"), [(0, 5), (5, 0)])
-def test_a_picture_without_pixels_is_refused(width: int, height: int) -> None:
+def test_a_image_without_pixels_is_refused(width: int, height: int) -> None:
     data = header(width, height, 8, RGB) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     assert "truncated or damaged" in refusal(data)
 

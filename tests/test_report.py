@@ -1,4 +1,4 @@
-"""Contract of report/: true numbers, pictures that open, and Grad-CAM for every network, trained in whatever way."""
+"""Contract of report/: true numbers, images that open, and Grad-CAM for every network, trained in whatever way."""
 
 from __future__ import annotations
 
@@ -141,10 +141,10 @@ def history(epochs: int) -> list[dict[str, Any]]:
 
 
 def check_png(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        picture.load()
-        assert picture.format == "PNG"
-        return picture.convert("RGB")
+    with Image.open(path) as pixels_of_one:
+        pixels_of_one.load()
+        assert pixels_of_one.format == "PNG"
+        return pixels_of_one.convert("RGB")
 
 
 def test_the_four_plots(tmp_path: Path) -> None:
@@ -200,18 +200,18 @@ def test_file_stems_are_safe_and_differ() -> None:
     assert len(stems[6].encode()) <= 200
 
 
-def picture_batch(size: int, count: int = 2) -> tuple[torch.Tensor, np.ndarray]:
-    """Smooth blobs, since noise gives flat heat maps: (count, 3, size, size) float32 and the 8-bit pictures."""
+def image_batch(size: int, count: int = 2) -> tuple[torch.Tensor, np.ndarray]:
+    """Smooth blobs, since noise gives flat heat maps: (count, 3, size, size) float32 and the 8-bit images."""
     random = torch.Generator().manual_seed(1)
     coarse = torch.rand((count, 3, 4, 4), generator=random)
     smooth = functional.interpolate(coarse, (size, size), mode="bilinear")
-    pictures = (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    return normalise(pictures), pictures.numpy()
+    pixels = (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return normalise(pixels), pixels.numpy()
 
 
-def test_pictures_come_back_exactly() -> None:
-    images, pictures = picture_batch(40)
-    assert np.array_equal(gradcam.to_pictures(images), pictures)
+def test_images_come_back_exactly() -> None:
+    images, pixels = image_batch(40)
+    assert np.array_equal(gradcam.to_pixels(images), pixels)
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def network(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
 def test_gradcam_of_every_network(network: tuple[str, nn.Module], tmp_path: Path) -> None:
     """Frozen and unfrozen give the same maps, and leave the model as it was."""
     name, model = network
-    images, pictures = picture_batch(160 if name == "inception" else 96)
+    images, pixels = image_batch(160 if name == "inception" else 96)
     model.get_submodule(models.ARCHITECTURES[name].heads[0]).weight.grad = None
     model.get_submodule(models.ARCHITECTURES[name].heads[0]).eval()  # a mixture of modes must survive as well
     every_target = torch.arange(3).repeat_interleave(2)
@@ -255,20 +255,20 @@ def test_gradcam_of_every_network(network: tuple[str, nn.Module], tmp_path: Path
     assert maps[0].min() >= 0
     assert maps[0].max() == pytest.approx(1)
     assert maps[0].std(axis=(1, 2)).max() > 0.01  # of three classes at least one has something in its favour
-    paths = gradcam.write_gradcams(model, name, images, [2, 2], [2, 0], ["a", "b", "c/d"], tmp_path, pictures)
+    paths = gradcam.write_gradcams(model, name, images, [2, 2], [2, 0], ["a", "b", "c/d"], tmp_path, pixels)
     assert [path.name for path in paths] == ["gradcam_c_d_0.png", "gradcam_c_d_1.png"]
-    for path, picture in zip(paths, pictures, strict=True):
+    for path, pixels_of_one in zip(paths, pixels, strict=True):
         drawn = np.asarray(check_png(path))
-        factor = -(-gradcam.MIN_PANEL // len(picture))
-        assert (drawn == picture[len(picture) // 2, 0]).all(axis=2).any()
-        assert drawn.shape[1] > 2 * factor * len(picture)
+        factor = -(-gradcam.MIN_PANEL // len(pixels_of_one))
+        assert (drawn == pixels_of_one[len(pixels_of_one) // 2, 0]).all(axis=2).any()
+        assert drawn.shape[1] > 2 * factor * len(pixels_of_one)
 
 
 def test_gradcam_agrees_with_the_papers_formula() -> None:
     """Channel weights are the mean gradients; the map is the rectified weighted sum (Selvaraju et al. 2017, eq. 1 and 2)."""
     torch.manual_seed(0)
     model = models.build_model("resnet18", 3).eval()
-    images, _ = picture_batch(96)
+    images, _ = image_batch(96)
     targets = torch.tensor([2, 0])
     features = nn.Sequential(*list(model.children())[:-2])(images).detach().requires_grad_()
     scores = model.fc(features.mean(dim=(2, 3)))
@@ -285,7 +285,7 @@ def test_gradcam_agrees_with_the_papers_formula() -> None:
 def test_gradcam_inside_inference_mode_and_of_no_image(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = models.build_model("resnet18", 3)
-    images, _ = picture_batch(64)
+    images, _ = image_batch(64)
     expected = gradcam.heat_maps(model, "resnet18", images, torch.tensor([0, 1]))
     with torch.inference_mode():
         inside = images * 1  # an inference tensor, as a loader driven by evaluation makes them

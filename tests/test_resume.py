@@ -58,7 +58,7 @@ def make_tree(folder: Path) -> PngTree:
 
 
 def flags(tree: PngTree, output_dir: Path, *more: object) -> list[object]:
-    """Training that packs first, then decodes all pictures into memory; resumed where there is something to resume."""
+    """Training that packs first, then decodes all images into memory; resumed where there is something to resume."""
     paths = ["--csv_file", tree.csv_file, "--spectrograms_dir", tree.spectrograms_dir, "--output_dir", output_dir]
     network = ["--model_name", "tiny", "--image_size", 32, "--batch_size", 3, "--epochs", 2, "--learning_rate", 0.01]
     rest = ["--loader", "resident", "--num_workers", 0, "--num_folds", 3, "--gradcam_per_class", 0, "--resume"]
@@ -154,7 +154,7 @@ def test_killed_at_every_flush_rename_and_deletion(whole: Whole, tmp_path: Path)
     events = known.read_text().splitlines()
     assert kills == len(events) == len(set(events))
     in_fold = ("best_model.pth", "checkpoint_within_epoch.pth", "checkpoint_epoch_2.pth", "metrics.json", "run.json")
-    for name in ("fold01-000000.tar", "manifest.json", "ledger.json", "summary.json", *in_fold):
+    for name in ("fold01-000000.tar", "manifest.json", "run_status.json", "summary.json", *in_fold):
         for kind in ("flush", "rename"):
             assert any(event.startswith(kind) and f"{name}.tmp " in event for event in events), (kind, name)
     for event in ("rename plots/confusion_matrix.png.tmp", "delete fold/checkpoint_within_epoch.pth", "flush tiny/fold "):
@@ -185,7 +185,7 @@ MOBILENET = ("--model_name", "mobilenet", "--fold", 2, "--gradcam_per_class", 1,
 @pytest.mark.parametrize(
     ("more", "plots", "seconds", "moments"),
     [(EVERY_STEP, False, 0.2, 20), (MOBILENET, True, 0.7, 5)],
-    ids=["all folds", "a real network with all its pictures"],
+    ids=["all folds", "a real network with all its images"],
 )
 def test_killed_at_random_moments(
     more: Sequence[object], plots: bool, seconds: float, moments: int, tree: PngTree, tmp_path: Path
@@ -247,7 +247,7 @@ def test_a_signal_saves_at_the_next_step(
     arguments = flags(tree, tmp_path / "results")
     first = Job(tmp_path / "said", arguments, Disturbance(signals={moment: [(0, number)]})).result()
     assert (first.code, first.err) == (code, stopped(number, WHERE[moment]))
-    ledger = json.loads((tmp_path / "results" / "tiny" / "ledger.json").read_text())
+    ledger = json.loads((tmp_path / "results" / "tiny" / "run_status.json").read_text())
     assert ledger[f"fold_{moment.fold}"]["state"] == "interrupted"
     second = finish(tmp_path / "said", arguments)
     if moment.phase == "train":
@@ -548,7 +548,7 @@ def test_another_training_is_refused(more: list[object], difference: str, even_t
     assert difference in result.err
     assert result.err.endswith("); use the same settings, or another --output_dir\n")
     assert result.err.count("\n") == 1
-    assert (results(tmp_path / "results") | {"tiny/ledger.json": 0}) == (results(begun) | {"tiny/ledger.json": 0})
+    assert (results(tmp_path / "results") | {"tiny/run_status.json": 0}) == (results(begun) | {"tiny/run_status.json": 0})
 
 
 def test_another_kind_of_amp_is_refused(even_tree: PngTree, tmp_path: Path) -> None:
@@ -563,7 +563,7 @@ def test_another_kind_of_amp_is_refused(even_tree: PngTree, tmp_path: Path) -> N
 
 
 def test_how_it_is_done_may_change(even_tree: PngTree, tmp_path: Path) -> None:
-    """Who reads the pictures, and how often it is saved: each time the training goes on another way, to the same weights."""
+    """Who reads the images, and how often it is saved: each time the training goes on another way, to the same weights."""
     pack_tree(even_tree, tmp_path / "shards", encoding="indexed")
     data: list[object] = ["--shards", tmp_path / "shards", "--csv_file", even_tree.csv_file]
     rest: list[object] = ["--num_folds", 4, "--fold", 3, "--batch_size", 4]

@@ -45,7 +45,7 @@ LONG_FORMS = {
 
 
 def drawn_by_matplotlib(grid: np.ndarray) -> np.ndarray:
-    """The oracle: (400, 1000, 4) uint8, as the real pictures were drawn."""
+    """The oracle: (400, 1000, 4) uint8, as the real images were drawn."""
     figure = Figure(figsize=(10, 4), dpi=100)
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -64,7 +64,7 @@ def read_rows(root: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def picture_path(root: Path, row: dict[str, str]) -> Path:
+def image_path(root: Path, row: dict[str, str]) -> Path:
     return root / "spectrograms" / f"fold{row['fold']}" / row["spec_file_name"]
 
 
@@ -90,7 +90,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("fold", range(1, 11))
-def test_one_picture_per_class_and_fold_is_what_matplotlib_draws(fold):
+def test_one_image_per_class_and_fold_is_what_matplotlib_draws(fold):
     rows = [row for row in plan_rows(1, 10) if row.fold == fold]
     assert [row.class_id for row in rows] == list(range(13))
     for row in rows:
@@ -98,7 +98,7 @@ def test_one_picture_per_class_and_fold_is_what_matplotlib_draws(fold):
         np.testing.assert_array_equal(decoded(png_bytes(grid)), drawn_by_matplotlib(grid), err_msg=row.spec_file_name)
 
 
-def test_the_pictures_compared_with_matplotlib_have_every_width_and_augmentation():
+def test_the_images_compared_with_matplotlib_have_every_width_and_augmentation():
     rows = list(plan_rows(1, 10))
     assert {row.sample.tag for row in rows} == set(LONG_FORMS)
     widths = {tag: mel_grid(row.sample, 0).shape for row in rows for tag in [row.sample.tag]}
@@ -136,7 +136,7 @@ def test_grids_are_decibels_below_the_loudest_cell_and_partly_silent():
 # --- files and rows ---
 
 
-def test_pictures_have_the_real_geometry(dataset):
+def test_images_have_the_real_geometry(dataset):
     sizes = []
     for path in sorted(dataset.glob("spectrograms/*/*.png")):
         with Image.open(path) as image:
@@ -167,7 +167,7 @@ def test_csv_has_the_real_columns_and_labels(dataset):
     assert set(counts.values()) == {4}
     assert len(counts) == 39
     assert {row["augmentation"] for row in rows} == set(LONG_FORMS.values())
-    assert {picture_path(dataset, row) for row in rows} == set(dataset.glob("spectrograms/*/*.png"))
+    assert {image_path(dataset, row) for row in rows} == set(dataset.glob("spectrograms/*/*.png"))
 
 
 def test_some_rows_share_a_file_of_their_fold_and_class(dataset):
@@ -218,12 +218,12 @@ def test_twins_have_equal_bytes_on_disk(tmp_path):
 def test_two_processes_write_the_same_bytes_as_one(dataset, tmp_path):
     summary = make(tmp_path, samples_per_class=4, folds=3, num_workers=2)
     assert tree(tmp_path) == tree(dataset)
-    pictures = list(tmp_path.glob("spectrograms/*/*"))
-    assert (summary.files, summary.drawn) == (len(pictures), len(pictures))
-    assert summary.total_bytes == sum(path.stat().st_size for path in pictures)
+    images = list(tmp_path.glob("spectrograms/*/*"))
+    assert (summary.files, summary.drawn) == (len(images), len(images))
+    assert summary.total_bytes == sum(path.stat().st_size for path in images)
 
 
-def test_another_seed_gives_other_pictures_under_the_same_names(tmp_path):
+def test_another_seed_gives_other_images_under_the_same_names(tmp_path):
     make(tmp_path / "a", samples_per_class=1, folds=1)
     make(tmp_path / "b", samples_per_class=1, folds=1, seed=1)
     first, second = tree(tmp_path / "a" / "spectrograms"), tree(tmp_path / "b" / "spectrograms")
@@ -305,7 +305,7 @@ def test_a_damaged_record_is_named(tmp_path, content):
 
 def test_a_full_disk_is_one_line_with_the_path(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # no picture fits: the kernel refuses as a full disk would
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # no image fits: the kernel refuses as a full disk would
     try:
         with pytest.raises(StorageError, match=rf"cannot write {tmp_path}.*\.png: File too large; free some space") as caught:
             make(tmp_path, samples_per_class=1, folds=1)

@@ -34,14 +34,14 @@ from quaclrs.loaders.dataset import open_dataset
 from quaclrs.training import checkpoint, loop
 from quaclrs.training.loop import Hooks
 from quaclrs.training.progress import StepMeter, epoch_line
-from quaclrs.training.state import Totals, Training
+from quaclrs.training.state import RunningMetrics, Training
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")  # from 3.12
 
 CLASSES = ("dog_bark", "drilling", "traffic")
 SIZES = {"alexnet": 63, "vgg16": 32, "resnet18": 32, "mobilenet": 32, "inception": 299, "efficientnet": 32, "convnext": 32}
 SMALL = 32
-"""Pixels of MobileNetV2's pictures where the network does not matter. Not fewer: torch's bfloat16 gradients on the CPU hold
+"""Pixels of MobileNetV2's images where the network does not matter. Not fewer: torch's bfloat16 gradients on the CPU hold
 uninitialised memory for strided convolutions over a single pixel."""
 
 HISTORY = {
@@ -137,7 +137,7 @@ def test_every_architecture_leaves_the_full_result_tree(name: str, use_amp: bool
     assert main(flags(tree, tmp_path, *more)) == 0
     root = tmp_path / name
     expected = {f"fold_1/{file}" for file in fold_files(dict.fromkeys(CLASSES, 2), epochs=1)}
-    assert files_below(tmp_path) == {f"{name}/{file}" for file in (*expected, "summary.json", "ledger.json")}
+    assert files_below(tmp_path) == {f"{name}/{file}" for file in (*expected, "summary.json", "run_status.json")}
     metrics, summary = read_json(root / "fold_1" / "metrics.json"), read_json(root / "summary.json")
     assert set(metrics) >= METRICS
     assert set(summary) >= SUMMARY
@@ -151,8 +151,8 @@ def test_every_architecture_leaves_the_full_result_tree(name: str, use_amp: bool
     weights = torch.load(root / "fold_1" / "best_model.pth", weights_only=True)
     assert all(isinstance(value, torch.Tensor) and not value.isnan().any() for value in weights.values())
     assert {value.dtype for value in weights.values()} <= {torch.float32, torch.int64}  # AMP computes, but does not keep
-    for picture in root.rglob("*.png"):
-        with Image.open(picture) as opened:
+    for image in root.rglob("*.png"):
+        with Image.open(image) as opened:
             opened.verify()
 
 
@@ -203,7 +203,7 @@ def rows_of_folds(tree: PngTree, *folds: int) -> list[dict[str, str]]:
 
 
 def load_rows(tree: PngTree, rows: list[dict[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures and labels by Pillow and torchvision, from the CSV alone."""
+    """Images and labels by Pillow and torchvision, from the CSV alone."""
     prepare = transforms.Compose(
         [
             transforms.Resize((SMALL, SMALL), transforms.InterpolationMode.BILINEAR),
@@ -213,8 +213,8 @@ def load_rows(tree: PngTree, rows: list[dict[str, str]]) -> tuple[torch.Tensor, 
     )
     images = []
     for row in rows:
-        with Image.open(tree.spectrograms_dir / f"fold{row['fold']}" / row["spec_file_name"]) as picture:
-            images.append(prepare(picture.convert("RGB")))
+        with Image.open(tree.spectrograms_dir / f"fold{row['fold']}" / row["spec_file_name"]) as image:
+            images.append(prepare(image.convert("RGB")))
     return torch.stack(images), torch.tensor([CLASSES.index(row["class"]) for row in rows])
 
 
@@ -320,7 +320,7 @@ class _Given:
     """A loader over tensors."""
 
     name = "given"
-    holds_all = True
+    replicated = True
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         self.images, self.labels = images, labels
@@ -639,7 +639,7 @@ def test_an_earlier_run_is_set_aside(tree: PngTree, tmp_path: Path) -> None:
         kept.append(metrics)
         assert any("holds an earlier run, which is now" in line for line in log) == (run > 0)
     names = ("fold_1.previous", "fold_1.previous2", "fold_1")
-    assert sorted(path.name for path in root.glob("[!.]*")) == sorted([*names, "summary.json", "ledger.json"])
+    assert sorted(path.name for path in root.glob("[!.]*")) == sorted([*names, "summary.json", "run_status.json"])
     assert [read_json(root / name / "metrics.json") for name in names] == kept
     assert files_below(root / "fold_1.previous") == files_below(root / "fold_1")
 
@@ -743,7 +743,7 @@ def test_the_bar_shows_sums_of_one_moment(monkeypatch: pytest.MonkeyPatch) -> No
     shown: list[str] = []
     meter = StepMeter("train", 1, 2, samples=12)
     monkeypatch.setattr(meter._bar, "set_postfix_str", lambda text, refresh: shown.append(text))
-    totals = Totals(torch.device("cpu"))
+    totals = RunningMetrics(torch.device("cpu"))
     for step in range(3):
         totals.add(torch.tensor(8.0 * (step + 1)), torch.tensor(4.0), torch.tensor(3), samples=4)
         batch = Batch(torch.zeros(4, 3, 1, 1), torch.zeros(4, dtype=torch.int64), torch.arange(4))

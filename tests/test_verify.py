@@ -17,7 +17,7 @@ import pytest
 from conftest import RGB_IMAGE_SIZE
 from packing import call_tool, content_of, manifest_of, members_of, pack_tree, run_tool, samples_of
 from PIL import Image
-from png_trees import CLASSES, PngTree, grid_picture, make_row, make_rows, write_csv, write_tree
+from png_trees import CLASSES, PngTree, grid_image, make_row, make_rows, write_csv, write_tree
 
 from quaclrs.errors import DataError, ShardError, StorageError
 from quaclrs.shards.format import FORMAT_VERSION
@@ -91,9 +91,9 @@ def test_good_shards_pass(png_shards: Path, rgb_shards: Path) -> None:
 
 def test_shards_with_every_oddity_pass(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree", make_rows(CLASSES[:3], (2, 5)))
-    grid_picture("police", 1).convert("RGB").quantize(64).save(tree.path(1))
-    grid_picture("police", 1).convert("L").save(tree.path(2), transparency=5)
-    clear = grid_picture("police", 3, width=64)
+    grid_image("police", 1).convert("RGB").quantize(64).save(tree.path(1))
+    grid_image("police", 1).convert("L").save(tree.path(2), transparency=5)
+    clear = grid_image("police", 3, width=64)
     clear.putpixel((0, 0), (1, 2, 3, 0))
     clear.save(tree.path(3))
     tree.path(4).unlink()
@@ -288,7 +288,7 @@ def test_a_changed_row_in_a_tar(copy: Path) -> None:
     assert "key, label or row differ from the CSV's" in complaint(copy)
 
 
-def test_a_damaged_picture_in_a_tar(copy: Path) -> None:
+def test_a_damaged_image_in_a_tar(copy: Path) -> None:
     flip(copy / TAR, (copy / TAR).read_bytes().index(b"IDAT") + 40)
     bless(copy)
     with pytest.raises(DataError, match="truncated or damaged") as caught:
@@ -396,7 +396,7 @@ def test_payloads_cannot_be_written_to(png_shards: Path) -> None:
 
 
 def test_export_restores_the_tree_byte_for_byte(png_shards: Path, png_tree: PngTree, tmp_path: Path) -> None:
-    assert export(png_shards, tmp_path / "out") == 261  # 270 rows name 260 pictures; and the CSV
+    assert export(png_shards, tmp_path / "out") == 261  # 270 rows name 260 images; and the CSV
     assert content_of(tmp_path / "out") == content_of(png_tree.csv_file.parent)
 
 
@@ -480,13 +480,13 @@ def test_info(png_shards: Path, png_tree: PngTree, inspect: Callable[..., Printe
     assert lines[0] == f"{png_shards}: quaclrs-shards version {FORMAT_VERSION}, encoding png, seed 0"
     kept = sum(path.stat().st_size for path in map(png_tree.path, range(270))) / 270 / 1e3
     assert lines[1].startswith("samples 270, shards ")
-    assert lines[1].endswith(f"{kept:.1f} kB per picture")
+    assert lines[1].endswith(f"{kept:.1f} kB per image")
     assert f"packed from data.csv (SHA-256 {sha256(png_tree.csv_file)[:16]}…)" in lines[2]
     assert lines[4].split() == ["air_conditioner", *["2"] * 10, "20"]
     assert lines[8].split() == ["dog_bark", *["3"] * 10, "30"]
     assert lines[17].split() == ["total", *["27"] * 10, "270"]
-    assert "pictures: size 100x40 (270); mode RGBA (270)" in lines
-    assert "note: 20 rows share their picture with another row; each row is one sample" in lines
+    assert "images: size 100x40 (270); mode RGBA (270)" in lines
+    assert "note: 20 rows share their image with another row; each row is one sample" in lines
 
 
 def test_info_of_rgb_names_the_size(rgb_shards: Path, inspect: Callable[..., Printed]) -> None:
@@ -529,11 +529,11 @@ def test_shards_of_other_columns_verify_and_export(tmp_path: Path) -> None:
     from quaclrs.config import Columns
 
     rows = [{"part": "1", "genre": "rock", "path": "a/b.png"}, {"part": "2", "genre": "jazz", "path": "c.png"}]
-    tree = PngTree(write_csv(tmp_path / "tree.csv", rows), tmp_path / "pictures", rows)
+    tree = PngTree(write_csv(tmp_path / "tree.csv", rows), tmp_path / "images", rows)
     for row in rows:
         path = tree.spectrograms_dir / f"fold{row['part']}" / row["path"]
         path.parent.mkdir(parents=True)
-        grid_picture("police", 1).save(path)
+        grid_image("police", 1).save(path)
     pack_tree(tree, tmp_path / "shards", columns=Columns(file="path", label="genre", fold="part"))
     assert verify(tmp_path / "shards") == 2
     export(tmp_path / "shards", tmp_path / "out")

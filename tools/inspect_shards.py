@@ -15,8 +15,8 @@ def main(arguments: list[str] | None = None) -> int:
     actions = parser.add_subparsers(dest="action", required=True)
     for name, help_text in (
         ("info", "what the shards hold"),
-        ("verify", "hashes, counts, labels, rows, every picture, and the DALI index"),
-        ("export", "restore the CSV and the pictures (png: byte for byte)"),
+        ("verify", "hashes, counts, labels, rows, every image, and the DALI index"),
+        ("export", "restore the CSV and the images (png: byte for byte)"),
     ):
         action = actions.add_parser(name, help=help_text)
         action.add_argument("shards", type=Path, metavar="SHARDS")

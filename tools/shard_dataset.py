@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shard_size", default="256MiB", help="upper bound of one tar")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffling inside each fold")
     parser.add_argument("--num_workers", type=int, default=default_num_workers(), help="processes")
-    parser.add_argument("--on_error", default="stop", metavar="|".join(ON_ERROR), help="what to do about a bad picture")
+    parser.add_argument("--on_error", default="stop", metavar="|".join(ON_ERROR), help="what to do about a bad image")
     parser.add_argument("--folds", metavar="1-3,7", help="pack only these; other calls, at the same time or later, pack the others")
     options = parser.parse_args(arguments)
 

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     def command() -> None:
         summary = synthesize_dataset(SynthesisConfig(**vars(options)), progress=True)
         print(summary_line(summary))
-        print(f"CSV: {summary.csv_file}\npictures: {summary.spectrograms_dir}")
+        print(f"CSV: {summary.csv_file}\nimages: {summary.spectrograms_dir}")
 
     return run_command(command, "synthesize_dataset.py")
 

@@ -3,7 +3,7 @@
 
 Decoding ("mixed" where there is a GPU), linear antialiased resize, normalisation in the pipeline; batches are handed over by DLPack,
 which copies nothing. DALI keeps two batches prepared, also between epochs. Threads are its workers: at least one. Compared: every
-value, which by DALI's resize may be up to 16 levels off Pillow's at a picture's border, and in the mean half a level.
+value, which by DALI's resize may be up to 16 levels off Pillow's at an image's border, and in the mean half a level.
 
 Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
 """
@@ -55,7 +55,7 @@ def _pipeline(tars: list[str], options: Any, size: int) -> Any:
         num_threads=options.num_workers,
         device_id=(torch.device(options.device).index or 0) if gpu else None,
     )
-    def pictures() -> Any:
+    def pipeline() -> Any:
         readers: Any = fn.readers  # its type stub says that a reader returns nothing
         encoded, label = readers.webdataset(
             paths=tars,
@@ -73,7 +73,7 @@ def _pipeline(tars: list[str], options: Any, size: int) -> Any:
             images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="HWC", mean=mean, std=std)
         return images, label, source
 
-    return pictures()
+    return pipeline()
 
 
 if __name__ == "__main__":

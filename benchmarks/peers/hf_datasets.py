@@ -24,8 +24,8 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 import datasets  # type: ignore[import-not-found, unused-ignore]
 import numpy as np
 import torch
-from peers.pictures import collate, pillow_transform
-from peers.serving import Delivery, loader_options, make_parser, parse, read_pictures, serve_epochs
+from peers.images import collate, pillow_transform
+from peers.serving import Delivery, loader_options, make_parser, parse, read_images, serve_epochs
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 
@@ -81,7 +81,7 @@ def _write(store: Path, options: Any, png: bool) -> None:
     pixels = np.load(options.pixels, mmap_mode="r")
     image = datasets.Image() if png else datasets.Array3D(shape=pixels.shape[1:], dtype="uint8")
     features = datasets.Features({"image": image, "number": datasets.Value("int64")})
-    sources = {"pictures": str(options.pictures)} if png else {"pixels": str(options.pixels)}  # a list would be taken for shards
+    sources = {"images": str(options.images)} if png else {"pixels": str(options.pixels)}  # a list would be taken for shards
     dataset = datasets.Dataset.from_generator(_samples, features=features, cache_dir=str(cache), gen_kwargs=sources)
     dataset.save_to_disk(str(unfinished))
     del dataset
@@ -89,13 +89,13 @@ def _write(store: Path, options: Any, png: bool) -> None:
     shutil.rmtree(cache)
 
 
-def _samples(pictures: str | None = None, pixels: str | None = None) -> Iterator[dict[str, Any]]:
-    if pictures is not None:
-        for number, file in enumerate(read_pictures(Path(pictures))):
+def _samples(images: str | None = None, pixels: str | None = None) -> Iterator[dict[str, Any]]:
+    if images is not None:
+        for number, file in enumerate(read_images(Path(images))):
             yield {"image": {"bytes": Path(file).read_bytes(), "path": None}, "number": number}
     elif pixels is not None:
-        for number, picture in enumerate(np.load(pixels, mmap_mode="r")):
-            yield {"image": np.array(picture), "number": number}
+        for number, image in enumerate(np.load(pixels, mmap_mode="r")):
+            yield {"image": np.array(image), "number": number}
 
 
 if __name__ == "__main__":

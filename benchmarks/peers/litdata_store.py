@@ -22,8 +22,8 @@ os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"  # it would ask the network
 import litdata  # type: ignore[import-not-found, unused-ignore]
 import numpy as np
 import torch
-from peers.pictures import collate, tensor_transform
-from peers.serving import EXACT, Delivery, Tolerance, cores, loader_options, make_parser, parse, read_pictures, serve_epochs
+from peers.images import collate, tensor_transform
+from peers.serving import EXACT, Delivery, Tolerance, cores, loader_options, make_parser, parse, read_images, serve_epochs
 
 CHUNK_BYTES = "64MB"
 RESIZE_TOLERANCE = Tolerance(most=1, mean=0.05)
@@ -38,7 +38,7 @@ def main() -> None:
     png = options.stored == "png"
     store = options.work_dir / (f"litdata_png_{len(pixels)}" if png else f"litdata_raw_{len(pixels)}x{size}")
     if not store.is_dir():
-        files = read_pictures(options.pictures) if png else None
+        files = read_images(options.images) if png else None
         _write(store, len(pixels), partial(_from_file, files) if files else partial(_from_pixels, options.pixels))
     dataset = litdata.StreamingDataset(
         str(store),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Peer: one memory-mapped array of all pictures, gathered by NumPy and normalised by torch. What a user writes in ten lines.
+"""Peer: one memory-mapped array of all images, gathered by NumPy and normalised by torch. What a user writes in ten lines.
 
 Its workers are torch's threads: at least one. With --keep_buffer float32 goes into one buffer that every batch overwrites, for those
 who know what fresh pages cost. Compared: every value, equal to Pillow's.

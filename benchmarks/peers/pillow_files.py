@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Peer: the original trainer's way. A PNG tree, Pillow and torchvision's transforms in DataLoader's workers.
 
-convert("RGB"), Resize, ToTensor and Normalize for each picture; batches are collated in the worker, channels_last. Workers stay from
+convert("RGB"), Resize, ToTensor and Normalize for each image; batches are collated in the worker, channels_last. Workers stay from
 epoch to epoch. Compared: every value, equal to Pillow's.
 
 Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers.pictures import collate, pillow_transform
-from peers.serving import Delivery, loader_options, make_parser, parse, read_pictures, serve_epochs
+from peers.images import collate, pillow_transform
+from peers.serving import Delivery, loader_options, make_parser, parse, read_images, serve_epochs
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 
-class Pictures(Dataset[tuple[torch.Tensor, int]]):
+class Images(Dataset[tuple[torch.Tensor, int]]):
     """The tree; the number stands where a user has the label, so that batches can be checked."""
 
     def __init__(self, files: list[str], transform: Any) -> None:
@@ -39,16 +39,16 @@ class Pictures(Dataset[tuple[torch.Tensor, int]]):
 def main() -> None:
     options = parse(make_parser(__doc__))
     size = np.load(options.pixels, mmap_mode="r").shape[1]
-    pictures = Pictures(read_pictures(options.pictures), pillow_transform(size, options.dtype))
+    dataset = Images(read_images(options.images), pillow_transform(size, options.dtype))
     torch.manual_seed(options.seed)
-    loader = DataLoader(pictures, shuffle=True, collate_fn=collate, **loader_options(options))
+    loader = DataLoader(dataset, shuffle=True, collate_fn=collate, **loader_options(options))
     delivery = Delivery(options, size)
 
     def epoch() -> Iterator[tuple[torch.Tensor, list[int]]]:
         for images, numbers in loader:
             yield delivery.images(images), numbers
 
-    serve_epochs(epoch, options, ("Pillow", "torch", "torchvision"), stored=map(Path, pictures.files))
+    serve_epochs(epoch, options, ("Pillow", "torch", "torchvision"), stored=map(Path, dataset.files))
 
 
 if __name__ == "__main__":

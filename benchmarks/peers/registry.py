@@ -18,7 +18,7 @@ class Entry:
     script: str
     """In this folder; its docstring says what was chosen and what is compared."""
     group: str
-    """DECODING: pictures are decoded while loading. READY: pixels of the size asked for lie ready."""
+    """DECODING: images are decoded while loading. READY: pixels of the size asked for lie ready."""
     arguments: tuple[str, ...] = ()
     environment: str | None = None
     """Its own environment, from ``requirements-{environment}.txt``; None where ours has all it needs."""

@@ -47,8 +47,8 @@ EXACT = Tolerance()
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pixels", type=Path, required=True, help="(N, S, S, 3) uint8 .npy, all pictures as Pillow resizes them")
-    parser.add_argument("--pictures", type=Path, help="CSV of the PNG tree: number and file of each sample, in order")
+    parser.add_argument("--pixels", type=Path, required=True, help="(N, S, S, 3) uint8 .npy, all images as Pillow resizes them")
+    parser.add_argument("--images", type=Path, help="CSV of the PNG tree: number and file of each sample, in order")
     parser.add_argument("--shards", type=Path, help="png shards of the same samples in the same order")
     parser.add_argument("--work_dir", type=Path, required=True, help="for the peer's own files; kept from run to run")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -72,7 +72,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
-def read_pictures(path: Path) -> list[str]:
+def read_images(path: Path) -> list[str]:
     """The PNG file of each sample, by sample number."""
     with path.open(newline="", encoding="utf-8") as file:
         return [row["file"] for row in csv.DictReader(file)]
@@ -149,13 +149,13 @@ class KeptBuffer:
         self._values = torch.empty(batch_size, size, 3 * size)
         self._scale, self._bias = (torch.tensor(values).repeat(size) for values in scale_and_bias())
 
-    def normalise(self, pictures: Any) -> Any:
+    def normalise(self, images: Any) -> Any:
         """(B, S, S, 3) uint8 to the same in float32."""
         import torch
 
-        rows = self._values[: len(pictures)]
-        rows.copy_(pictures.reshape(rows.shape))
-        return torch.addcmul(self._bias, rows, self._scale, out=rows).view(pictures.shape)
+        rows = self._values[: len(images)]
+        rows.copy_(images.reshape(rows.shape))
+        return torch.addcmul(self._bias, rows, self._scale, out=rows).view(images.shape)
 
 
 def scale_and_bias() -> tuple[list[float], list[float]]:
@@ -178,13 +178,13 @@ class Delivery:
         self._kept = KeptBuffer(options.batch_size, size) if self._normalise and not on_gpu(options) else None
         self._scale, self._bias = (torch.tensor(values, device=self._device)[:, None, None] for values in scale_and_bias())
 
-    def pixels(self, pictures: Any) -> Any:
+    def pixels(self, values: Any) -> Any:
         """(B, S, S, 3) uint8 on the CPU to (B, 3, S, S)."""
         import torch
 
         if self._kept is not None:
-            return self._kept.normalise(pictures).permute(0, 3, 1, 2)
-        images = pictures.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+            return self._kept.normalise(values).permute(0, 3, 1, 2)
+        images = values.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
         return torch.addcmul(self._bias, images.to(torch.float32), self._scale) if self._normalise else images
 
     def images(self, images: Any) -> Any:
@@ -264,7 +264,7 @@ def serve_epochs(
             for images, _ in epoch():
                 first = first or time.perf_counter()
                 count += len(images)
-                images[:, 0, 0, 0].sum()  # one value of each picture: a loader that only promises its batches gains nothing
+                images[:, 0, 0, 0].sum()  # one value of each image: a loader that only promises its batches gains nothing
         return {"images": count, "first_batch_s": first and first - started, "device_s": clock.seconds()}
 
     serve(run, options, packages, check, {"bytes_per_image": bytes_on_disk(stored) / len(pixels)})

@@ -25,8 +25,8 @@ class Setting:
     """What all peers of a group are given alike."""
 
     pixels: Path
-    """(N, S, S, 3) uint8 .npy, all pictures as Pillow resizes them: what is served ready, and what all are checked against."""
-    pictures: Path
+    """(N, S, S, 3) uint8 .npy, all images as Pillow resizes them: what is served ready, and what all are checked against."""
+    images: Path
     """CSV: number and PNG file of each sample."""
     shards: Path
     """Our png shards of the same samples."""
@@ -41,7 +41,7 @@ class Setting:
 
     def arguments(self, entry: Entry, num_workers: int) -> list[object]:
         """The command line of ``entry``'s script."""
-        flags = ("pixels", "pictures", "shards", "work_dir", "batch_size", "dtype", "device")
+        flags = ("pixels", "images", "shards", "work_dir", "batch_size", "dtype", "device")
         given = [part for flag in flags for part in (f"--{flag}", getattr(self, flag))]
         return [*given, "--num_workers", num_workers, *entry.arguments]
 

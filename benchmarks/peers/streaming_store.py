@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers.pictures import collate, pillow_transform
-from peers.serving import Delivery, loader_options, make_parser, parse, read_pictures, serve_epochs
+from peers.images import collate, pillow_transform
+from peers.serving import Delivery, loader_options, make_parser, parse, read_images, serve_epochs
 from PIL import Image
 from streaming import MDSWriter, StreamingDataset  # type: ignore[import-not-found, unused-ignore]
 from torch.utils.data import DataLoader
@@ -50,7 +50,7 @@ def main() -> None:
     store = options.work_dir / (f"streaming_png_{len(pixels)}" if png else f"streaming_raw_{len(pixels)}x{size}")
     if not store.is_dir():
         if png:
-            _write(store, "bytes", (Path(file).read_bytes() for file in read_pictures(options.pictures)))
+            _write(store, "bytes", (Path(file).read_bytes() for file in read_images(options.images)))
         else:
             _write(store, f"ndarray:uint8:{size},{size},3", map(np.array, pixels))
     reading = {"local": str(store), "shuffle": True, "shuffle_seed": 9176 + options.seed, "batch_size": options.batch_size}
@@ -68,11 +68,11 @@ def main() -> None:
     serve_epochs(epoch, options, ("mosaicml-streaming", "numpy", "Pillow", "torch"), stored=[store])
 
 
-def _write(store: Path, kind: str, pictures: Iterable[Any]) -> None:
+def _write(store: Path, kind: str, images: Iterable[Any]) -> None:
     unfinished = store.with_name(store.name + ".unfinished")
     with MDSWriter(out=str(unfinished), columns={"image": kind, "number": "int"}, exist_ok=True) as writer:
-        for number, picture in enumerate(pictures):
-            writer.write({"image": picture, "number": number})
+        for number, image in enumerate(images):
+            writer.write({"image": image, "number": number})
     unfinished.rename(store)
 
 

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers.pictures import collate, tensor_transform
-from peers.serving import Delivery, Tolerance, loader_options, make_parser, parse, read_pictures, serve_epochs
+from peers.images import collate, tensor_transform
+from peers.serving import Delivery, Tolerance, loader_options, make_parser, parse, read_images, serve_epochs
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
 
 TOLERANCE = Tolerance(most=1, mean=0.05)
 
 
-class Pictures(Dataset[tuple[torch.Tensor, int]]):
+class Images(Dataset[tuple[torch.Tensor, int]]):
     """The tree; the number stands where a user has the label, so that batches can be checked."""
 
     def __init__(self, files: list[str], transform: Any) -> None:
@@ -44,16 +44,16 @@ def main() -> None:
         "ignore", message=".*TorchCodec"
     )  # decode_image is deprecated since torchvision 0.29, but what is asked for
     size = np.load(options.pixels, mmap_mode="r").shape[1]
-    pictures = Pictures(read_pictures(options.pictures), tensor_transform(size, options.dtype))
+    dataset = Images(read_images(options.images), tensor_transform(size, options.dtype))
     torch.manual_seed(options.seed)
-    loader = DataLoader(pictures, shuffle=True, collate_fn=collate, **loader_options(options))
+    loader = DataLoader(dataset, shuffle=True, collate_fn=collate, **loader_options(options))
     delivery = Delivery(options, size)
 
     def epoch() -> Iterator[tuple[torch.Tensor, list[int]]]:
         for images, numbers in loader:
             yield delivery.images(images), numbers
 
-    serve_epochs(epoch, options, ("torch", "torchvision"), stored=map(Path, pictures.files), tolerance=TOLERANCE)
+    serve_epochs(epoch, options, ("torch", "torchvision"), stored=map(Path, dataset.files), tolerance=TOLERANCE)
 
 
 if __name__ == "__main__":

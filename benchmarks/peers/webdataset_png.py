@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
-from peers.pictures import collate, pillow_transform
+from peers.images import collate, pillow_transform
 from peers.serving import Delivery, loader_options, make_parser, parse, serve_epochs, shard_numbers
 
 SHUFFLE = 1000

@@ -52,7 +52,7 @@ def add_dataset_arguments(group: Any, *, show_defaults: bool = False) -> None:
     group.add_argument("--csv_file", type=Path, metavar="CSV", help=f"one row per sample{csv_default}")
     group.add_argument("--spectrograms_dir", type=Path, metavar="DIR", help=f"holds fold1/, fold2/, ...{folder_default}")
     names = Columns()
-    group.add_argument("--file_column", default=names.file, metavar="NAME", help="CSV column with the picture's file name")
+    group.add_argument("--file_column", default=names.file, metavar="NAME", help="CSV column with the image's file name")
     group.add_argument("--label_column", default=names.label, metavar="NAME", help="CSV column with the class name")
     group.add_argument("--fold_column", default=names.fold, metavar="NAME", help="CSV column with the fold, 1, 2, ...")
 

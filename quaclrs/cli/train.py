@@ -80,7 +80,7 @@ def _train_here(config: TrainConfig, demo: bool) -> None:
 
     with joined_world(config.device) as world:
         if demo:
-            with world.in_turn():
+            with world.main_process_first():
                 config = _with_demo(config)
         if world.is_main:
             _tell(config, run_cross_validation(config, print, console_hooks(config.epochs), world))
@@ -143,7 +143,7 @@ def _add_data_arguments(group: Any) -> None:
     _add(
         group,
         "shards",
-        "folder of tools/shard_dataset.py; without it, the CSV's pictures are packed once",
+        "folder of tools/shard_dataset.py; without it, the CSV's images are packed once",
         type=Path,
         metavar="DIR",
     )
@@ -188,7 +188,7 @@ def _add_run_arguments(group: Any) -> None:
     _add(group, "output_dir", "results go to {output_dir}/{model_name}/fold_{k}", type=Path, metavar="DIR")
     _add(group, "resume", "go on where an interrupted run stopped; finished folds are kept", action="store_true")
     _add(group, "keep_checkpoints", "regular checkpoints to keep per fold", type=int, metavar="N")
-    _add(group, "gradcam_per_class", "Grad-CAM pictures per class; 0 for none", type=int, metavar="N")
+    _add(group, "gradcam_per_class", "Grad-CAM images per class; 0 for none", type=int, metavar="N")
     _add(
         group,
         "checkpoint_minutes",

@@ -1,6 +1,6 @@
-"""The CSV: which pictures there are, their class and fold, and what is odd about them.
+"""The CSV: which images there are, their class and fold, and what is odd about them.
 
-Every row is one sample. Rows are not files: several slices of one recording may name the same picture, and each still counts.
+Every row is one sample. Rows are not files: several slices of one recording may name the same image, and each still counts.
 Labels come from the class column alone, never from a file name (the names carry an older numbering).
 """
 
@@ -20,7 +20,7 @@ from quaclrs.config import Columns
 from quaclrs.errors import DataError
 
 ORIGINAL_AUGMENTATION = "original"
-"""Value of the ``augmentation`` column for a picture that no augmentation has touched."""
+"""Value of the ``augmentation`` column for an image that no augmentation has touched."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,9 @@ class Audit:
     counts: np.ndarray
     """(classes, folds) int64: rows of each class in each fold, folds as in :attr:`Metadata.fold_numbers`."""
     rows_sharing_a_file: int
-    """Rows whose picture another row names too."""
+    """Rows whose image another row names too."""
     conflicting_files: tuple[str, ...]
-    """Pictures that rows of different classes name."""
+    """Images that rows of different classes name."""
     recordings_across_folds: tuple[str, ...]
     """fsIDs whose rows lie in more than one fold: leakage between training and test."""
     class_id_conflicts: int
@@ -63,7 +63,7 @@ class Metadata:
 
     @cached_property
     def file(self) -> list[str]:
-        """Each row's picture, relative to its fold's folder."""
+        """Each row's image, relative to its fold's folder."""
         return self.table[self.columns.file].tolist()
 
     @cached_property
@@ -87,11 +87,11 @@ class Metadata:
         return self.table.to_numpy(dtype=object)
 
     def relative_path(self, row: int) -> str:
-        """Where row ``row``'s picture lies in the original's tree: ``fold{k}/{file}``."""
+        """Where row ``row``'s image lies in the original's tree: ``fold{k}/{file}``."""
         return f"fold{self.fold[row]}/{self.file[row]}"
 
     def path(self, row: int, spectrograms_dir: Path) -> Path:
-        """The picture of row ``row``: ``fold{k}/{file}`` below ``spectrograms_dir``, or ``{file}`` where only that exists."""
+        """The image of row ``row``: ``fold{k}/{file}`` below ``spectrograms_dir``, or ``{file}`` where only that exists."""
         in_fold, flat = spectrograms_dir / self.relative_path(row), spectrograms_dir / self.file[row]
         # os.path.isfile, for Path.is_file raises OSError for a name that is too long
         return flat if not os.path.isfile(in_fold) and os.path.isfile(flat) else in_fold  # noqa: PTH113
@@ -127,7 +127,7 @@ def read_metadata(csv_file: Path, columns: Columns | None = None) -> Metadata:
     """Read and check ``csv_file``; a byte-order mark, CRLF line ends and extra columns are fine.
 
     Raises :class:`DataError` naming the file, the row and the value when the file cannot be read, is empty, lacks a column, or
-    holds a fold that is not a positive integer, a missing value, or a picture path that leaves the dataset's folder.
+    holds a fold that is not a positive integer, a missing value, or an image path that leaves the dataset's folder.
     """
     try:
         raw = Path(csv_file).read_bytes()
@@ -168,7 +168,7 @@ def _parse_table(raw: bytes, csv_file: Path) -> pd.DataFrame:
         # text throughout: labels such as "NA" or "007" must not turn into numbers or gaps
         table = pd.read_csv(io.StringIO(raw.decode("utf-8-sig"), newline=""), dtype=str, keep_default_na=False)
     except pd.errors.EmptyDataError:
-        raise DataError(f"{csv_file}: the CSV is empty; it needs a header and one row per picture") from None
+        raise DataError(f"{csv_file}: the CSV is empty; it needs a header and one row per image") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{csv_file}: not UTF-8 text at byte {error.start}; save the CSV as UTF-8") from None
     except pd.errors.ParserError as error:
@@ -207,6 +207,6 @@ def _refuse_unsafe_paths(files: pd.Series, csv_file: Path) -> None:
         if posix.is_absolute() or windows.drive or windows.root or ".." in posix.parts or ".." in windows.parts or "\0" in file:
             row = int(np.flatnonzero((files == file).to_numpy())[0])
             raise DataError(
-                f"{csv_file}: row {row + 1}: the picture {file!r} is absolute or climbs out with '..'; "
+                f"{csv_file}: row {row + 1}: the image {file!r} is absolute or climbs out with '..'; "
                 "paths must stay below --spectrograms_dir"
             )

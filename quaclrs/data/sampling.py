@@ -14,7 +14,7 @@ BatchNorm cannot train on one), and a last batch of a single sample joins its ne
 pads: each sample exactly once.
 
 Where the data are shared out because no rank can hold them all, rank r of W has the samples whose number leaves r when divided by W,
-and permutes those alone: an epoch is then W permutations side by side, not one of everything (:func:`part_batches`).
+and permutes those alone: an epoch is then W permutations side by side, not one of everything (:func:`rank_shard_batches`).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def train_batches(order: np.ndarray, global_batch: int, world: int = 1, rank: in
     return batches
 
 
-def part_batches(samples: np.ndarray, global_batch: int, seed: int, epoch: int, world: int) -> list[list[np.ndarray]]:
+def rank_shard_batches(samples: np.ndarray, global_batch: int, seed: int, epoch: int, world: int) -> list[list[np.ndarray]]:
     """For each rank its batches of ``epoch`` from its own part of ``samples`` (N,), equally many and equally long on all ranks.
 
     Parts differ by a few samples; shorter ones wrap round to their own start. Raises ValueError when a part is empty.
@@ -106,7 +106,7 @@ def evaluation_batches(samples: np.ndarray, global_batch: int, world: int = 1, r
     return [samples[start : start + per_rank] for start in starts]
 
 
-def part_evaluation_batches(samples: np.ndarray, global_batch: int, world: int, rank: int) -> list[np.ndarray]:
+def rank_shard_evaluation_batches(samples: np.ndarray, global_batch: int, world: int, rank: int) -> list[np.ndarray]:
     """Positions in ``samples`` (N,) of those that ``rank`` holds, in batches; each on exactly one rank exactly once."""
     _check_world(world, rank)
     return evaluation_batches(np.flatnonzero(samples % world == rank), max(global_batch // world, 1))

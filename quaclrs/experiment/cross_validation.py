@@ -13,14 +13,14 @@ import torch
 from quaclrs.config import TrainConfig, default_num_workers
 from quaclrs.errors import UsageError, told_once
 from quaclrs.experiment.fold import METRICS_FILE, Log, Run, agreed_global_batch, fold_samples, provenance, read_document, run_fold
-from quaclrs.loaders import Fit, build_loader, choose_loader
+from quaclrs.loaders import MemoryEstimate, build_loader, choose_loader
 from quaclrs.loaders.base import Loader, LoaderConfig
 from quaclrs.loaders.dataset import Dataset, open_dataset
 from quaclrs.loaders.resident import ResidentLoader, resident_bytes
 from quaclrs.system.atomic_files import make_folder, write_json
 from quaclrs.system.environment import free_memory
 from quaclrs.system.file_locks import folder_lock
-from quaclrs.system.signals import Watch
+from quaclrs.system.signals import SignalHandler
 from quaclrs.training import loop
 from quaclrs.training.distributed import World
 from quaclrs.training.models import ARCHITECTURES, check_input_size, input_size
@@ -36,7 +36,7 @@ def run_cross_validation(
 
     Everything that can be refused is refused before the first fold starts. Raises the errors of quaclrs.errors.
     """
-    with Workplace.opened(config, log, hooks, world) as place:
+    with FoldRunner.opened(config, log, hooks, world) as place:
         for name, fold in tasks(config):
             place.train(name, fold)
         return place.summaries
@@ -71,12 +71,12 @@ def image_size_of(name: str, config: TrainConfig) -> int:
     return input_size(name) if config.image_size is None else config.image_size
 
 
-class Workplace:
-    """What one process keeps over all folds and models: its device, the dataset, and the loader of one picture size."""
+class FoldRunner:
+    """What one process keeps over all folds and models: its device, the dataset, and the loader of one image size."""
 
     def __init__(self, config: TrainConfig, log: Log, hooks: loop.Hooks | None, world: World) -> None:
         self._config, self._log, self._world = config, log, world
-        self._watch = Watch(config.checkpoint_minutes)
+        self._watch = SignalHandler(config.checkpoint_minutes)
         self._hooks = hooks or loop.Hooks()
         self.summaries: dict[str, dict[str, Any]] = {}
         """By model, of the folds trained here and those found."""
@@ -98,7 +98,7 @@ class Workplace:
     @contextmanager
     def opened(
         cls, config: TrainConfig, log: Log = print, hooks: loop.Hooks | None = None, world: World | None = None
-    ) -> Iterator[Workplace]:
+    ) -> Iterator[FoldRunner]:
         """A workplace for the block. Checks all that the folds will need."""
         place = cls(config, log, hooks, world or World())
         try:
@@ -157,11 +157,11 @@ class Workplace:
 
     def _global_batch(self, name: str) -> int:
         config = dataclasses.replace(self._config, model_name=name)
-        return self._world.from_main(agreed_global_batch(config, self._world) if self._world.is_main else 0)
+        return self._world.broadcast_object(agreed_global_batch(config, self._world) if self._world.is_main else 0)
 
     def _open_dataset(self) -> Dataset:
         wants_shards = self._config.shards is None and choose_loader(self._config.loader, "png").name != "files"
-        with self._world.in_turn():
+        with self._world.main_process_first():
             dataset = open_dataset(self._config, want_shards=wants_shards, log=self._log)
         for rank, identity in enumerate(self._world.gather(dataset.identity)):
             if identity != dataset.identity:
@@ -169,7 +169,7 @@ class Workplace:
         return dataset
 
     def _loader_for(self, image_size: int) -> Loader:
-        """The loader of ``image_size``: the one there is, redrawing its data at that size if it can, or else a new one in its place."""
+        """The loader of ``image_size``: the one there is, rendering its data at that size if it can, or else a new one in its place."""
         if self._loader is not None and self._loader_size != image_size:
             config = self._loader_config(image_size, self._parts)
             if not (isinstance(self._loader, ResidentLoader) and self._loader.resize(config)):
@@ -186,21 +186,21 @@ class Workplace:
         choice = choose_loader(config.loader, encoding, self._fit(image_size))
         if config.compile == "cudagraph" and choice.name != "resident":
             raise UsageError(
-                f"--compile cudagraph: takes its pictures from device memory, and --loader {choice.name} does not keep them there; "
+                f"--compile cudagraph: takes its images from device memory, and --loader {choice.name} does not keep them there; "
                 "use --loader resident"
             )
         self._log(f"loader: {choice.name} on {self._device} ({choice.reason})")
         self._parts = choice.parts
         return build_loader(choice, dataset, self._loader_config(image_size, choice.parts))
 
-    def _fit(self, image_size: int) -> Fit | None:
+    def _fit(self, image_size: int) -> MemoryEstimate | None:
         """The data against the memory of the fullest device; None on the CPU, where the page cache keeps them anyway, unless asked for."""
         shards, on_gpu = self._dataset.shards, self._device.type == "cuda"
         if shards is None or not (on_gpu or self._config.loader == "resident"):
             return None
         free = free_memory(self._device) or 0
         least = min(self._world.gather(free if on_gpu else free // self._beside))
-        return Fit(needed=resident_bytes(shards, image_size), free=least, ranks=self._world.size)
+        return MemoryEstimate(needed=resident_bytes(shards, image_size), free=least, ranks=self._world.size)
 
     @property
     def _beside(self) -> int:

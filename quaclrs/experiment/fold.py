@@ -25,7 +25,7 @@ from quaclrs.report.metrics import compute_metrics, to_json_safe
 from quaclrs.report.plots import write_plots
 from quaclrs.system.atomic_files import TEMPORARY_SUFFIX, make_folder, write_json
 from quaclrs.system.environment import describe_environment
-from quaclrs.system.signals import Watch
+from quaclrs.system.signals import SignalHandler
 from quaclrs.training import checkpoint, loop
 from quaclrs.training.distributed import World
 from quaclrs.training.models import build_model
@@ -50,7 +50,7 @@ class Run:
     global_batch: int
     """Samples of one optimizer step, those of all processes together."""
     world: World
-    watch: Watch
+    watch: SignalHandler
     log: Log
     hooks: loop.Hooks = field(default_factory=loop.Hooks)
 
@@ -82,7 +82,7 @@ class Run:
             "num_folds": config.num_folds,
             "data": self.dataset.identity,
             "pixels": self.loader.pixels,
-            "order": "global" if self.loader.holds_all else f"shared out over {self.world.size} processes",
+            "order": "global" if self.loader.replicated else f"shared out over {self.world.size} processes",
         }
 
 
@@ -132,7 +132,7 @@ def run_fold(run: Run, fold: int) -> dict[str, Any]:
 
     On several processes each calls it; rank 0 alone reads and writes files.
     """
-    finished = run.world.from_main(_finished(run, fold) if run.config.resume and run.world.is_main else None)
+    finished = run.world.broadcast_object(_finished(run, fold) if run.config.resume and run.world.is_main else None)
     if finished:
         if run.world.is_main:
             note_done(run.folder, fold)
@@ -161,7 +161,7 @@ def _train_and_test(run: Run, fold: int) -> dict[str, Any]:
     if run.world.is_main:
         write_json(folder / RUN_FILE, {"run": identity, "batch_size": config.batch_size, "processes": run.world.size})
     with with_profile(run.hooks, config, training, run.loader.name, folder, run.log) as hooks:
-        fitting = loop.Fitting(training, run.loader, samples, config, run.global_batch, folder, identity, run.watch, hooks)
+        fitting = loop.Trainer(training, run.loader, samples, config, run.global_batch, folder, identity, run.watch, hooks)
         stopped_early = fitting.fit()
         tested = fitting.test()
     if not run.world.is_main:
@@ -189,7 +189,7 @@ def _begin(run: Run, samples: loop.FoldSamples, fold: int) -> Training:
 
 
 def _restore(run: Run, training: Training, folder: Path, identity: dict[str, Any]) -> None:
-    state = run.world.from_main(checkpoint.load_checkpoint(folder, identity) if run.world.is_main else None)
+    state = run.world.broadcast_object(checkpoint.load_checkpoint(folder, identity) if run.world.is_main else None)
     if run.world.is_main:
         for half_written in folder.rglob(f"*{TEMPORARY_SUFFIX}"):
             half_written.unlink(missing_ok=True)

@@ -23,14 +23,14 @@ from typing import Any
 
 from quaclrs.config import TrainConfig
 from quaclrs.errors import Interrupted, QuaclrsError, TrainingError
-from quaclrs.experiment.cross_validation import SUMMARY_FILE, Workplace, find_device, refuse_for_device, tasks
+from quaclrs.experiment.cross_validation import SUMMARY_FILE, FoldRunner, find_device, refuse_for_device, tasks
 from quaclrs.experiment.fold import Log, model_folder, read_document
 from quaclrs.experiment.run_status import note
 from quaclrs.loaders import choose_loader
 from quaclrs.loaders.dataset import open_dataset
 from quaclrs.system.atomic_files import make_folder
 from quaclrs.system.processes import exit_with_parent, interrupts_held
-from quaclrs.system.signals import Watch
+from quaclrs.system.signals import SignalHandler
 from quaclrs.training.distributed import World, share_processors
 from quaclrs.training.loop import Hooks
 from quaclrs.training.progress import epoch_line
@@ -56,7 +56,7 @@ def run_in_parallel(config: TrainConfig, processes: int, log: Log = print) -> di
     refuse_for_device(config, find_device(config.device), World())
     _prepare_data(config, log)
     make_folder(config.output_dir)
-    with Watch() as watch:
+    with SignalHandler() as watch:
         _Pool(config, to_do, log, watch).run()
     names = dict.fromkeys(name for name, _ in to_do)
     return {name: read_document(config.output_dir / name / SUMMARY_FILE) for name in names}
@@ -87,7 +87,7 @@ class _Pool:
     config: TrainConfig
     to_do: list[Task]
     log: Log
-    watch: Watch
+    watch: SignalHandler
     waiting: deque[Task] = field(default_factory=deque)
     workers: list[_Worker] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -230,7 +230,7 @@ def _work(connection: Connection, config: TrainConfig) -> None:
 
     hooks = Hooks(epoch_done=lambda entry: log(f"fold {task[0][1]}: {epoch_line(entry, config.epochs)}"))
     try:
-        with Workplace.opened(config, log, hooks) as place:
+        with FoldRunner.opened(config, log, hooks) as place:
             say("ready", None)
             while (received := connection.recv()) is not None:
                 task[:] = [received]
@@ -246,7 +246,7 @@ def _work(connection: Connection, config: TrainConfig) -> None:
         sys.exit(1)
 
 
-def _train(place: Workplace, config: TrainConfig, name: str, fold: int) -> str | None:
+def _train(place: FoldRunner, config: TrainConfig, name: str, fold: int) -> str | None:
     """Train one fold; returns in one line what went wrong by the data or the settings, if anything did."""
     try:
         with _printing_to(log_file(dataclasses.replace(config, model_name=name), fold)):

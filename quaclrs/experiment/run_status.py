@@ -1,6 +1,6 @@
 """Which folds of a model are running, done, failed or were interrupted: on disk, for whoever shares the output folder.
 
-``ledger.json`` is for people and for the report at the end of a run; what is done is decided by each fold's ``metrics.json``. A fold
+``run_status.json`` is for people and for the report at the end of a run; what is done is decided by each fold's ``metrics.json``. A fold
 belongs to the process that holds the lock of ``.fold_{k}.lock``, which the system frees when that process ends, however it ends.
 """
 
@@ -19,13 +19,13 @@ from quaclrs.errors import Interrupted, QuaclrsError, UsageError
 from quaclrs.system.atomic_files import make_folder, write_json
 from quaclrs.system.file_locks import folder_lock, locked
 
-LEDGER_FILE = "ledger.json"
+RUN_STATUS_FILE = "run_status.json"
 
 
-def read_ledger(folder: Path) -> dict[str, dict[str, Any]]:
+def read_run_status(folder: Path) -> dict[str, dict[str, Any]]:
     """``fold_{k}`` → its entry, for the model whose results are in ``folder``; empty where there is none that can be read."""
     try:
-        return dict(json.loads((folder / LEDGER_FILE).read_bytes()))
+        return dict(json.loads((folder / RUN_STATUS_FILE).read_bytes()))
     except (OSError, ValueError):
         return {}
 
@@ -33,14 +33,14 @@ def read_ledger(folder: Path) -> dict[str, dict[str, Any]]:
 def note(folder: Path, fold: int, **entry: Any) -> None:
     """Change some values of a fold's entry. Raises :class:`StorageError` for the disk."""
     with folder_lock(folder):
-        ledger = read_ledger(folder)
+        ledger = read_run_status(folder)
         ledger[f"fold_{fold}"] = ledger.get(f"fold_{fold}", {}) | entry
-        write_json(folder / LEDGER_FILE, dict(sorted(ledger.items(), key=lambda item: int(item[0].removeprefix("fold_")))))
+        write_json(folder / RUN_STATUS_FILE, dict(sorted(ledger.items(), key=lambda item: int(item[0].removeprefix("fold_")))))
 
 
 def note_done(folder: Path, fold: int) -> None:
     """Of a fold that is found finished: whoever finished it may have been killed before it could say so."""
-    if read_ledger(folder).get(f"fold_{fold}", {}).get("state") != "done":
+    if read_run_status(folder).get(f"fold_{fold}", {}).get("state") != "done":
         note(folder, fold, state="done", until=_now(), error=None)
 
 
@@ -53,7 +53,7 @@ def claimed(folder: Path, fold: int) -> Iterator[None]:
     make_folder(folder)
     with locked(folder / f".fold_{fold}.lock") as held:
         if not held:
-            holder = read_ledger(folder).get(f"fold_{fold}", {})
+            holder = read_run_status(folder).get(f"fold_{fold}", {})
             raise UsageError(
                 f"{folder}: fold {fold} is being trained by process {holder.get('pid', '?')} on {holder.get('host', '?')}; wait for it, "
                 "or choose another --fold or --output_dir"

@@ -1,9 +1,9 @@
-"""RGB picture ↔ (grid of palette indices, palette, layout): exact, or :class:`NotIndexable` with the reason.
+"""RGB image ↔ (grid of palette indices, palette, layout): exact, or :class:`NotIndexable` with the reason.
 
-A colour-mapped matrix drawn as a picture is its grid enlarged by repeating pixels. Equal neighbouring pixel rows (columns) belong to
-one row (column) of cells, so the grid is found by comparison alone; nothing is assumed about how the picture was drawn. Cells
+A colour-mapped matrix drawn as an image is its grid enlarged by repeating pixels. Equal neighbouring pixel rows (columns) belong to
+one row (column) of cells, so the grid is found by comparison alone; nothing is assumed about how the image was drawn. Cells
 that happen to equal their neighbour in every row stay merged: what is *seen* may be coarser than the grid that was drawn.
-:mod:`quaclrs.imaging.shared_layouts` finds layouts and palettes that many pictures share; :func:`recode` moves a picture onto them.
+:mod:`quaclrs.imaging.shared_layouts` finds layouts and palettes that many images share; :func:`recode` moves an image onto them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ MAX_COLOURS = 256
 
 
 class NotIndexable(DataError):
-    """The picture is no grid of at most 256 colours, or does not fit the given layout or palette; says which and by how much."""
+    """The image is no grid of at most 256 colours, or does not fit the given layout or palette; says which and by how much."""
 
 
 @dataclass(frozen=True, eq=False)
-class IndexedPicture:
-    """A picture without loss: pixel (y, x) is ``palette[grid[row of y, column of x]]``."""
+class IndexedImage:
+    """An image without loss: pixel (y, x) is ``palette[grid[row of y, column of x]]``."""
 
     grid: NDArray[np.uint8]
     """(layout.rows, layout.columns), C-contiguous."""
@@ -37,17 +37,17 @@ class IndexedPicture:
     layout: Layout
 
 
-def find_cells(rgb: NDArray[np.uint8]) -> IndexedPicture:
+def find_cells(rgb: NDArray[np.uint8]) -> IndexedImage:
     """The coarsest grid of ``rgb`` (H, W, 3) uint8 and its colours, in ascending RGB order.
 
     Raises :class:`NotIndexable` for more than 256 colours (with their number) or a side above 16384 pixels, ``ValueError`` for
     another shape or dtype.
     """
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or 0 in rgb.shape:
-        raise ValueError(f"a picture must be (H, W, 3) uint8, not {rgb.shape} {rgb.dtype}")
+        raise ValueError(f"an image must be (H, W, 3) uint8, not {rgb.shape} {rgb.dtype}")
     height, width, _ = rgb.shape
     if max(height, width) > MAX_SIDE:
-        raise NotIndexable(f"the picture is {width}×{height} pixels; an indexed picture has at most {MAX_SIDE} a side")
+        raise NotIndexable(f"the image is {width}×{height} pixels; an indexed image has at most {MAX_SIDE} a side")
     lines = _widest_words(rgb)
     row_edges = _run_starts((lines[1:] != lines[:-1]).any(axis=1))
     codes = pack_colours(rgb[row_edges])  # (rows, W) uint32: only one pixel row of each run is looked at from here on
@@ -55,48 +55,48 @@ def find_cells(rgb: NDArray[np.uint8]) -> IndexedPicture:
     codes = codes[:, column_edges]  # (rows, columns) uint32
     palette_codes = _distinct(codes)
     if len(palette_codes) > MAX_COLOURS:
-        raise NotIndexable(f"the picture has {len(palette_codes):,} colours; an indexed picture has at most {MAX_COLOURS}")
+        raise NotIndexable(f"the image has {len(palette_codes):,} colours; an indexed image has at most {MAX_COLOURS}")
     layout = Layout(height=height, width=width, row_edges=tuple(row_edges.tolist()), column_edges=tuple(column_edges.tolist()))
-    return IndexedPicture(_positions(codes, palette_codes), unpack_colours(palette_codes), layout)
+    return IndexedImage(_positions(codes, palette_codes), unpack_colours(palette_codes), layout)
 
 
-def encode(rgb: NDArray[np.uint8], layout: Layout | None = None, palette: NDArray[np.uint8] | None = None) -> IndexedPicture:
-    """Index ``rgb`` (H, W, 3) uint8, on a known ``layout`` and ``palette`` if given, and prove it by redrawing every pixel.
+def encode(rgb: NDArray[np.uint8], layout: Layout | None = None, palette: NDArray[np.uint8] | None = None) -> IndexedImage:
+    """Index ``rgb`` (H, W, 3) uint8, on a known ``layout`` and ``palette`` if given, and prove it by rendering every pixel.
 
-    Raises :class:`NotIndexable` as :func:`find_cells`, and where the picture does not fit the layout or the palette.
+    Raises :class:`NotIndexable` as :func:`find_cells`, and where the image does not fit the layout or the palette.
     """
-    picture = find_cells(rgb)
-    picture = recode(picture, layout or picture.layout, picture.palette if palette is None else palette)
-    if not np.array_equal(decode(picture), rgb):
-        raise RuntimeError("an indexed picture differs from its pixels: a bug in quaclrs.imaging.indexed; please report it")
-    return picture
+    image = find_cells(rgb)
+    image = recode(image, layout or image.layout, image.palette if palette is None else palette)
+    if not np.array_equal(decode(image), rgb):
+        raise RuntimeError("an indexed image differs from its pixels: a bug in quaclrs.imaging.indexed; please report it")
+    return image
 
 
-def decode(picture: IndexedPicture) -> NDArray[np.uint8]:
+def decode(image: IndexedImage) -> NDArray[np.uint8]:
     """The pixels, (H, W, 3) uint8."""
-    layout = picture.layout
+    layout = image.layout
     heights = np.diff(layout.row_edges, append=layout.height)
     widths = np.diff(layout.column_edges, append=layout.width)
-    lines = np.repeat(picture.palette[picture.grid], widths, axis=1)  # (rows, W, 3): widen before heighten, it copies less
+    lines = np.repeat(image.palette[image.grid], widths, axis=1)  # (rows, W, 3): widen before heighten, it copies less
     return np.repeat(lines, heights, axis=0)
 
 
-def recode(picture: IndexedPicture, layout: Layout, palette: NDArray[np.uint8]) -> IndexedPicture:
+def recode(image: IndexedImage, layout: Layout, palette: NDArray[np.uint8]) -> IndexedImage:
     """The same pixels on a finer ``layout`` (equal cells repeated) and a larger ``palette`` (1..256, 3) uint8.
 
-    Raises :class:`NotIndexable` when the sizes differ, an edge of the picture is none of the layout or a colour is not in the palette.
+    Raises :class:`NotIndexable` when the sizes differ, an edge of the image is none of the layout or a colour is not in the palette.
     """
-    if layout == picture.layout:
-        grid = picture.grid
+    if layout == image.layout:
+        grid = image.grid
     else:
-        if layout.size != picture.layout.size:
-            raise NotIndexable(f"the picture is {_size(picture.layout)} pixels, the layout {_size(layout)}")
-        rows = _cells_of("row", picture.layout.row_edges, layout.row_edges)
-        columns = _cells_of("column", picture.layout.column_edges, layout.column_edges)
-        grid = picture.grid[rows][:, columns]
-    if not np.array_equal(palette, picture.palette):
-        grid = _palette_positions(picture.palette, palette)[grid]
-    return IndexedPicture(np.ascontiguousarray(grid), palette, layout)
+        if layout.size != image.layout.size:
+            raise NotIndexable(f"the image is {_size(image.layout)} pixels, the layout {_size(layout)}")
+        rows = _cells_of("row", image.layout.row_edges, layout.row_edges)
+        columns = _cells_of("column", image.layout.column_edges, layout.column_edges)
+        grid = image.grid[rows][:, columns]
+    if not np.array_equal(palette, image.palette):
+        grid = _palette_positions(image.palette, palette)[grid]
+    return IndexedImage(np.ascontiguousarray(grid), palette, layout)
 
 
 def pack_colours(rgb: NDArray[np.uint8]) -> NDArray[np.uint32]:
@@ -151,7 +151,7 @@ def _palette_positions(source: NDArray[np.uint8], target: NDArray[np.uint8]) -> 
     source_codes, target_codes = pack_colours(source), pack_colours(target)
     missing = np.setdiff1d(source_codes, target_codes)
     if missing.size:
-        raise NotIndexable(f"{missing.size} of the picture's {len(source)} colours are not in the palette, e.g. #{missing[0]:06x}")
+        raise NotIndexable(f"{missing.size} of the image's {len(source)} colours are not in the palette, e.g. #{missing[0]:06x}")
     order = np.argsort(target_codes, kind="stable")
     return order[np.searchsorted(target_codes[order], source_codes)].astype(np.uint8)
 
@@ -160,7 +160,7 @@ def _cells_of(axis: str, seen: tuple[int, ...], finer: tuple[int, ...]) -> NDArr
     """(len(finer),) the seen cell that each finer cell lies in."""
     strangers = sorted(set(seen).difference(finer))
     if strangers:
-        raise NotIndexable(f"{len(strangers)} of the picture's {axis} edges are not in the layout, e.g. pixel {strangers[0]}")
+        raise NotIndexable(f"{len(strangers)} of the image's {axis} edges are not in the layout, e.g. pixel {strangers[0]}")
     return np.searchsorted(seen, finer, side="right") - 1
 
 

@@ -1,4 +1,4 @@
-"""Where a picture's cells lie: the first pixel of each row and column of cells."""
+"""Where an image's cells lie: the first pixel of each row and column of cells."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from quaclrs.imaging.resample import MAX_SIDE
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A picture of ``height`` × ``width`` pixels, cut into ``rows`` × ``columns`` cells of one colour each. Hashable.
+    """An image of ``height`` × ``width`` pixels, cut into ``rows`` × ``columns`` cells of one colour each. Hashable.
 
-    Raises ``ValueError`` when the edges do not start at 0, do not rise, or leave the picture.
+    Raises ``ValueError`` when the edges do not start at 0, do not rise, or leave the image.
     """
 
     height: int
@@ -77,7 +77,7 @@ def even_edges(cells: int, pixels: int) -> tuple[int, ...]:
 
 
 def even_layout(height: int, width: int, rows: int, columns: int) -> Layout:
-    """A ``height`` × ``width`` picture of ``rows`` × ``columns`` even cells, as matplotlib draws them."""
+    """A ``height`` × ``width`` image of ``rows`` × ``columns`` even cells, as matplotlib draws them."""
     return Layout(height=height, width=width, row_edges=even_edges(rows, height), column_edges=even_edges(columns, width))
 
 

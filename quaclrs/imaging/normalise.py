@@ -22,7 +22,7 @@ def normalisation_table() -> torch.Tensor:
     Computed by torchvision itself, so that a look-up gives its very bits on a GPU too, where torch divides by multiplying
     with the reciprocal. The one tensor is shared: do not write to it.
     """
-    levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 256, 3)  # a picture one pixel high
+    levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 256, 3)  # an image one pixel high
     scaled = transforms.to_tensor(levels)  # (3, 1, 256) float32 in [0, 1]
     return transforms.normalize(scaled, list(IMAGENET_MEAN), list(IMAGENET_STD)).reshape(3, 256)
 
@@ -33,18 +33,18 @@ def _table_on(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return normalisation_table().flatten().to(device), torch.arange(0, 3 * 256, 256, dtype=torch.int32, device=device)
 
 
-def normalise(pictures: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Normalise ``pictures`` (B, S, S, 3) uint8 to (B, 3, S, S) ``dtype`` in channels_last memory, on the same device.
+def normalise(pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normalise ``pixels`` (B, S, S, 3) uint8 to (B, 3, S, S) ``dtype`` in channels_last memory, on the same device.
 
     In float32 the values are bit-identical to torchvision's ToTensor + Normalize on every device.
     """
-    if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
-        raise ValueError(f"pictures must be (B, S, S, 3) uint8, not {tuple(pictures.shape)} {pictures.dtype}")
-    if pictures.device.type == "cpu":
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
+        raise ValueError(f"images must be (B, S, S, 3) uint8, not {tuple(pixels.shape)} {pixels.dtype}")
+    if pixels.device.type == "cpu":
         # three streaming passes are faster here than a gather with 64-bit indices, and round the same way
         mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-        values = pictures.to(torch.float32).div_(255).sub_(mean).div_(std)
+        values = pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
     else:
-        table, offsets = _table_on(pictures.device)
-        values = table[pictures.to(torch.int32) + offsets]
+        table, offsets = _table_on(pixels.device)
+        values = table[pixels.to(torch.int32) + offsets]
     return values.to(dtype).permute(0, 3, 1, 2)

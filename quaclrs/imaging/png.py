@@ -42,7 +42,7 @@ class PngFacts:
     mode: str
     """Pillow's mode: RGBA, RGB, P, L, LA, I;16, ..."""
     bits: int
-    """Per channel, in the file; Pillow keeps 8 of 16 in colour pictures."""
+    """Per channel, in the file; Pillow keeps 8 of 16 in colour images."""
     transparent: bool
     """Some pixel is not opaque; converting to RGB drops that."""
 
@@ -53,9 +53,9 @@ class PngFacts:
 
 
 def decode_png(data: bytes, name: str) -> tuple[Image.Image, PngFacts]:
-    """Check and decode one PNG: the RGB picture as Pillow's ``convert("RGB")`` makes it, and its facts.
+    """Check and decode one PNG: the RGB image as Pillow's ``convert("RGB")`` makes it, and its facts.
 
-    ``name`` names the picture in messages. Raises :class:`DataError` when the bytes are not a PNG, a chunk's CRC is wrong, the file
+    ``name`` names the image in messages. Raises :class:`DataError` when the bytes are not a PNG, a chunk's CRC is wrong, the file
     is cut short or its pixels are not all there, or it is a decompression bomb.
     """
     image = _checked(data, name)
@@ -63,7 +63,7 @@ def decode_png(data: bytes, name: str) -> tuple[Image.Image, PngFacts]:
 
 
 def check_png(data: bytes, name: str) -> PngFacts:
-    """The facts of :func:`decode_png` and its errors, without the picture."""
+    """The facts of :func:`decode_png` and its errors, without the image."""
     return _proven_facts(data) or _facts(_checked(data, name), data)
 
 
@@ -78,7 +78,7 @@ def resize_rgb(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _proven_facts(data: bytes) -> PngFacts | None:
-    """The facts of a picture that is proven to be good; None for any other, good or bad."""
+    """The facts of an image that is proven to be good; None for any other, good or bad."""
     stream = read_stream(data)
     if stream is None:
         return None

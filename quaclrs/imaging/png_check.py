@@ -30,7 +30,7 @@ _DAMAGE = (zlib.error, inflating.error, ValueError)
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """Colour type to channels."""
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-"""First column, first row, column step and row step of the passes of an interlaced picture."""
+"""First column, first row, column step and row step of the passes of an interlaced image."""
 _RGB, _RGBA = 2, 6
 _HARMLESS = frozenset([b"pHYs", b"tEXt", b"zTXt", b"iTXt", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"sBIT", b"bKGD", b"tIME", b"eXIf"])
 """Chunks that have no say in what the pixels are, nor in which of them are transparent."""
@@ -41,7 +41,7 @@ _OPAQUE_IN_FIRST_COLUMN = np.array([255, 255, 0, 128, 0], np.uint8)  # ... with 
 _OPAQUE_IN_TOP_ROW = np.array([255, 0, 255, 128, 0], np.uint8)  # ... with 0 above it; in the corner it is 255 under each filter
 # everywhere else it is 255 unfiltered, and 0 under each filter
 _PIECE_BYTES = 1 << 18
-"""Unpacked at a time: what the processor's cache holds. A whole picture at once takes half as long again."""
+"""Unpacked at a time: what the processor's cache holds. A whole image at once takes half as long again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Stream:
 
     @property
     def row_bytes(self) -> int:
-        """Of one pixel row with the filter type before it; of a picture that is not interlaced."""
+        """Of one pixel row with the filter type before it; of an image that is not interlaced."""
         return self._row_bytes(self.width)
 
     @property

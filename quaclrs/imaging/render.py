@@ -19,15 +19,15 @@ from quaclrs.imaging.indexed import MAX_COLOURS
 from quaclrs.imaging.layout import Layout
 from quaclrs.imaging.memory import as_batch, host_bytes
 from quaclrs.imaging.normalise import normalise
-from quaclrs.imaging.resample import HALF, WEIGHT_BITS, Taps, cell_taps, vertical_first
+from quaclrs.imaging.resample import HALF, WEIGHT_BITS, FilterWeights, cell_filter_weights, vertical_first
 
-REDRAW_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
+RENDER_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 """Of a batch. uint8 holds the resized levels themselves, not normalised."""
 
 
 @dataclass(frozen=True, eq=False)
 class Grids:
-    """N indexed pictures in one flat buffer, all tensors on one device. Widths, layouts and palettes mix freely.
+    """N indexed images in one flat buffer, all tensors on one device. Widths, layouts and palettes mix freely.
 
     ``flat`` may lie in a memory map. Map it with ``mode="c"`` (copy on write), for torch warns about read-only memory.
     Raises ``ValueError`` for a wrong shape, dtype or device.
@@ -77,10 +77,10 @@ class Passes(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class RedrawTables:
-    """All that redrawing needs besides the grids, for L layouts, P palettes and one output size S; a few 100 KB on one device.
+class RenderTables:
+    """All that rendering needs besides the grids, for L layouts, P palettes and one output size S; a few 100 KB on one device.
 
-    Each layout's taps (:func:`quaclrs.imaging.resample.cell_taps`) are padded with weights of 0 to the most taps of any layout;
+    Each layout's taps (:func:`quaclrs.imaging.resample.cell_filter_weights`) are padded with weights of 0 to the most taps of any layout;
     a padded tap may point beyond the last cell. Tap-major, so that neighbouring output values read neighbouring weights.
     """
 
@@ -110,13 +110,13 @@ class RedrawTables:
     @classmethod
     def build(
         cls, layouts: Sequence[Layout], palettes: Sequence[NDArray[np.uint8]], size: int, device: torch.device | str = "cpu"
-    ) -> RedrawTables:
+    ) -> RenderTables:
         """Tables for ``layouts`` and ``palettes`` (each (1..256, 3) uint8) at ``size`` pixels a side, on ``device``."""
         if size < 1 or not layouts or not palettes:
-            raise ValueError(f"cannot redraw {len(layouts)} layouts with {len(palettes)} palettes at size {size}")
+            raise ValueError(f"cannot render {len(layouts)} layouts with {len(palettes)} palettes at size {size}")
         passes = [Passes.of(layout, size) for layout in layouts]
-        cell_first, cell_weights = _stack([cell_taps(*one.cells, size) for one in passes])
-        line_first, line_weights = _stack([cell_taps(*one.lines, size) for one in passes])
+        cell_first, cell_weights = _stack([cell_filter_weights(*one.cells, size) for one in passes])
+        line_first, line_weights = _stack([cell_filter_weights(*one.lines, size) for one in passes])
         strides = [(1, layout.columns) if one.turned else (layout.columns, 1) for layout, one in zip(layouts, passes, strict=True)]
         tables = cls(
             size=size,
@@ -139,13 +139,13 @@ class RedrawTables:
         """Where the tensors are."""
         return self.palettes.device
 
-    def to(self, device: torch.device | str) -> RedrawTables:
+    def to(self, device: torch.device | str) -> RenderTables:
         """The same on ``device``."""
         moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **moved)
 
 
-def check_grids(grids: Grids, tables: RedrawTables) -> None:
+def check_grids(grids: Grids, tables: RenderTables) -> None:
     """Raise ``ValueError`` if a grid leaves the buffer or names a layout or palette that the tables lack.
 
     The kernels trust what they read, so each set of grids needs this once. On a GPU it waits for the device.
@@ -164,10 +164,10 @@ def check_grids(grids: Grids, tables: RedrawTables) -> None:
         raise ValueError(f"grids lie at {start}..{end}, outside the buffer of {len(grids.flat)} bytes")
 
 
-def redraw_reference(
-    grids: Grids, index: torch.Tensor, tables: RedrawTables, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+def render_reference(
+    grids: Grids, index: torch.Tensor, tables: RenderTables, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Draw the pictures ``index`` (B,) int64 of ``grids``: (B, 3, S, S) ``dtype``, channels_last, on their device.
+    """Draw the images ``index`` (B,) int64 of ``grids``: (B, 3, S, S) ``dtype``, channels_last, on their device.
 
     float32 values are bit-identical to torchvision's ToTensor + Normalize of Pillow's ``resize((S, S), BILINEAR)``; float16 and
     bfloat16 are those, rounded; uint8 are Pillow's levels. ``out``, if given, is such a batch to write to.
@@ -181,13 +181,13 @@ def redraw_reference(
     return out.copy_(levels.permute(0, 3, 1, 2) if dtype == torch.uint8 else normalise(levels, dtype))
 
 
-def checked_out(out: torch.Tensor | None, pictures: int, tables: RedrawTables, dtype: torch.dtype) -> torch.Tensor:
+def checked_out(out: torch.Tensor | None, images: int, tables: RenderTables, dtype: torch.dtype) -> torch.Tensor:
     """``out`` if it can take the batch, or a new batch (B, 3, S, S) if it is None. Raises ``ValueError``."""
-    if dtype not in REDRAW_DTYPES:
-        raise ValueError(f"a batch is one of {', '.join(map(str, REDRAW_DTYPES))}, not {dtype}")
-    shape = (pictures, 3, tables.size, tables.size)
+    if dtype not in RENDER_DTYPES:
+        raise ValueError(f"a batch is one of {', '.join(map(str, RENDER_DTYPES))}, not {dtype}")
+    shape = (images, 3, tables.size, tables.size)
     if out is None:
-        return _new_batch(pictures, tables, dtype)
+        return _new_batch(images, tables, dtype)
     fits = out.shape == shape and out.dtype == dtype and out.device == tables.device
     if not (fits and out.is_contiguous(memory_format=torch.channels_last)):
         found = f"{tuple(out.shape)} {out.dtype} on {out.device}"
@@ -195,41 +195,41 @@ def checked_out(out: torch.Tensor | None, pictures: int, tables: RedrawTables, d
     return out
 
 
-def _new_batch(pictures: int, tables: RedrawTables, dtype: torch.dtype) -> torch.Tensor:
+def _new_batch(images: int, tables: RenderTables, dtype: torch.dtype) -> torch.Tensor:
     if tables.device.type == "cpu":
-        return as_batch(host_bytes(pictures, tables.size, dtype), pictures, tables.size, dtype)
-    return torch.empty((pictures, tables.size, tables.size, 3), dtype=dtype, device=tables.device).permute(0, 3, 1, 2)
+        return as_batch(host_bytes(images, tables.size, dtype), images, tables.size, dtype)
+    return torch.empty((images, tables.size, tables.size, 3), dtype=dtype, device=tables.device).permute(0, 3, 1, 2)
 
 
-def _first_pass(grids: Grids, index: torch.Tensor, layouts: torch.Tensor, tables: RedrawTables) -> torch.Tensor:
+def _first_pass(grids: Grids, index: torch.Tensor, layouts: torch.Tensor, tables: RenderTables) -> torch.Tensor:
     """Every line at S values: (B, most lines, S, 3) int32 levels. Lines that a smaller grid lacks repeat its last one."""
     last_line, last_cell = tables.lines[layouts][:, None] - 1, tables.cells[layouts][:, None] - 1  # (B, 1)
     line = torch.arange(int(tables.lines.max()), device=tables.device).minimum(last_line)  # (B, N)
     line_start = grids.offsets[index][:, None] + line * tables.line_stride[layouts][:, None]
     palettes = tables.palettes[grids.palettes[index].long()]  # (B, 256)
-    picture = torch.arange(len(index), device=tables.device)[:, None, None]
+    image = torch.arange(len(index), device=tables.device)[:, None, None]
     first, weights = tables.cell_first[layouts], tables.cell_weights[layouts]  # (B, S), (B, K, S)
 
     sums = torch.full((*line.shape, tables.size, 3), HALF, dtype=torch.int32, device=tables.device)
     for k in range(weights.shape[1]):
         cell = (first + k).minimum(last_cell) * tables.cell_stride[layouts][:, None]  # beyond the last cell the weight is 0
         indices = grids.flat[line_start[:, :, None] + cell[:, None, :]].long()  # (B, N, S)
-        colour = palettes[picture, indices]
+        colour = palettes[image, indices]
         channels = torch.stack([colour & 255, colour >> 8 & 255, colour >> 16], dim=-1)  # (B, N, S, 3)
         sums += channels * weights[:, k, None, :, None]
     return sums >> WEIGHT_BITS
 
 
-def _second_pass(lines: torch.Tensor, layouts: torch.Tensor, tables: RedrawTables) -> torch.Tensor:
+def _second_pass(lines: torch.Tensor, layouts: torch.Tensor, tables: RenderTables) -> torch.Tensor:
     """(B, N, S, 3) int32 lines to (B, S, S, 3) int32 levels of 0..255; they never need clipping, see MAX_SIDE."""
-    picture = torch.arange(len(layouts), device=tables.device)[:, None]
+    image = torch.arange(len(layouts), device=tables.device)[:, None]
     last_line = tables.lines[layouts][:, None] - 1
     first, weights = tables.line_first[layouts], tables.line_weights[layouts]  # (B, S), (B, K, S)
 
     sums = torch.full((len(layouts), tables.size, tables.size, 3), HALF, dtype=torch.int32, device=tables.device)
     for k in range(weights.shape[1]):
         line = (first + k).minimum(last_line)  # (B, S)
-        sums += lines[picture, line] * weights[:, k, :, None, None]
+        sums += lines[image, line] * weights[:, k, :, None, None]
     return sums >> WEIGHT_BITS
 
 
@@ -237,7 +237,7 @@ def _int32(values: Iterable[int]) -> torch.Tensor:
     return torch.tensor(list(values), dtype=torch.int32)
 
 
-def _stack(taps: list[Taps]) -> tuple[torch.Tensor, torch.Tensor]:
+def _stack(taps: list[FilterWeights]) -> tuple[torch.Tensor, torch.Tensor]:
     """(L, S) first sources and (L, K, S) weights of L layouts, padded to the most taps."""
     most = max(one.weights.shape[1] for one in taps)
     weights = [np.pad(one.weights, ((0, 0), (0, most - one.weights.shape[1]))).T for one in taps]

@@ -33,7 +33,7 @@ MAX_SIDE = 16384
 """Longest side of a source in pixels.
 
 Rounding lets the weights of one output value sum to 2^22 + e, where e is at most half the number of pixels. A value needs Pillow's clip
-to 255 only if 255·e ≥ 2^21, that is e > 8224. Sides up to 16384 never get there, so no redraw clips, and every sum fits an int32.
+to 255 only if 255·e ≥ 2^21, that is e > 8224. Sides up to 16384 never get there, so no render clips, and every sum fits an int32.
 """
 
 
@@ -41,16 +41,16 @@ _PILLOW_CHOOSES_ORDER = int(PIL.__version__.partition(".")[0]) >= 13
 
 
 def vertical_first(height: int, width: int, size: int) -> bool:
-    """Whether the installed Pillow resizes a picture to ``size`` × ``size`` vertically first.
+    """Whether the installed Pillow resizes an image to ``size`` × ``size`` vertically first.
 
     It does since version 13 (its pull request 9549) where the height shrinks by more than twice the pixels that the width does; the
-    rule is found by comparing pixels with both orders, at 400 sizes. Before, and for all pictures lying on their side: horizontally.
+    rule is found by comparing pixels with both orders, at 400 sizes. Before, and for all images lying on their side: horizontally.
     """
     return _PILLOW_CHOOSES_ORDER and height - size > 2 * max(width - size, 0)
 
 
 @dataclass(frozen=True)
-class Taps:
+class FilterWeights:
     """For each of S output columns (or rows): which neighbouring sources it is made of.
 
     Where fewer than K sources matter, the last weights are 0 and ``first + k`` may lie beyond the last source.
@@ -62,7 +62,7 @@ class Taps:
     """(S, K), for sources first, first + 1, ...; each row sums to about 2^22."""
 
 
-def pixel_taps(source: int, target: int) -> Taps:
+def pixel_taps(source: int, target: int) -> FilterWeights:
     """Taps of a resize from ``source`` to ``target`` pixels, up or down. Raises ``ValueError`` for sizes below 1 or above MAX_SIDE."""
     if not (1 <= source <= MAX_SIDE and target >= 1):
         raise ValueError(f"cannot resize {source} to {target} pixels: sizes are at least 1, sources at most {MAX_SIDE}")
@@ -76,11 +76,11 @@ def pixel_taps(source: int, target: int) -> Taps:
     distance = ((offsets + first[:, None]) - center[:, None] + 0.5) * (1.0 / support)
     weights = np.where(offsets < count[:, None], np.maximum(1.0 - np.abs(distance), 0.0), 0.0)  # (S, K) float64
     weights /= np.cumsum(weights, axis=1)[:, -1:]  # cumsum adds from left to right as C does; sum() would not
-    return Taps(first.astype(np.int32), (weights * (1 << WEIGHT_BITS) + 0.5).astype(np.int32))
+    return FilterWeights(first.astype(np.int32), (weights * (1 << WEIGHT_BITS) + 0.5).astype(np.int32))
 
 
 @functools.lru_cache(maxsize=256)
-def cell_taps(edges: tuple[int, ...], source: int, target: int) -> Taps:
+def cell_filter_weights(edges: tuple[int, ...], source: int, target: int) -> FilterWeights:
     """Taps over cells: ``edges[i]`` is the first pixel of cell i on an axis of ``source`` pixels, resized to ``target``.
 
     The arrays are shared between callers and read-only.
@@ -96,7 +96,7 @@ def cell_taps(edges: tuple[int, ...], source: int, target: int) -> Taps:
     np.add.at(weights, (np.arange(target)[:, None], relative), pixels.weights)
     first = first.astype(np.int32)
     first.flags.writeable = weights.flags.writeable = False
-    return Taps(first, weights)
+    return FilterWeights(first, weights)
 
 
 def cell_of_pixel(edges: Sequence[int], source: int) -> NDArray[np.intp]:

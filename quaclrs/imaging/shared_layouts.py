@@ -1,26 +1,26 @@
-"""The few layouts and palettes that a whole dataset shares, whatever order its pictures came in.
+"""The few layouts and palettes that a whole dataset shares, whatever order its images came in.
 
-What one picture shows is only part of the truth: equal neighbouring cells merge, and no picture uses all colours. So each picture
+What one image shows is only part of the truth: equal neighbouring cells merge, and no image uses all colours. So each image
 gives :class:`Facts`, and :func:`plan` chooses from the *set* of all facts. Every step below works on sorted sets, so the result depends
-neither on the order of the pictures nor on how workers shared them out.
+neither on the order of the images nor on how workers shared them out.
 
-**Layouts.** A layout *covers* a picture of its size if its edges include all edges the picture shows. Facts are taken by the number of
-cells they show, most first (ties: the edges themselves), for the richest picture knows most about the true grid:
+**Layouts.** A layout *covers* an image of its size if its edges include all edges the image shows. Facts are taken by the number of
+cells they show, most first (ties: the edges themselves), for the richest image knows most about the true grid:
 
 1. If a layout chosen so far covers it, nothing is needed.
 2. Else, on each axis, the smallest n whose even edges ``floor(i·pixels/n + 0.5)`` include the seen ones, as matplotlib draws them.
    n may be at most twice the seen cells: some n always fits (n = pixels), and with few edges that proves nothing.
-3. If an axis has no such n, the grid is another kind, and only pictures tell its edges. The seen edges join those of the first
+3. If an axis has no such n, the grid is another kind, and only images tell its edges. The seen edges join those of the first
    such layout of the same size with which they share at least half of their inner edges on both axes; if there is none, they
    are a layout of their own.
 
-A picture is then drawn on the covering layout with the fewest cells (ties: the smaller edges in order); layouts that no picture
+An image is then drawn on the covering layout with the fewest cells (ties: the smaller edges in order); layouts that no image
 uses are dropped. A dataset of 376-, 469- and 313-column grids has exactly those three, however many cells are merged in however
-many pictures, provided that of each kind one picture shows half of its edges.
+many images, provided that of each kind one image shows half of its edges.
 
-**Palettes.** If all pictures together have at most 256 colours, these are the one palette. Else colour sets are taken largest
+**Palettes.** If all images together have at most 256 colours, these are the one palette. Else colour sets are taken largest
 first; each joins the palette with which it shares most colours, if they fit in 256 together; then palettes that fit together are
-joined, largest first. A picture uses the smallest palette that holds its colours (ties: the smaller colours in order). Colours
+joined, largest first. An image uses the smallest palette that holds its colours (ties: the smaller colours in order). Colours
 ascend in a palette.
 """
 
@@ -35,7 +35,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from quaclrs.imaging.indexed import MAX_COLOURS, IndexedPicture, NotIndexable, pack_colours, unpack_colours
+from quaclrs.imaging.indexed import MAX_COLOURS, IndexedImage, NotIndexable, pack_colours, unpack_colours
 from quaclrs.imaging.layout import Layout, even_edges
 
 MAX_SHARED = 1024
@@ -43,7 +43,7 @@ MAX_SHARED = 1024
 
 
 class Facts(NamedTuple):
-    """What one picture tells, in about 1 KB: hashable, sortable, cheap to send between processes."""
+    """What one image tells, in about 1 KB: hashable, sortable, cheap to send between processes."""
 
     height: int
     width: int
@@ -54,10 +54,10 @@ class Facts(NamedTuple):
     """Ascending RGB triples."""
 
 
-def picture_facts(picture: IndexedPicture) -> Facts:
-    """The facts of a picture as :func:`quaclrs.imaging.indexed.find_cells` saw it."""
-    layout = picture.layout
-    codes = np.sort(pack_colours(picture.palette))
+def image_facts(image: IndexedImage) -> Facts:
+    """The facts of an image as :func:`quaclrs.imaging.indexed.find_cells` saw it."""
+    layout = image.layout
+    codes = np.sort(pack_colours(image.palette))
     row_bits, column_bits = _bits(layout.row_edges, layout.height), _bits(layout.column_edges, layout.width)
     return Facts(layout.height, layout.width, row_bits, column_bits, unpack_colours(codes).tobytes())
 
@@ -71,17 +71,17 @@ class Plan:
     """Each (1..256, 3) uint8, ascending."""
 
     def choose(self, facts: Facts) -> tuple[int, int]:
-        """(layout, palette): positions of the first of each that fits a picture. Raises :class:`NotIndexable` if none does."""
+        """(layout, palette): positions of the first of each that fits an image. Raises :class:`NotIndexable` if none does."""
         seen = _Seen.of(facts)
         layout = next((i for i, candidate in enumerate(self._layout_sets) if candidate.covers(seen)), None)
         colours = _codes(facts.colours)
         palette = next((i for i, candidate in enumerate(self._palette_sets) if candidate >= colours), None)
         if layout is None or palette is None:
             misfit = "cells" if layout is None else "colours"
-            raise NotIndexable(f"the picture's {misfit} fit nothing planned: it was not among the planned pictures")
+            raise NotIndexable(f"the image's {misfit} fit nothing planned: it was not among the planned images")
         return layout, palette
 
-    # Derived once, for choose() runs once per picture.
+    # Derived once, for choose() runs once per image.
     @functools.cached_property
     def _layout_sets(self) -> list[_Seen]:
         return [_Seen.of_layout(layout) for layout in self.layouts]
@@ -92,7 +92,7 @@ class Plan:
 
 
 def plan(facts: Iterable[Facts]) -> Plan:
-    """Choose the layouts and palettes of a dataset from its pictures' facts, in any order; repeated facts change nothing.
+    """Choose the layouts and palettes of a dataset from its images' facts, in any order; repeated facts change nothing.
 
     Raises :class:`NotIndexable` when it would take more than MAX_SHARED of either.
     """
@@ -127,11 +127,11 @@ class _Seen(NamedTuple):
         return same_size and not other.rows & ~self.rows and not other.columns & ~self.columns
 
     def rank(self) -> tuple[int, ...]:
-        """Sorts by size of the picture, then most cells first, then by the edges: a total order."""
+        """Sorts by size of the image, then most cells first, then by the edges: a total order."""
         return self.height, self.width, -_count(self.rows) * _count(self.columns), self.rows, self.columns
 
     def cost(self) -> tuple[int, ...]:
-        """Sorts layouts: by size of the picture, then fewest cells first, then by the edges."""
+        """Sorts layouts: by size of the image, then fewest cells first, then by the edges."""
         return self.height, self.width, _count(self.rows) * _count(self.columns), self.rows, self.columns
 
 
@@ -159,7 +159,7 @@ def _choose_layouts(seen: list[_Seen]) -> list[_Seen]:
 
 
 def _used_layouts(seen: list[_Seen], chosen: list[_Seen]) -> tuple[Layout, ...]:
-    """The chosen layouts that are some picture's cheapest, in order of cost."""
+    """The chosen layouts that are some image's cheapest, in order of cost."""
     chosen = sorted(set(chosen), key=_Seen.cost)
     used = {next(layout for layout in chosen if layout.covers(one)) for one in seen}
     return tuple(layout.layout() for layout in chosen if layout in used)
@@ -199,7 +199,7 @@ def _choose_palettes(colour_sets: set[bytes]) -> list[frozenset[int]]:
 
 
 def _union_if_small(colour_sets: set[bytes]) -> frozenset[int] | None:
-    """All colours if they fit in one palette. Most datasets end here, without a set of numbers in memory per picture."""
+    """All colours if they fit in one palette. Most datasets end here, without a set of numbers in memory per image."""
     together: set[int] = set()
     for colours in colour_sets:
         together |= _codes(colours)
@@ -245,4 +245,4 @@ def _count(bit_set: int) -> int:
 
 def _check_number(what: str, number: int) -> None:
     if number > MAX_SHARED:
-        raise NotIndexable(f"the pictures need more than {MAX_SHARED} {what}: they are not matrices drawn alike")
+        raise NotIndexable(f"the images need more than {MAX_SHARED} {what}: they are not matrices drawn alike")

@@ -26,7 +26,7 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
+class MemoryEstimate:
     """Data against device memory, in bytes."""
 
     needed: int
@@ -47,7 +47,7 @@ _AUTO_SHARE = 0.5
 _SHARED_OUT = "shared out over {} processes, each of which shuffles its own part"
 
 
-def choose_loader(wanted: str, encoding: str | None, resident: Fit | None = None) -> Choice:
+def choose_loader(wanted: str, encoding: str | None, resident: MemoryEstimate | None = None) -> Choice:
     """Pick a loader for shards of ``encoding``, or for a PNG tree (None); ``wanted`` is ``auto`` or a name of :data:`LOADERS`.
 
     ``resident`` says what the data would take in device memory, None that they shall not be kept there. Raises :class:`UsageError`
@@ -70,7 +70,7 @@ def choose_loader(wanted: str, encoding: str | None, resident: Fit | None = None
             return _resident(f"as asked for; the data take {resident}", resident.parts(FREE_SHARE) or 1)
         return Choice(name=wanted, reason="as asked for")
     if encoding in ("indexed", "rgb"):
-        what = "grids to redraw" if encoding == "indexed" else "ready pixels"
+        what = "grids to render" if encoding == "indexed" else "ready pixels"
         if resident is not None and (parts := resident.parts(_AUTO_SHARE)):
             return _resident(f"{what}: {resident} fit in the device's memory", parts)
         why = (
@@ -82,7 +82,7 @@ def choose_loader(wanted: str, encoding: str | None, resident: Fit | None = None
     missing = dali_missing()
     if missing is not None:
         return Choice(name="files", reason=missing)
-    return Choice(name="dali", reason="pictures must be decoded, and DALI is here")
+    return Choice(name="dali", reason="images must be decoded, and DALI is here")
 
 
 def _resident(reason: str, parts: int) -> Choice:
@@ -115,9 +115,9 @@ def build_loader(choice: Choice, dataset: Dataset, config: LoaderConfig) -> Load
 
 
 def _files_loader(dataset: Dataset, config: LoaderConfig) -> Loader:
-    from quaclrs.loaders.files import FilesLoader, ShardPictures, TreePictures
+    from quaclrs.loaders.files import FilesLoader, ShardImages, TreeImages
 
     if dataset.shards is not None:
-        return FilesLoader(ShardPictures(dataset.shards, config.image_size), dataset.label, config)
+        return FilesLoader(ShardImages(dataset.shards, config.image_size), dataset.label, config)
     assert dataset.paths is not None
-    return FilesLoader(TreePictures(dataset.paths, config.image_size), dataset.label, config)
+    return FilesLoader(TreeImages(dataset.paths, config.image_size), dataset.label, config)

@@ -54,7 +54,7 @@ class Loader(Protocol):
     name: str
     pixels: str
     """Whose resize the images have: ``Pillow``, bit for bit, or ``DALI``."""
-    holds_all: bool
+    replicated: bool
     """False where each rank can only give the samples of its own part, see quaclrs.data.sampling."""
 
     def load(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
@@ -102,7 +102,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def one_ahead(make: Callable[[np.ndarray], Batch], batches: Sequence[np.ndarray], device: torch.device) -> Iterator[Batch]:
+def prefetch_to_device(make: Callable[[np.ndarray], Batch], batches: Sequence[np.ndarray], device: torch.device) -> Iterator[Batch]:
     """``make`` each batch; on a GPU on a stream of its own, the next one while the last one is in use."""
     if device.type != "cuda":
         yield from map(make, batches)
@@ -146,18 +146,18 @@ class BatchMemory:
         self._dtype = dtype
         self._arrays: list[np.ndarray] = []
 
-    def take(self, pictures: int) -> torch.Tensor:
-        """(pictures, 3, S, S), channels_last, of undefined content."""
+    def take(self, images: int) -> torch.Tensor:
+        """(images, 3, S, S), channels_last, of undefined content."""
         free = [i for i in range(len(self._arrays)) if _is_free(self._arrays, i)]
-        large_enough = [i for i in free if len(self._arrays[i]) >= batch_bytes(pictures, self._size, self._dtype)]
+        large_enough = [i for i in free if len(self._arrays[i]) >= batch_bytes(images, self._size, self._dtype)]
         if large_enough:
             array = self._arrays[large_enough[0]]
         else:
             self._arrays = [array for i, array in enumerate(self._arrays) if i not in free]
-            array = host_bytes(pictures, self._size, self._dtype)
+            array = host_bytes(images, self._size, self._dtype)
             if len(self._arrays) < _MOST_KEPT:
                 self._arrays.append(array)
-        return as_batch(array, pictures, self._size, self._dtype)
+        return as_batch(array, images, self._size, self._dtype)
 
 
 _MOST_KEPT = 8

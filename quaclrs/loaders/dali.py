@@ -54,7 +54,7 @@ class DaliLoader:
 
     name = "dali"
     pixels = "DALI"
-    holds_all = True
+    replicated = True
 
     def __init__(self, shards: ShardSet, labels: np.ndarray, config: LoaderConfig) -> None:
         require_dali()
@@ -123,7 +123,7 @@ class DaliLoader:
                 while True:
                     self._pipeline.run()
             self._pipeline.reset()
-        except RuntimeError:  # a damaged picture among those that nobody asks for any more
+        except RuntimeError:  # a damaged image among those that nobody asks for any more
             self._pipeline = _build_pipeline(self._config, self._reader.next_batch)
 
 
@@ -200,7 +200,7 @@ def _build_pipeline(config: LoaderConfig, source: Any) -> Any:
         device_id=(config.device.index or 0) if on_gpu else None,
         prefetch_queue_depth=config.prefetch,
     )
-    def pictures() -> Any:
+    def images() -> Any:
         encoded = fn.external_source(source=source, dtype=types.UINT8, ndim=1, batch=True)
         # output_type RGB drops alpha as Pillow's convert("RGB") does: no blending
         decoded = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False)
@@ -216,7 +216,7 @@ def _build_pipeline(config: LoaderConfig, source: Any) -> Any:
             std=[255 * value for value in IMAGENET_STD],
         )
 
-    pipeline = pictures()
+    pipeline = images()
     pipeline.build()
     return pipeline
 

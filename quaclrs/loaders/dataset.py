@@ -46,7 +46,7 @@ class Dataset:
 
     @property
     def identity(self) -> str:
-        """Of what is learned: the CSV, and the class and fold of each sample, which other columns or skipped pictures change."""
+        """Of what is learned: the CSV, and the class and fold of each sample, which other columns or skipped images change."""
         digest = hashlib.sha256("\0".join([self.fingerprint, *self.classes]).encode())
         digest.update(self.label.tobytes())
         digest.update(self.fold.tobytes())
@@ -61,7 +61,7 @@ class Dataset:
 def open_dataset(config: TrainConfig, *, want_shards: bool, log: Callable[[str], None]) -> Dataset:
     """Open what ``config`` names; with ``want_shards`` and no ``--shards``, pack the tree once into a cache beside the CSV.
 
-    Raises :class:`DataError` for the CSV or a picture, :class:`ShardError` for the shards.
+    Raises :class:`DataError` for the CSV or an image, :class:`ShardError` for the shards.
     """
     if config.shards is not None:
         dataset = _from_shards(config.shards, log)
@@ -113,9 +113,7 @@ def _from_tree(metadata: Metadata, spectrograms_dir: Path) -> Dataset:
     paths = tuple(metadata.path(int(row), spectrograms_dir) for row in rows)
     for row, path in zip(rows, paths, strict=True):
         if not path.is_file():
-            raise DataError(
-                f"{metadata.csv_file}: row {row + 1}: no picture at {path}; check --spectrograms_dir or restore the file"
-            )
+            raise DataError(f"{metadata.csv_file}: row {row + 1}: no image at {path}; check --spectrograms_dir or restore the file")
     return _dataset(metadata, rows, str(metadata.csv_file), paths=paths)
 
 

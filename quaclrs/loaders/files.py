@@ -1,6 +1,6 @@
 """Pillow and DataLoader: the original's way, on any machine, and the oracle for every other loader.
 
-Pictures come from the PNG tree or from shards; both give the same bits.
+Images come from the PNG tree or from shards; both give the same bits.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from quaclrs.loaders.rendering import check_image_size
 from quaclrs.shards.reader import ShardSet
 
 
-class Pictures(Protocol):
-    """Where pictures come from; picklable, for worker processes."""
+class Images(Protocol):
+    """Where images come from; picklable, for worker processes."""
 
-    def picture(self, number: int) -> np.ndarray:
+    def image(self, number: int) -> np.ndarray:
         """(S, S, 3) uint8 of sample ``number``, resized as Pillow does."""
         ...
 
 
-class TreePictures:
+class TreeImages:
     """The PNG tree. ``paths[number]`` is sample ``number``'s file; nothing has checked it before, so it is checked in full here."""
 
     def __init__(self, paths: Sequence[Path], image_size: int) -> None:
         self._paths = paths
         self._size = image_size
 
-    def picture(self, number: int) -> np.ndarray:
-        """As :class:`Pictures`; raises :class:`DataError` naming the file when it cannot be read or is not a good PNG."""
+    def image(self, number: int) -> np.ndarray:
+        """As :class:`Images`; raises :class:`DataError` naming the file when it cannot be read or is not a good PNG."""
         path = self._paths[number]
         try:
             data = path.read_bytes()
@@ -48,7 +48,7 @@ class TreePictures:
         return resize_rgb(image, self._size)
 
 
-class ShardPictures:
+class ShardImages:
     """Shards of any encoding."""
 
     def __init__(self, shards: ShardSet, image_size: int) -> None:
@@ -56,15 +56,15 @@ class ShardPictures:
         self._shards = shards
         self._size = image_size
 
-    def picture(self, number: int) -> np.ndarray:
-        """As :class:`Pictures`."""
+    def image(self, number: int) -> np.ndarray:
+        """As :class:`Images`."""
         if self._shards.encoding == "rgb":
             return self._shards.array(number)
         if self._shards.encoding == "indexed":
-            picture = self._shards.picture(number)
+            image = self._shards.image(number)
         else:
-            picture = to_rgb(self._shards.payload(number).tobytes(), self._shards.name(number))
-        return resize_rgb(Image.fromarray(picture), self._size)
+            image = to_rgb(self._shards.payload(number).tobytes(), self._shards.name(number))
+        return resize_rgb(Image.fromarray(image), self._size)
 
 
 class FilesLoader:
@@ -72,15 +72,15 @@ class FilesLoader:
 
     name = "files"
     pixels = "Pillow"
-    holds_all = True
+    replicated = True
 
-    def __init__(self, pictures: Pictures, labels: np.ndarray, config: LoaderConfig) -> None:
+    def __init__(self, images: Images, labels: np.ndarray, config: LoaderConfig) -> None:
         self._config = config
         self._labels = Labels(labels, config.device)
         self._plan = _Plan()
         self._epoch: Iterator[torch.Tensor | QuaclrsError] | None = None
         self._loader: DataLoader[torch.Tensor | QuaclrsError] | None = DataLoader(
-            _PictureBatches(pictures),
+            _ImageBatches(images),
             sampler=self._plan,
             batch_size=None,  # each element of the plan is a whole batch already
             num_workers=config.num_workers,
@@ -97,35 +97,35 @@ class FilesLoader:
         self._plan.batches = batches
         self._epoch = iter(self._loader)
         for numbers in batches:
-            yield self._batch(self._next_pictures(), numbers)
+            yield self._batch(self._next_images(), numbers)
 
     def close(self) -> None:
         """As :class:`~quaclrs.loaders.base.Loader`."""
         self._loader = self._epoch = None  # the worker processes end with the iterator, of which nobody else knows
 
-    def _next_pictures(self) -> torch.Tensor:
+    def _next_images(self) -> torch.Tensor:
         if self._epoch is None:
             raise ValueError("the loader is closed")
         try:
-            pictures = next(self._epoch)
+            images = next(self._epoch)
         except RuntimeError as error:
             reason = " ".join(str(error).split()).rstrip(" .")
             if not reason.startswith("DataLoader worker (pid"):
                 raise
             self.close()
             raise QuaclrsError(
-                f"a process that reads pictures died (out of memory?): {reason}; run the same command again, with fewer --num_workers"
+                f"a process that reads images died (out of memory?): {reason}; run the same command again, with fewer --num_workers"
             ) from None
-        if isinstance(pictures, QuaclrsError):
-            raise pictures
-        return pictures
+        if isinstance(images, QuaclrsError):
+            raise images
+        return images
 
-    def _batch(self, pictures: torch.Tensor, numbers: np.ndarray) -> Batch:
+    def _batch(self, pixels: torch.Tensor, numbers: np.ndarray) -> Batch:
         if self._config.device.type == "cuda":  # pinned by the DataLoader: no host synchronisation
-            pictures = pictures.to(self._config.device, non_blocking=True)
+            pixels = pixels.to(self._config.device, non_blocking=True)
         if self._config.dtype == torch.uint8:
-            return self._labels.batch(pictures.permute(0, 3, 1, 2), numbers)
-        return self._labels.batch(normalise(pictures, self._config.dtype), numbers)
+            return self._labels.batch(pixels.permute(0, 3, 1, 2), numbers)
+        return self._labels.batch(normalise(pixels, self._config.dtype), numbers)
 
 
 class _Plan(Sampler[np.ndarray]):
@@ -141,15 +141,15 @@ class _Plan(Sampler[np.ndarray]):
         return len(self.batches)
 
 
-class _PictureBatches(Dataset["torch.Tensor | QuaclrsError"]):
-    """Maps an array of sample numbers to their pictures."""
+class _ImageBatches(Dataset["torch.Tensor | QuaclrsError"]):
+    """Maps an array of sample numbers to their images."""
 
-    def __init__(self, pictures: Pictures) -> None:
-        self._pictures = pictures
+    def __init__(self, images: Images) -> None:
+        self._images = images
 
     def __getitem__(self, numbers: np.ndarray) -> torch.Tensor | QuaclrsError:
         """(B, S, S, 3) uint8; an error of the data is returned, since DataLoader would wrap a raised one in a traceback's text."""
         try:
-            return torch.from_numpy(np.stack([self._pictures.picture(int(number)) for number in numbers]))
+            return torch.from_numpy(np.stack([self._images.image(int(number)) for number in numbers]))
         except QuaclrsError as error:
             return error

@@ -2,7 +2,7 @@
 
 Records are read by position (``preadv``), which like a memory map is a copy out of the page cache, but lets the process's memory stay
 the same however much of the data it has seen. On a GPU, threads read the next batches into pinned memory while the device works, and
-copy and redraw run on a stream of their own; on the CPU a batch is read and drawn when it is asked for.
+copy and render run on a stream of their own; on the CPU a batch is read and drawn when it is asked for.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 
 from quaclrs.errors import UsageError
 from quaclrs.imaging.render import Grids
-from quaclrs.loaders.base import Batch, BatchMemory, Labels, LoaderConfig, one_ahead, to_device
-from quaclrs.loaders.rendering import GridDrawer, PixelDrawer, array_bytes, check_image_size
+from quaclrs.loaders.base import Batch, BatchMemory, Labels, LoaderConfig, prefetch_to_device, to_device
+from quaclrs.loaders.rendering import GridRenderer, PixelNormaliser, array_bytes, check_image_size
 from quaclrs.shards.reader import ShardSet
 
 _MIN_PER_THREAD = 8
@@ -46,7 +46,7 @@ class _Records:
 
 
 def refuse_encoded(encoding: str | None, where: str) -> None:
-    """Raise :class:`UsageError` for pictures that must be decoded (``png`` shards or a PNG tree) at ``where``."""
+    """Raise :class:`UsageError` for images that must be decoded (``png`` shards or a PNG tree) at ``where``."""
     if encoding not in ("indexed", "rgb"):
         raise UsageError(
             f"--loader mapped: {where} holds PNGs, which must be decoded; use --loader dali or files, or pack with --encoding indexed"
@@ -61,7 +61,7 @@ class MappedLoader:
 
     name = "mapped"
     pixels = "Pillow"
-    holds_all = True
+    replicated = True
 
     def __init__(self, shards: ShardSet, labels: np.ndarray, config: LoaderConfig) -> None:
         refuse_encoded(shards.encoding, str(shards.root))
@@ -70,8 +70,8 @@ class MappedLoader:
         self._config = config
         self._labels = Labels(labels, config.device)
         self._bytes = array_bytes(shards)
-        self._grids = GridDrawer(shards, config) if shards.encoding == "indexed" else None
-        self._pixels = PixelDrawer(config)
+        self._grids = GridRenderer(shards, config) if shards.encoding == "indexed" else None
+        self._pixels = PixelNormaliser(config)
         self._pixel_memory = BatchMemory(config.image_size, torch.uint8)
         on_gpu = config.device.type == "cuda"
         self._ahead = config.prefetch + 1  # read, or being read, while one is copied to the GPU
@@ -89,7 +89,7 @@ class MappedLoader:
         if self._batch_thread is None:
             return map(self._make_on_cpu, batches)
         records = self._read_ahead(batches)
-        return one_ahead(lambda numbers: self._make_on_gpu(next(records), numbers), batches, self._config.device)
+        return prefetch_to_device(lambda numbers: self._make_on_gpu(next(records), numbers), batches, self._config.device)
 
     def close(self) -> None:
         """As :class:`~quaclrs.loaders.base.Loader`."""
@@ -103,9 +103,9 @@ class MappedLoader:
         if self._threads is None:
             raise ValueError("the loader is closed")
         if self._grids is None:
-            pictures = self._pixel_memory.take(len(numbers))
-            self._read_into(numbers, pictures.permute(0, 2, 3, 1).numpy().reshape(-1), self._offsets(numbers))
-            return self._labels.batch(self._pixels.draw(pictures.permute(0, 2, 3, 1)), numbers)
+            pixels = self._pixel_memory.take(len(numbers))
+            self._read_into(numbers, pixels.permute(0, 2, 3, 1).numpy().reshape(-1), self._offsets(numbers))
+            return self._labels.batch(self._pixels.draw(pixels.permute(0, 2, 3, 1)), numbers)
         records = self._read(numbers)
         return self._labels.batch(self._draw_grids(records, records.buffer.memory, numbers), numbers)
 

@@ -1,4 +1,4 @@
-"""All samples in device memory, once for all folds and epochs: a batch is a gather and a redraw, the host sends only sample numbers.
+"""All samples in device memory, once for all folds and epochs: a batch is a gather and a render, the host sends only sample numbers.
 
 ``indexed`` shards are kept as grids (2.8 GB for 57,918 spectrograms), ``rgb`` shards as pixels. ``png`` shards can be decoded once
 through another loader and are then kept as pixels of one size. Several ranks can share the data out, each with a part of its own.
@@ -17,11 +17,11 @@ from tqdm import tqdm
 from quaclrs.data.sampling import evaluation_batches
 from quaclrs.errors import ShardError, UsageError
 from quaclrs.imaging.render import Grids, check_grids
-from quaclrs.loaders.base import Batch, BatchMemory, Loader, LoaderConfig, one_ahead, to_device
-from quaclrs.loaders.rendering import GridDrawer, PixelDrawer, array_bytes, check_image_size
+from quaclrs.loaders.base import Batch, BatchMemory, Loader, LoaderConfig, prefetch_to_device, to_device
+from quaclrs.loaders.rendering import GridRenderer, PixelNormaliser, array_bytes, check_image_size
 from quaclrs.shards.reader import ShardSet
 from quaclrs.system.environment import free_memory
-from quaclrs.system.threads import on_threads
+from quaclrs.system.threads import parallel_for
 
 FREE_SHARE = 0.9
 """Of the free memory that the data may take; the model needs the rest, and more."""
@@ -49,63 +49,63 @@ class ResidentLoader:
         self._config = config
         self._shards = shards
         rank, ranks = config.part
-        self.holds_all = ranks == 1
+        self.replicated = ranks == 1
         held = np.arange(rank, len(shards), ranks)
         self._labels = torch.from_numpy(np.ascontiguousarray(labels[held], dtype=np.int64)).to(config.device)
-        self._pixels = PixelDrawer(config)
+        self._pixels = PixelNormaliser(config)
         self._pixel_memory = BatchMemory(config.image_size, torch.uint8)
         _refuse_too_little_memory(resident_bytes(shards, config.image_size) // ranks, shards.encoding, config.device)
         self._grids: Grids | None = None
-        self._drawer: GridDrawer | None = None
-        self._pictures: torch.Tensor | None = None
+        self._renderer: GridRenderer | None = None
+        self._decoded: torch.Tensor | None = None
         if shards.encoding == "png":
             assert decoder is not None
-            self._pictures = _decode_all(held, decoder, config)
+            self._decoded = _decode_all(held, decoder, config)
         elif shards.encoding == "rgb":
             size = config.image_size
-            self._pictures = _load_all(shards, held, config).view(-1, size, size, 3)
+            self._decoded = _load_all(shards, held, config).view(-1, size, size, 3)
         else:
             self._load_grids(shards, held)
 
     def load(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
         """As :class:`~quaclrs.loaders.base.Loader`; ValueError for a sample of another rank's part."""
-        if self._grids is None and self._pictures is None:
+        if self._grids is None and self._decoded is None:
             raise ValueError("the loader is closed")
         rank, ranks = self._config.part
         if any((numbers % ranks != rank).any() for numbers in batches):
             raise ValueError(f"this loader holds the samples whose number leaves {rank} when divided by {ranks}, and no others")
-        return one_ahead(self._make, batches, self._config.device)
+        return prefetch_to_device(self._make, batches, self._config.device)
 
     def close(self) -> None:
         """As :class:`~quaclrs.loaders.base.Loader`."""
         if self._config.device.type == "cuda":
             torch.cuda.synchronize(self._config.device)  # a batch that was begun and never taken may still read the data
-        self._grids = self._pictures = self._drawer = None
+        self._grids = self._decoded = self._renderer = None
 
     def _load_grids(self, shards: ShardSet, held: np.ndarray) -> None:
         device = self._config.device
-        self._drawer = GridDrawer(shards, self._config)
+        self._renderer = GridRenderer(shards, self._config)
         sizes = array_bytes(shards)[held]
         offsets = torch.from_numpy(np.cumsum(sizes) - sizes)
         flat = _load_all(shards, held, self._config)
-        layouts, palettes = self._drawer.layouts[held], self._drawer.palettes[held]
+        layouts, palettes = self._renderer.layouts[held], self._renderer.palettes[held]
         self._grids = Grids(flat, offsets.to(device), layouts.to(device), palettes.to(device))
-        check_grids(self._grids, self._drawer.tables)  # once, so that no batch has to
+        check_grids(self._grids, self._renderer.tables)  # once, so that no batch has to
 
     def resize(self, config: LoaderConfig) -> bool:
-        """Draw pictures of ``config``'s size from now on, with the data that are there; False where those are pixels of one size.
+        """Draw images of ``config``'s size from now on, with the data that are there; False where those are pixels of one size.
 
         Everything else in ``config`` must be as before. No iterator of the old size may be in use.
         """
         if self._grids is None:
             return False
         self._config = config
-        self._drawer = GridDrawer(self._shards, config)
+        self._renderer = GridRenderer(self._shards, config)
         return True
 
     def on_device(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As :class:`~quaclrs.loaders.base.DeviceLoader`."""
-        place = index if self.holds_all else torch.div(index, self._config.part[1], rounding_mode="floor")
+        place = index if self.replicated else torch.div(index, self._config.part[1], rounding_mode="floor")
         return self._images(place), self._labels[place]
 
     def _make(self, numbers: np.ndarray) -> Batch:
@@ -113,21 +113,21 @@ class ResidentLoader:
         return Batch(*self.on_device(to_device(asked, self._config.device)), asked)
 
     def _images(self, index: torch.Tensor) -> torch.Tensor:
-        if self._grids is not None and self._drawer is not None:
-            return self._drawer.draw(self._grids, index)
-        if self._pictures is None:
+        if self._grids is not None and self._renderer is not None:
+            return self._renderer.draw(self._grids, index)
+        if self._decoded is None:
             raise ValueError("the loader is closed")
         if self._config.device.type == "cpu":
             gathered = self._pixel_memory.take(len(index)).permute(0, 2, 3, 1)
-            source, target, numbers = self._pictures.numpy(), gathered.numpy(), index.numpy()
+            source, target, numbers = self._decoded.numpy(), gathered.numpy(), index.numpy()
 
             def gather(start: int, stop: int) -> None:
                 # "clip" lets NumPy copy straight to `out`; a number out of range fails at its label
                 np.take(source, numbers[start:stop], axis=0, out=target[start:stop], mode="clip")
 
-            on_threads(gather, len(numbers))
+            parallel_for(gather, len(numbers))
         else:
-            gathered = self._pictures[index]
+            gathered = self._decoded[index]
         return self._pixels.draw(gathered)
 
 
@@ -188,13 +188,13 @@ def _read_shard(shards: ShardSet, shard: int, numbers: np.ndarray, sizes: np.nda
 def _decode_all(held: np.ndarray, decoder: Loader, config: LoaderConfig) -> torch.Tensor:
     """(samples held, S, S, 3) uint8 on the device, as ``decoder`` makes them."""
     size, done = config.image_size, 0
-    pictures = torch.empty((len(held), size, size, 3), dtype=torch.uint8, device=config.device)
+    images = torch.empty((len(held), size, size, 3), dtype=torch.uint8, device=config.device)
     try:
         with tqdm(total=len(held), unit="image", desc="decoding", disable=None) as progress:
             for batch in decoder.load(evaluation_batches(held, config.max_batch)):
-                pictures[done : done + len(batch)] = batch.images.permute(0, 2, 3, 1)
+                images[done : done + len(batch)] = batch.images.permute(0, 2, 3, 1)
                 done += len(batch)
                 progress.update(len(batch))
     finally:
         decoder.close()
-    return pictures
+    return images

@@ -26,7 +26,7 @@ CHUNK = 16
 """Images that go through the network at once: 16 of VGG16 at 224 pixels need about 1 GB."""
 
 MIN_PANEL = 224
-"""Pixels: smaller pictures are enlarged, so that the title has room."""
+"""Pixels: smaller images are enlarged, so that the title has room."""
 
 _GAP = 8
 _FONT_SIZE = 13
@@ -87,33 +87,33 @@ def write_gradcams(
     predictions: npt.ArrayLike,
     class_names: Sequence[str],
     directory: Path,
-    pictures: npt.NDArray[np.uint8] | None = None,
+    pixels: npt.NDArray[np.uint8] | None = None,
 ) -> list[Path]:
-    """Write ``gradcam_{class}_{i}.png`` into ``directory`` for each image: the picture beside its heat map.
+    """Write ``gradcam_{class}_{i}.png`` into ``directory`` for each image: the image beside its heat map.
 
-    ``images`` (B, 3, S, S) normalised, on ``model``'s device; ``labels`` and ``predictions`` (B,) int; ``pictures``
+    ``images`` (B, 3, S, S) normalised, on ``model``'s device; ``labels`` and ``predictions`` (B,) int; ``pixels``
     (B, S, S, 3) uint8 RGB, by default undone from ``images``. Explained is the prediction; the file's class is the label,
     its i counts that class's images from 0. Characters of a class name that file systems refuse become ``_``.
     Raises :class:`StorageError` naming the file that cannot be written. Returns the paths, in the images' order.
     """
     truth, predicted = np.asarray(labels, dtype=np.int64), np.asarray(predictions, dtype=np.int64)
-    shown = to_pictures(images) if pictures is None else pictures
+    shown = to_pixels(images) if pixels is None else pixels
     heat = heat_maps(model, name, images, torch.as_tensor(predicted, device=images.device))
     stems = safe_file_stems(class_names)
     counts = dict.fromkeys(range(len(class_names)), 0)
     paths = []
-    for picture, warmth, label, guess in zip(shown, heat, truth.tolist(), predicted.tolist(), strict=True):
+    for image, warmth, label, guess in zip(shown, heat, truth.tolist(), predicted.tolist(), strict=True):
         path = directory / f"gradcam_{stems[label]}_{counts[label]}.png"
         counts[label] += 1
-        drawing = _draw(picture, warmth, class_names[label], class_names[guess])
+        drawing = _draw(image, warmth, class_names[label], class_names[guess])
         with atomic_writer(path) as file:
             drawing.save(file, format="png")
         paths.append(path)
     return paths
 
 
-def to_pictures(images: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """The 8-bit RGB pictures (B, S, S, 3) from which normalised ``images`` (B, 3, S, S) were made; exact for float32."""
+def to_pixels(images: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """The 8-bit RGB images (B, S, S, 3) from which normalised ``images`` (B, 3, S, S) were made; exact for float32."""
     mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
     levels = (images.detach().float().cpu() * std + mean) * 255
@@ -160,12 +160,12 @@ def _attribute(explainer: LayerGradCam, images: torch.Tensor, targets: torch.Ten
     return LayerAttribution.interpolate(cam.detach(), tuple(images.shape[2:]), "bilinear")[:, 0]
 
 
-def _draw(picture: npt.NDArray[np.uint8], heat: npt.NDArray[np.float32], true: str, predicted: str) -> Image.Image:
-    """The picture (S, S, 3) and, to its right, the same under its ``heat`` (S, S); the two class names above them."""
+def _draw(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.float32], true: str, predicted: str) -> Image.Image:
+    """The image (S, S, 3) and, to its right, the same under its ``heat`` (S, S); the two class names above them."""
     colours = plots.heat_colours()[(heat * 255).round().astype(np.uint8)]  # (S, S, 3) uint8
     opacity = 0.25 + 0.45 * heat[..., np.newaxis]  # cold regions stay readable
-    overlay = (picture * (1 - opacity) + colours * opacity).round().astype(np.uint8)
-    panels = [_enlarged(Image.fromarray(panel)) for panel in (np.ascontiguousarray(picture), overlay)]
+    overlay = (image * (1 - opacity) + colours * opacity).round().astype(np.uint8)
+    panels = [_enlarged(Image.fromarray(panel)) for panel in (np.ascontiguousarray(image), overlay)]
     width, height = panels[0].size
     top = 2 * _LINE_HEIGHT + _GAP
     canvas = Image.new("RGB", (2 * width + 3 * _GAP, top + height + _GAP), "white")

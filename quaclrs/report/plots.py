@@ -1,4 +1,4 @@
-"""The pictures of a fold's report, drawn by matplotlib through its object-oriented interface.
+"""The images of a fold's report, drawn by matplotlib through its object-oriented interface.
 
 ``Figure`` without ``pyplot`` keeps no global state, needs no display and may be used in any thread.
 """
@@ -29,13 +29,13 @@ QUIET_COLOUR = "#8a8a8a"
 MAX_ANNOTATED_CLASSES = 40
 """With more classes the numbers in the confusion matrix would run into each other."""
 MAX_NAME_LENGTH = 28
-"""Characters of a class name that are drawn; longer ones would leave no room for the picture."""
+"""Characters of a class name that are drawn; longer ones would leave no room for the image."""
 
 History = Sequence[Mapping[str, Any]]
 
 
 def write_plots(directory: Path, history: History, metrics: Mapping[str, Any]) -> list[Path]:
-    """Write the four pictures of a fold into ``directory`` and return their paths.
+    """Write the four images of a fold into ``directory`` and return their paths.
 
     ``history`` has a dict per epoch with ``epoch, train_loss, train_accuracy, val_loss, val_accuracy, learning_rate``
     (accuracies as fractions; a value may be None or NaN and is then left out); ``metrics`` is what

@@ -38,16 +38,16 @@ PAYLOAD_EXTENSION = {"png": "png", "indexed": "npy", "rgb": "npy"}
 """Encoding to the payload's file extension.
 
 - ``png``: the original bytes.
-- ``indexed``: a (rows, columns) uint8 .npy, the picture's grid of palette indices; palettes and layouts are in the manifest.
+- ``indexed``: a (rows, columns) uint8 .npy, the image's grid of palette indices; palettes and layouts are in the manifest.
 - ``rgb``: an (S, S, 3) uint8 .npy, resized as Pillow does.
 """
 
 FLAG_NOT_PLAIN = 1
-"""The picture is not 8-bit RGB or RGBA (palette, grey, 16 bit): decode it with Pillow, other decoders convert otherwise."""
+"""The image is not 8-bit RGB or RGBA (palette, grey, 16 bit): decode it with Pillow, other decoders convert otherwise."""
 FLAG_TRANSPARENT = 2
 """Some pixel is not opaque; its alpha is dropped."""
 FLAG_ALPHA = 4
-"""The picture has an alpha channel, so that an export restores one."""
+"""The image has an alpha channel, so that an export restores one."""
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -58,11 +58,11 @@ SAMPLE_DTYPE = np.dtype(
         ("flags", "<u4"),
         ("offset", "<u8"),  # of the payload's first byte in its tar
         ("size", "<u8"),  # of the payload in bytes
-        ("width", "<u4"),  # of the original picture, in pixels
+        ("width", "<u4"),  # of the original image, in pixels
         ("height", "<u4"),
         ("layout", "<u2"),  # indexed: position in the manifest's layouts
         ("palette", "<u2"),  # indexed: position in the manifest's palettes
-        ("pixels", "<u8"),  # indexed: pixel_digest of the original picture in RGB; else 0
+        ("pixels", "<u8"),  # indexed: pixel_digest of the original image in RGB; else 0
     ]
 )
 
@@ -119,7 +119,7 @@ class Manifest:
     palettes: tuple[str, ...] = ()
     """``indexed``: each palette's RGB triples, in hexadecimal."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Counts found while packing: picture sizes, modes, transparent pictures."""
+    """Counts found while packing: image sizes, modes, transparent images."""
 
     def to_json(self) -> bytes:
         """The bytes of manifest.json."""
@@ -183,7 +183,7 @@ def members(key: str, encoding: str, payload: bytes, label: int, row: dict[str, 
 
 
 def pixel_digest(rgb: np.ndarray) -> int:
-    """The first 8 bytes of SHA-256 over a picture's pixels, (H, W, 3) uint8, as a little-endian number."""
+    """The first 8 bytes of SHA-256 over an image's pixels, (H, W, 3) uint8, as a little-endian number."""
     return int.from_bytes(hashlib.sha256(np.ascontiguousarray(rgb).data).digest()[:8], "little")
 
 

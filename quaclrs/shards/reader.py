@@ -17,7 +17,7 @@ import numpy as np
 from quaclrs.config import Columns, folds_text
 from quaclrs.data.metadata import Metadata, parse_metadata
 from quaclrs.errors import ShardError
-from quaclrs.imaging.indexed import IndexedPicture, decode
+from quaclrs.imaging.indexed import IndexedImage, decode
 from quaclrs.imaging.layout import Layout
 from quaclrs.shards import format as fmt
 from quaclrs.shards.packing.coordination import folds_not_there
@@ -83,11 +83,11 @@ class ShardSet:
         """``indexed``: (1..256, 3) uint8 each, by the ``palette`` of :attr:`samples`."""
         return tuple(np.frombuffer(bytes.fromhex(palette), np.uint8).reshape(-1, 3) for palette in self.manifest.palettes)
 
-    def picture(self, number: int) -> np.ndarray:
-        """``indexed``: the original picture of sample ``number``, (H, W, 3) uint8."""
+    def image(self, number: int) -> np.ndarray:
+        """``indexed``: the original image of sample ``number``, (H, W, 3) uint8."""
         record = self.samples[number]
         palette, layout = self.palettes[int(record["palette"])], self.layouts[int(record["layout"])]
-        return decode(IndexedPicture(self.array(number), palette, layout))
+        return decode(IndexedImage(self.array(number), palette, layout))
 
     def read_arrays_into(self, numbers: list[int], buffer: memoryview, ends: list[int]) -> None:
         """Read the arrays of the samples ``numbers`` into ``buffer``, one after another; ``ends`` says where each one ends.

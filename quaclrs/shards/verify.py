@@ -41,17 +41,17 @@ def verify(root: Path, *, progress: bool = False) -> int:
 
 
 def export(root: Path, output_dir: Path, *, progress: bool = False) -> int:
-    """Restore the CSV and the pictures below ``output_dir``; returns the number of files written.
+    """Restore the CSV and the images below ``output_dir``; returns the number of files written.
 
     ``png``: the original files, byte for byte. ``indexed``: PNGs with the original pixels (of a transparent one, its colours).
-    ``rgb``: the resized pictures as PNG. Rows that share a file restore one file. Files that
+    ``rgb``: the resized images as PNG. Rows that share a file restore one file. Files that
     exist are left alone when they are equal, and refused (:class:`DataError`) when not.
     """
     written = 0
     with ShardSet(root) as shards:
         metadata = shards.metadata()
-        pictures = {metadata.relative_path(int(row)): number for number, row in enumerate(shards.samples["row"])}
-        for name, number in tqdm(pictures.items(), unit="file", desc="exporting", disable=None if progress else True):
+        images = {metadata.relative_path(int(row)): number for number, row in enumerate(shards.samples["row"])}
+        for name, number in tqdm(images.items(), unit="file", desc="exporting", disable=None if progress else True):
             written += _restore(output_dir / "spectrograms" / name, shards, number)
         written += _restore_bytes(output_dir / shards.manifest.csv_name, metadata.raw)
     return written
@@ -60,7 +60,7 @@ def export(root: Path, output_dir: Path, *, progress: bool = False) -> int:
 def _restore(path: Path, shards: ShardSet, number: int) -> bool:
     if shards.encoding == "png":
         return _restore_bytes(path, shards.payload(number).tobytes())
-    rgb = shards.array(number) if shards.encoding == "rgb" else shards.picture(number)
+    rgb = shards.array(number) if shards.encoding == "rgb" else shards.image(number)
     image = Image.fromarray(rgb)
     if shards.encoding == "indexed" and shards.samples["flags"][number] & fmt.FLAG_ALPHA:
         image.putalpha(255)
@@ -181,12 +181,12 @@ def _verify_payload(shards: ShardSet, sample: int, payload: bytes, where: str) -
 
 
 def _verify_pixels(shards: ShardSet, sample: int, grid: np.ndarray, where: str) -> None:
-    """Redraw the picture and compare it with the original's digest: lossless, proven again."""
+    """Render the image and compare it with the original's digest: lossless, proven again."""
     record = shards.samples[sample]
     if int(grid.max()) >= len(shards.palettes[int(record["palette"])]):
         raise ShardError(f"{where}: names colour {grid.max()}, which its palette does not have; pack anew")
-    if fmt.pixel_digest(shards.picture(sample)) != int(record["pixels"]):
-        raise ShardError(f"{where}: redrawn, its pixels are not the original's; pack anew")
+    if fmt.pixel_digest(shards.image(sample)) != int(record["pixels"]):
+        raise ShardError(f"{where}: rendered, its pixels are not the original's; pack anew")
 
 
 def _load_npy(payload: bytes) -> np.ndarray | None:

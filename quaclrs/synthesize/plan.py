@@ -54,11 +54,11 @@ _FIRST_FSID = 100_000
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What decides the pixels of a picture, together with the dataset's seed."""
+    """What decides the pixels of an image, together with the dataset's seed."""
 
     class_id: int
     fold: int
-    """The fold in which the recording was made up; a twin's picture keeps it, so twins have equal pixels."""
+    """The fold in which the recording was made up; a twin's image keeps it, so twins have equal pixels."""
     recording: int
     """Counts from 0 inside (class, fold)."""
     tag: str
@@ -66,7 +66,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of the CSV, and the picture that its file shows."""
+    """One row of the CSV, and the image that its file shows."""
 
     spec_file_name: str
     orig_file_name: str
@@ -100,7 +100,7 @@ def recording_rows(samples_per_class: int, folds: int, class_id: int, fold: int,
     rows: list[Row] = []
     tags = _tags(count, turn=class_id + source_fold + recording)
     for position, tag in enumerate(tags):
-        # A second slice of the recording: the name of the audio file knows the slice, that of the picture does not.
+        # A second slice of the recording: the name of the audio file knows the slice, that of the image does not.
         audio_slice = tags[:position].count(tag)
         rows.append(
             Row(

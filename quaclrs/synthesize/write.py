@@ -1,4 +1,4 @@
-"""The synthetic dataset on disk: in parallel, resumable, the CSV after the pictures, byte-identical for every run."""
+"""The synthetic dataset on disk: in parallel, resumable, the CSV after the images, byte-identical for every run."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from tqdm import tqdm
 
 from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR
 from quaclrs.errors import UsageError
-from quaclrs.synthesize.picture import png_bytes
+from quaclrs.synthesize.image import png_bytes
 from quaclrs.synthesize.plan import CLASSES, Row, plan_recordings, plan_rows, recording_rows
 from quaclrs.synthesize.sounds import mel_grid
 from quaclrs.system.atomic_files import make_folder, storage_error, write_bytes
 from quaclrs.system.processes import Tick, run_tasks
 
 CSV_NAME = DEFAULT_CSV_FILE.name
-PICTURES_NAME = DEFAULT_SPECTROGRAMS_DIR.name
+IMAGES_NAME = DEFAULT_SPECTROGRAMS_DIR.name
 RECORD_NAME = "synthesis.json"
 """Parameters and totals of a complete dataset; the last file to be written."""
 STARTED_NAME = "synthesis.started.json"
-"""The parameters of a dataset that is not complete yet: says that its pictures are ours, and may be kept."""
+"""The parameters of a dataset that is not complete yet: says that its images are ours, and may be kept."""
 
 COLUMNS = ("spec_file_name", "orig_file_name", "fsID", "fold", "classID", "class", "augmentation")
 GENERATOR_VERSION = 1
-"""To be raised with every change of plan, sounds or picture: pictures of two versions must not mix."""
+"""To be raised with every change of plan, sounds or image: images of two versions must not mix."""
 
 _RECORDINGS_PER_JOB = 5
 
@@ -73,14 +73,14 @@ class SynthesisSummary:
     files: int
     """Fewer than rows: slices of one recording share a file."""
     total_bytes: int
-    """Of all pictures."""
+    """Of all images."""
     drawn: int
-    """Pictures drawn by this call; the others were there already."""
+    """Images drawn by this call; the others were there already."""
     seconds: float
 
     @property
     def images_per_second(self) -> float:
-        """Of the pictures that this call drew."""
+        """Of the images that this call drew."""
         return self.drawn / self.seconds if self.seconds > 0 else 0.0
 
 
@@ -117,7 +117,7 @@ def synthesize_dataset(config: SynthesisConfig, *, progress: bool = False) -> Sy
         (root / STARTED_NAME).unlink(missing_ok=True)
     return SynthesisSummary(
         csv_file=root / CSV_NAME,
-        spectrograms_dir=root / PICTURES_NAME,
+        spectrograms_dir=root / IMAGES_NAME,
         rows=len(CLASSES) * config.folds * config.samples_per_class,
         files=total.files,
         total_bytes=total.total_bytes,
@@ -133,8 +133,8 @@ def _refuse_foreign(root: Path, config: SynthesisConfig) -> _Done | None:
     """The totals of a dataset that is complete already, None where there is work to do."""
     try:
         record, started = _read_json(root / RECORD_NAME), _read_json(root / STARTED_NAME)
-        holds_data = (root / CSV_NAME).exists() or (root / PICTURES_NAME).exists()
-        present = len(list((root / PICTURES_NAME).glob("fold*/*.png"))) if record else 0
+        holds_data = (root / CSV_NAME).exists() or (root / IMAGES_NAME).exists()
+        present = len(list((root / IMAGES_NAME).glob("fold*/*.png"))) if record else 0
     except OSError as error:
         raise storage_error(root, error) from None
     if not record and not started:
@@ -165,7 +165,7 @@ def _read_json(path: Path) -> dict[str, int]:
     return known
 
 
-# --- pictures ---
+# --- images ---
 
 
 def _draw_all(config: SynthesisConfig, progress: bool) -> _Done:
@@ -201,7 +201,7 @@ def _draw_job(job: _Job, tick: Tick) -> _Done:
             size = _size(path)
             if size is None:
                 content = png_bytes(mel_grid(row.sample, job.config.seed))
-                write_bytes(path, content, durable=False)  # a synthetic picture can be drawn again
+                write_bytes(path, content, durable=False)  # a synthetic image can be drawn again
                 size, drawn = len(content), drawn + 1
             sizes[path] = size
         tick()
@@ -219,7 +219,7 @@ def _size(path: Path) -> int | None:
 
 
 def _fold_dir(config: SynthesisConfig, fold: int) -> Path:
-    return Path(config.output_dir) / PICTURES_NAME / f"fold{fold}"
+    return Path(config.output_dir) / IMAGES_NAME / f"fold{fold}"
 
 
 # --- files ---

@@ -95,7 +95,7 @@ def _initialise(counter: Any, stop: Any) -> None:
 def _keep_freed_memory() -> None:
     """Let glibc keep up to :data:`_KEPT_BYTES` that are free for what comes next; other C libraries are left alone.
 
-    Buffers of a megabyte come and go with every picture. By default each goes back to the kernel, which has to clear its pages when it
+    Buffers of a megabyte come and go with every image. By default each goes back to the kernel, which has to clear its pages when it
     hands them out again: a sixth of the time of packing ``png``, a quarter of ``rgb``.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc

@@ -15,7 +15,7 @@ _SAME_S = 2.0
 """A launcher may pass on a Ctrl-C that the terminal has sent to everyone already; only a later one is another."""
 
 
-class Wish(IntEnum):
+class StopRequest(IntEnum):
     """What a rank wishes after a step; of several, the highest counts."""
 
     GO_ON = 0
@@ -23,7 +23,7 @@ class Wish(IntEnum):
     STOP = 2
 
 
-class Watch:
+class SignalHandler:
     """Between ``with`` and its end, SIGTERM and SIGINT are noted, to be asked for by :meth:`wish`, instead of ending the process.
 
     A second one, two seconds or more after the first, does what it did before. ``checkpoint_minutes`` wishes a checkpoint each time
@@ -38,7 +38,7 @@ class Watch:
         self.signal: signal.Signals | None = None
         """The signal that came, None while there was none."""
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread have handlers
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
@@ -46,13 +46,13 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._restore()
 
-    def wish(self) -> Wish:
+    def wish(self) -> StopRequest:
         """What to do after the step just done."""
         if self.signal is not None:
-            return Wish.STOP
+            return StopRequest.STOP
         if self._every_s is not None and time.monotonic() - self._saved >= self._every_s:
-            return Wish.SAVE
-        return Wish.GO_ON
+            return StopRequest.SAVE
+        return StopRequest.GO_ON
 
     def saved(self) -> None:
         """A checkpoint has been written; the clock starts again."""

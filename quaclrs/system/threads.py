@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 
-def on_threads(work: Callable[[int, int], None], items: int) -> None:
+def parallel_for(work: Callable[[int, int], None], items: int) -> None:
     """Run ``work(start, stop)`` over equal parts of ``items``, one here and each other on a thread that ends with this call."""
     parts = max(1, min(torch.get_num_threads(), items))
     bounds = [items * part // parts for part in range(parts + 1)]

@@ -58,7 +58,7 @@ class World:
             distributed.all_reduce(tensor)
         return tensor
 
-    def take_from_main(self, tensors: Sequence[torch.Tensor]) -> None:
+    def broadcast_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
         """Overwrite ``tensors`` by those of rank 0."""
         if self.size > 1:
             for tensor in tensors:
@@ -72,7 +72,7 @@ class World:
         distributed.all_gather_object(values, value, group=self.hosts)
         return values
 
-    def from_main(self, value: Value) -> Value:
+    def broadcast_object(self, value: Value) -> Value:
         """Rank 0's ``value``, on every rank; a meeting point."""
         if self.size == 1:
             return value
@@ -81,7 +81,7 @@ class World:
         return values[0]
 
     @contextmanager
-    def in_turn(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """Rank 0 runs the block first, then the first rank of every other machine, then the rest: what one prepares, others find."""
         turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
         for now in range(3):
@@ -91,7 +91,7 @@ class World:
                 distributed.barrier(group=self.hosts)
 
 
-class Agreement:
+class AsyncConsensus:
     """What any rank wishes, known to all ranks at the same step, one step late: no rank waits for the others' hosts.
 
     A wish is an int from 0, "nothing"; the highest one counts. In a world of one it is known at once.

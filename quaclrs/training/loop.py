@@ -21,19 +21,19 @@ from quaclrs.config import TrainConfig
 from quaclrs.data.sampling import (
     epoch_order,
     evaluation_batches,
-    part_batches,
-    part_evaluation_batches,
+    rank_shard_batches,
+    rank_shard_evaluation_batches,
     step_seeds,
     train_batches,
 )
 from quaclrs.errors import TrainingError
 from quaclrs.loaders.base import Batch, DeviceLoader, Loader
-from quaclrs.system.signals import Watch, Wish
+from quaclrs.system.signals import SignalHandler, StopRequest
 from quaclrs.training import checkpoint
 from quaclrs.training.cuda_graph import GraphedStep, graphed_steps
-from quaclrs.training.distributed import Agreement, World
+from quaclrs.training.distributed import AsyncConsensus, World
 from quaclrs.training.models import forward_logits
-from quaclrs.training.state import Progress, Totals, Training
+from quaclrs.training.state import Progress, RunningMetrics, Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +79,12 @@ class EpochPlan:
     """(steps,) uint64"""
 
 
-OnStep = Callable[[Batch, Totals, float], None]
+OnStep = Callable[[Batch, RunningMetrics, float], None]
 """Called after each step with its batch, the rank's sums so far and the seconds waited for data so far."""
 Nothing = Callable[[], None]
 
 
-def _ignore_step(batch: Batch, totals: Totals, waited_s: float) -> None:
+def _ignore_step(batch: Batch, totals: RunningMetrics, waited_s: float) -> None:
     pass
 
 
@@ -111,19 +111,19 @@ class _Timed:
 
 
 def plan_epoch(
-    training: Training, samples: np.ndarray, label: np.ndarray, global_batch: int, seed: int, epoch: int, holds_all: bool = True
+    training: Training, samples: np.ndarray, label: np.ndarray, global_batch: int, seed: int, epoch: int, replicated: bool = True
 ) -> EpochPlan:
     """This rank's part of ``epoch`` over ``samples`` (n,), given the ``label`` (N,) of every sample number.
 
-    ``holds_all`` as :class:`Loader` has it. Raises :class:`TrainingError` when a rank would have nothing to learn from.
+    ``replicated`` as :class:`Loader` has it. Raises :class:`TrainingError` when a rank would have nothing to learn from.
     """
     world = training.world
-    if holds_all:
+    if replicated:
         order = epoch_order(samples, seed, epoch)
         of_ranks = [train_batches(order, global_batch, world.size, rank) for rank in range(world.size)]
     else:
         try:
-            of_ranks = part_batches(samples, global_batch, seed, epoch, world.size)
+            of_ranks = rank_shard_batches(samples, global_batch, seed, epoch, world.size)
         except ValueError as error:
             raise TrainingError(f"--loader resident: {error}; use fewer processes", everywhere=True) from None
     mine = of_ranks[world.rank]
@@ -148,7 +148,7 @@ def train_epoch(
     ``graphed`` does them from its own loader's data instead of ``loader``'s batches.
     """
     training.model.train()
-    progress = training.progress = training.progress or Progress(totals=Totals(training.device))
+    progress = training.progress = training.progress or Progress(totals=RunningMetrics(training.device))
     rest = slice(progress.step, None)
     waited_before, timed = progress.waited_s, _Timed(iter(()) if graphed else loader.load(plan.batches[rest]))
     if graphed:
@@ -189,11 +189,11 @@ def evaluate(
     ``after_step`` is called equally often on every rank.
     """
     started = time.perf_counter()
-    training.share_buffers()
+    training.broadcast_buffers()
     world = training.world
-    of_ranks = _positions_of_ranks(samples, global_batch, world, loader.holds_all)
+    of_ranks = _positions_of_ranks(samples, global_batch, world, loader.replicated)
     mine = of_ranks[world.rank]
-    totals, timed, probabilities = Totals(training.device), _Timed(loader.load([samples[batch] for batch in mine])), []
+    totals, timed, probabilities = RunningMetrics(training.device), _Timed(loader.load([samples[batch] for batch in mine])), []
     for batch in timed:
         probabilities.append(_predict(training, batch, totals))
         on_step(batch, totals, timed.waited_s)
@@ -217,16 +217,16 @@ def evaluate(
     )
 
 
-def _positions_of_ranks(samples: np.ndarray, global_batch: int, world: World, holds_all: bool) -> list[list[np.ndarray]]:
+def _positions_of_ranks(samples: np.ndarray, global_batch: int, world: World, replicated: bool) -> list[list[np.ndarray]]:
     """For each rank its batches of positions in ``samples``."""
     ranks = range(world.size)
-    if holds_all:
+    if replicated:
         return [evaluation_batches(np.arange(len(samples)), global_batch, world.size, rank) for rank in ranks]
-    return [part_evaluation_batches(samples, global_batch, world.size, rank) for rank in ranks]
+    return [rank_shard_evaluation_batches(samples, global_batch, world.size, rank) for rank in ranks]
 
 
 @torch.inference_mode()
-def _predict(training: Training, batch: Batch, totals: Totals) -> torch.Tensor:
+def _predict(training: Training, batch: Batch, totals: RunningMetrics) -> torch.Tensor:
     """(B, classes) probabilities on the device; adds to ``totals``."""
     training.model.eval()
     with training.autocast():
@@ -257,7 +257,7 @@ class Hooks:
     epoch_done: Callable[[dict[str, float | int]], None] = lambda entry: None
 
 
-class Fitting:
+class Trainer:
     """One fold's training, from wherever it stands to its end, with what it leaves in ``folder``.
 
     After each epoch ``folder`` holds its checkpoint, and ``best_model.pth`` the weights of the best validation accuracy so far. Only
@@ -273,14 +273,14 @@ class Fitting:
         global_batch: int,
         folder: Path,
         run: dict[str, Any],
-        watch: Watch | None = None,
+        watch: SignalHandler | None = None,
         hooks: Hooks | None = None,
     ) -> None:
         self._training, self._loader, self._samples = training, loader, samples
         self._config, self._global_batch = config, global_batch
         self._folder, self._run = folder, run
-        self._watch, self._hooks = watch or Watch(), hooks or Hooks()
-        self._agreement = Agreement(training.world)
+        self._watch, self._hooks = watch or SignalHandler(), hooks or Hooks()
+        self._agreement = AsyncConsensus(training.world)
         self._graphed: GraphedStep | None = None
         if config.compile == "cudagraph":
             assert hasattr(loader, "on_device")  # the caller has seen to it
@@ -301,7 +301,7 @@ class Fitting:
             )
         if training.world.is_main:
             training.model.load_state_dict(checkpoint.load(self._folder / checkpoint.BEST_MODEL_FILE))
-        training.world.take_from_main(list(training.model.state_dict().values()))
+        training.world.broadcast_tensors(list(training.model.state_dict().values()))
         return len(training.history) < config.epochs
 
     def test(self) -> Evaluation:
@@ -313,7 +313,7 @@ class Fitting:
 
     def _epoch(self, epoch: int) -> None:
         training, config, samples = self._training, self._config, self._samples
-        plan = plan_epoch(training, samples.train, samples.label, self._global_batch, config.seed, epoch, self._loader.holds_all)
+        plan = plan_epoch(training, samples.train, samples.label, self._global_batch, config.seed, epoch, self._loader.replicated)
         learning_rate = training.learning_rate
         meter = self._hooks.step_meter("train", epoch, sum(len(batch) for batch in plan.batches))
         trained = train_epoch(training, self._loader, plan, meter, self._save_if_wished, self._graphed)
@@ -345,10 +345,10 @@ class Fitting:
     def _save_if_stopped(self) -> None:
         """In validation: the epoch's own checkpoint is near, so the clock has to wait."""
         wish = self._watch.wish()
-        self._save_if_agreed(self._agreement.exchange(wish if wish == Wish.STOP else Wish.GO_ON))
+        self._save_if_agreed(self._agreement.exchange(wish if wish == StopRequest.STOP else StopRequest.GO_ON))
 
     def _save_if_agreed(self, agreed: int) -> None:
-        if agreed == Wish.GO_ON:
+        if agreed == StopRequest.GO_ON:
             return
         training = self._training
         assert training.progress is not None
@@ -363,7 +363,7 @@ class Fitting:
         self._stop_if_agreed(self._agreement.exchange(self._watch.wish()), "its test")
 
     def _stop_if_agreed(self, agreed: int, where: str) -> None:
-        if agreed == Wish.STOP:
+        if agreed == StopRequest.STOP:
             raise self._watch.interrupted(f"fold {self._run['fold']}, {where}")
 
 

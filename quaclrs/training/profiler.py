@@ -24,7 +24,7 @@ from quaclrs.loaders.base import Batch
 from quaclrs.system.atomic_files import TEMPORARY_SUFFIX, atomic_writer, make_folder, write_bytes
 from quaclrs.training.bottleneck import Setting, Steps, judge, page, read_trace
 from quaclrs.training.loop import Hooks, OnStep
-from quaclrs.training.state import Totals, Training
+from quaclrs.training.state import RunningMetrics, Training
 
 FOLDER, TRACE_FILE, VERDICT_FILE = "profile", "trace.json.gz", "verdict.txt"
 WARM_UP = 5
@@ -132,7 +132,7 @@ class _Recording:
         self.epoch, self.done = epoch, 0
         self.timed, self.traced = _Clock(device), _Clock(device)
 
-    def after_step(self, batch: Batch, totals: Totals, waited_s: float) -> bool:
+    def after_step(self, batch: Batch, totals: RunningMetrics, waited_s: float) -> bool:
         """Whether all that was planned is recorded."""
         self.done += 1
         if self.done == 1:  # only now is it known how large batches are, and how many samples were done before an interruption
@@ -201,7 +201,7 @@ class _Profiler:
             return meter
         recording = self._recording = _Recording(self._training.device, epoch, samples)
 
-        def on_step(batch: Batch, totals: Totals, waited_s: float) -> None:
+        def on_step(batch: Batch, totals: RunningMetrics, waited_s: float) -> None:
             meter(batch, totals, waited_s)
             if recording.after_step(batch, totals, waited_s):
                 self._finish(recording)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from quaclrs.loaders.base import Batch
 from quaclrs.training.loop import Hooks
-from quaclrs.training.state import Totals
+from quaclrs.training.state import RunningMetrics
 
 _REFRESH_S = 0.5
 
@@ -32,7 +32,7 @@ def epoch_line(entry: dict[str, float | int], epochs: int) -> str:
     )
 
 
-def _no_bar(batch: Batch, totals: Totals, waited_s: float) -> None:
+def _no_bar(batch: Batch, totals: RunningMetrics, waited_s: float) -> None:
     pass
 
 
@@ -47,7 +47,7 @@ class StepMeter:
         self._sums_samples = 0
         self._copied: torch.cuda.Event | None = None
 
-    def __call__(self, batch: Batch, totals: Totals, waited_s: float) -> None:
+    def __call__(self, batch: Batch, totals: RunningMetrics, waited_s: float) -> None:
         """As :data:`~quaclrs.training.loop.OnStep`."""
         now = time.perf_counter()
         self._bar.update(len(batch))

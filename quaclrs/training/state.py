@@ -47,7 +47,7 @@ def set_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-class Totals:
+class RunningMetrics:
     """Sums over an epoch that stay on the device; :meth:`read` is a host synchronisation, meant for its end."""
 
     def __init__(self, device: torch.device) -> None:
@@ -75,7 +75,7 @@ class Totals:
 class Progress:
     """How far an epoch of learning has come."""
 
-    totals: Totals
+    totals: RunningMetrics
     step: int = 0
     """Optimizer steps done."""
     started: float = field(default_factory=time.perf_counter)
@@ -96,7 +96,7 @@ class Progress:
     @classmethod
     def restored(cls, state: dict[str, Any], world: World, device: torch.device) -> Progress:
         """From :meth:`state`. In a world of another size rank 0 takes all sums."""
-        totals, ranks = Totals(device), state["ranks"]
+        totals, ranks = RunningMetrics(device), state["ranks"]
         mine = ranks[world.rank : world.rank + 1] if len(ranks) == world.size else ranks if world.is_main else []
         for sums, samples in mine:
             totals.sums += torch.tensor(sums, dtype=torch.float64, device=device)
@@ -127,7 +127,7 @@ class Training:
     best_val_accuracy: float = -1.0
     progress: Progress | None = None
     """Of the epoch being learned; None between two."""
-    _buckets_laid_out: bool = False
+    _buckets_settled: bool = False
 
     @classmethod
     def begin(
@@ -175,8 +175,8 @@ class Training:
         ``share`` (float32 scalar on the device) makes the mean over ranks of this one's loss the class-weighted mean over the global
         batch: ranks / Σ of its samples' class weights. Returns that loss, and how many predictions were right.
         """
-        if self.world.size > 2 and not self._buckets_laid_out:  # two summands come to the same in any order
-            self._lay_out_buckets(images)
+        if self.world.size > 2 and not self._buckets_settled:  # two summands come to the same in any order
+            self._settle_buckets(images)
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             logits, aux_logits = forward_logits(self.network, images)
@@ -190,7 +190,7 @@ class Training:
         with torch.no_grad():
             return loss.detach(), (logits.argmax(1) == labels).sum()
 
-    def _lay_out_buckets(self, images: torch.Tensor) -> None:
+    def _settle_buckets(self, images: torch.Tensor) -> None:
         """Show DDP the order in which gradients come, and so settle how they are laid out when ranks add them up.
 
         It would do so after its first step. As the layout decides in which order the ranks' summands are added, and so the last digit,
@@ -205,7 +205,7 @@ class Training:
         with torch.no_grad():
             for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
-        self._buckets_laid_out = True
+        self._buckets_settled = True
 
     def _summed_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(logits, labels, self.class_weights, reduction="sum")
@@ -219,9 +219,9 @@ class Training:
         sums = [sum(weights[batch].sum() for batch in step) for step in zip(*batches_of_ranks, strict=True)]
         return (self.world.size / torch.tensor(sums, dtype=torch.float64)).float().to(self.device)
 
-    def share_buffers(self) -> None:
+    def broadcast_buffers(self) -> None:
         """Give all ranks rank 0's running statistics of BatchNorm, which is what its checkpoints hold."""
-        self.world.take_from_main(list(self.model.buffers()))
+        self.world.broadcast_tensors(list(self.model.buffers()))
 
     @property
     def learning_rate(self) -> float:

@@ -1,4 +1,4 @@
-"""Picks the redraw for a device: the fused kernel on a GPU, the compiled one on a CPU, the reference where neither can run.
+"""Picks the render for a device: the fused kernel on a GPU, the compiled one on a CPU, the reference where neither can run.
 
 All three give the same bits. numba and triton are imported on first use only, for they take a second.
 """
@@ -11,39 +11,39 @@ from collections.abc import Callable
 
 import torch
 
-from quaclrs.imaging.render import Grids, RedrawTables, redraw_reference
+from quaclrs.imaging.render import Grids, RenderTables, render_reference
 
 _log = logging.getLogger(__name__)
 
-Redraw = Callable[[Grids, torch.Tensor, RedrawTables, torch.dtype, "torch.Tensor | None"], torch.Tensor]
+Render = Callable[[Grids, torch.Tensor, RenderTables, torch.dtype, "torch.Tensor | None"], torch.Tensor]
 
 
-def redraw(
-    grids: Grids, index: torch.Tensor, tables: RedrawTables, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+def render(
+    grids: Grids, index: torch.Tensor, tables: RenderTables, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """As :func:`quaclrs.imaging.render.redraw_reference`, by the fastest way there is on the tables' device.
+    """As :func:`quaclrs.imaging.render.render_reference`, by the fastest way there is on the tables' device.
 
     On a GPU nothing is checked and nothing waits: call :func:`quaclrs.imaging.render.check_grids` once per set of grids before.
     """
-    draw, _ = redraw_for(tables.device.type)
+    draw, _ = render_for(tables.device.type)
     return draw(grids, index, tables, dtype, out)
 
 
 @functools.cache
-def redraw_for(device_type: str) -> tuple[Redraw, str]:
-    """(the redraw, its name) for "cpu", "cuda" or another device: "numba kernel", "Triton kernel" or "torch reference".
+def render_for(device_type: str) -> tuple[Render, str]:
+    """(the render, its name) for "cpu", "cuda" or another device: "numba kernel", "Triton kernel" or "torch reference".
 
     Logs one line when a missing package costs speed.
     """
     try:
         if device_type == "cuda":
-            from quaclrs.imaging.kernels.render_triton import redraw_triton
+            from quaclrs.imaging.kernels.render_triton import render_triton
 
-            return redraw_triton, "Triton kernel"
+            return render_triton, "Triton kernel"
         if device_type == "cpu":
-            from quaclrs.imaging.kernels.render_cpu import redraw_cpu
+            from quaclrs.imaging.kernels.render_cpu import render_cpu
 
-            return redraw_cpu, "numba kernel"
+            return render_cpu, "numba kernel"
     except ImportError as error:
-        _log.warning("%s: pictures are redrawn in plain torch, the same but many times slower; pip install %s", error, error.name)
-    return redraw_reference, "torch reference"
+        _log.warning("%s: images are rendered in plain torch, the same but many times slower; pip install %s", error, error.name)
+    return render_reference, "torch reference"

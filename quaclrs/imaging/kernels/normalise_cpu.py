@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from quaclrs.imaging.kernels.intrinsics import LANES, STREAM_ALIGNMENT, compiled, fused_multiply_add, stream_normalised
 from quaclrs.imaging.normalise import IMAGENET_MEAN, IMAGENET_STD, normalisation_table
-from quaclrs.system.threads import on_threads
+from quaclrs.system.threads import parallel_for
 
 
 def normalise_cpu(levels: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -25,10 +25,10 @@ def normalise_cpu(levels: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     sources, targets = levels.numpy().reshape(rows, 3 * size), pixels_of(out).reshape(rows, 3 * size)
     if out.dtype == torch.float32:
         factors, stream = normalisation_factors(size), can_stream(targets)
-        on_threads(lambda start, stop: normalise_rows(sources[start:stop], factors, targets, start, stream), rows)
+        parallel_for(lambda start, stop: normalise_rows(sources[start:stop], factors, targets, start, stream), rows)
     else:
         values = table_of(out.dtype)
-        on_threads(lambda start, stop: look_up_rows(sources[start:stop], values, targets, start), rows)
+        parallel_for(lambda start, stop: look_up_rows(sources[start:stop], values, targets, start), rows)
     return out
 
 

@@ -1,4 +1,4 @@
-"""The redraw on the CPU: :func:`quaclrs.imaging.render.redraw_reference`, bit for bit, at the speed of vector instructions. Needs numba.
+"""The render on the CPU: :func:`quaclrs.imaging.render.render_reference`, bit for bit, at the speed of vector instructions. Needs numba.
 
 Why it looks as it does, with times per 128×376 grid at 224 pixels on one core of an AMD EPYC at 2.45 GHz:
 
@@ -36,9 +36,9 @@ from quaclrs.imaging.kernels.normalise_cpu import (
     stream_row,
     table_of,
 )
-from quaclrs.imaging.render import Grids, RedrawTables, check_grids, checked_out
+from quaclrs.imaging.render import Grids, RenderTables, check_grids, checked_out
 from quaclrs.imaging.resample import HALF, WEIGHT_BITS
-from quaclrs.system.threads import on_threads
+from quaclrs.system.threads import parallel_for
 
 _BLOCK_LINES = 128
 """Lines of cells on their side at once: a cell of all of them is 512 bytes."""
@@ -52,10 +52,10 @@ _GREEN, _BLUE = np.uint32(0xFF00), np.uint32(0xFF0000)
 _PIXEL_BITS = np.uint64(24)
 
 
-def redraw_cpu(
-    grids: Grids, index: torch.Tensor, tables: RedrawTables, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+def render_cpu(
+    grids: Grids, index: torch.Tensor, tables: RenderTables, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """As :func:`quaclrs.imaging.render.redraw_reference`, on ``torch.get_num_threads()`` threads.
+    """As :func:`quaclrs.imaging.render.render_reference`, on ``torch.get_num_threads()`` threads.
 
     The first call in a process loads the compiled kernel, and the first one on a machine compiles it, which takes seconds.
     """
@@ -66,18 +66,18 @@ def redraw_cpu(
     cells = tuple(tensor.numpy() for tensor in (batch.flat, batch.offsets, batch.layouts, batch.palettes))
     taps = _kernel_tables(tables)
     if dtype == torch.uint8:
-        on_threads(lambda start, stop: _draw_levels(start, stop, cells, taps, pixels), len(batch))
+        parallel_for(lambda start, stop: _draw_levels(start, stop, cells, taps, pixels), len(batch))
     elif dtype == torch.float32:
         factors, stream = normalisation_factors(tables.size), can_stream(pixels)
-        on_threads(lambda start, stop: _draw_floats(start, stop, cells, taps, factors, stream, pixels), len(batch))
+        parallel_for(lambda start, stop: _draw_floats(start, stop, cells, taps, factors, stream, pixels), len(batch))
     else:
         values = table_of(dtype)
-        on_threads(lambda start, stop: _draw_values(start, stop, cells, taps, values, pixels), len(batch))
+        parallel_for(lambda start, stop: _draw_values(start, stop, cells, taps, values, pixels), len(batch))
     return out
 
 
 class _Tables(NamedTuple):
-    """A :class:`RedrawTables` as the kernel wants it. L layouts, P palettes; taps are padded with weights of 0."""
+    """A :class:`RenderTables` as the kernel wants it. L layouts, P palettes; taps are padded with weights of 0."""
 
     lines: NDArray[np.int32]
     cells: NDArray[np.int32]
@@ -90,7 +90,7 @@ class _Tables(NamedTuple):
     """(L, S)"""
     cell_weights: NDArray[np.int32]
     """(L, K, S), K at least 4 and even."""
-    cell_taps: NDArray[np.int32]
+    cell_filter_weights: NDArray[np.int32]
     """(L,) even numbers of taps, at least 4, that hold each layout's weights."""
     line_first: NDArray[np.int32]
     line_weights: NDArray[np.int32]
@@ -103,7 +103,7 @@ class _Tables(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _kernel_tables(tables: RedrawTables) -> _Tables:
+def _kernel_tables(tables: RenderTables) -> _Tables:
     """Made once for a loader's tables, which are told apart by identity."""
     cell_weights, line_weights = _padded(tables.cell_weights.numpy(), 4), _padded(tables.line_weights.numpy(), 2)
     second = line_weights[:, 1]  # (L, S)
@@ -117,7 +117,7 @@ def _kernel_tables(tables: RedrawTables) -> _Tables:
         palettes=tables.palettes.numpy(),
         cell_first=tables.cell_first.numpy(),
         cell_weights=cell_weights,
-        cell_taps=np.array([_taps_used(weights) for weights in cell_weights], np.int32),
+        cell_filter_weights=np.array([_taps_used(weights) for weights in cell_weights], np.int32),
         line_first=tables.line_first.numpy(),
         line_weights=line_weights,
         two_lines=np.stack([_blends_exactly(weights) for weights in line_weights]),
@@ -160,11 +160,11 @@ def _blends_exactly(weights: NDArray[np.int32]) -> NDArray[np.bool_]:
 
 @compiled
 def _draw_levels(start, stop, grids, tables, out):  # type: ignore[no-untyped-def]
-    """Draw pictures ``start`` to ``stop`` into ``out`` (B, S, 3·S) uint8; ``grids`` and ``tables`` as in :func:`redraw_cpu`."""
+    """Draw images ``start`` to ``stop`` into ``out`` (B, S, 3·S) uint8; ``grids`` and ``tables`` as in :func:`render_cpu`."""
     buffers = _buffers(tables)
-    for picture in range(start, stop):
-        layout = _draw_lines(picture, grids, tables, buffers)
-        _draw_picture(layout, tables, buffers, out[picture])
+    for image in range(start, stop):
+        layout = _draw_lines(image, grids, tables, buffers)
+        _draw_image(layout, tables, buffers, out[image])
 
 
 @compiled
@@ -172,13 +172,13 @@ def _draw_floats(start, stop, grids, tables, factors, stream, out):  # type: ign
     """The same, normalised, into ``out`` (B, S, 3·S) float32."""
     buffers = _buffers(tables)
     levels = np.empty(out.shape[1:], np.uint8)
-    for picture in range(start, stop):
-        layout = _draw_lines(picture, grids, tables, buffers)
+    for image in range(start, stop):
+        layout = _draw_lines(image, grids, tables, buffers)
         if stream and not tables.turned[layout]:
-            _stream_picture(layout, tables, buffers, levels, factors, out[picture])
+            _stream_image(layout, tables, buffers, levels, factors, out[image])
         else:
-            _draw_picture(layout, tables, buffers, levels)
-            normalise_rows(levels, factors, out[picture], 0, stream)
+            _draw_image(layout, tables, buffers, levels)
+            normalise_rows(levels, factors, out[image], 0, stream)
 
 
 @compiled
@@ -186,15 +186,15 @@ def _draw_values(start, stop, grids, tables, values, out):  # type: ignore[no-un
     """The same, with each level's value from ``values`` (3, 256), into ``out`` (B, S, 3·S) of its dtype."""
     buffers = _buffers(tables)
     levels = np.empty(out.shape[1:], np.uint8)
-    for picture in range(start, stop):
-        layout = _draw_lines(picture, grids, tables, buffers)
-        _draw_picture(layout, tables, buffers, levels)
-        look_up_rows(levels, values, out[picture], 0)
+    for image in range(start, stop):
+        layout = _draw_lines(image, grids, tables, buffers)
+        _draw_image(layout, tables, buffers, levels)
+        look_up_rows(levels, values, out[image], 0)
 
 
 @compiled
 def _buffers(tables):  # type: ignore[no-untyped-def]
-    """(side, strip, cell sums, lines, line sums, picture on its side): what drawing needs besides its output, used for all pictures.
+    """(side, strip, cell sums, lines, line sums, image on its side): what drawing needs besides its output, used for all images.
 
     Taps come in pairs, so the last may reach past the cells or lines: with weight 0, into memory that only has to exist. Lines and
     columns are turned upright in whole blocks and strips, so lines have room for those, and for the last eight bytes that are stored.
@@ -207,22 +207,22 @@ def _buffers(tables):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _draw_lines(picture, grids, tables, buffers):  # type: ignore[no-untyped-def]
-    """Do one picture's first pass; returns its layout."""
+def _draw_lines(image, grids, tables, buffers):  # type: ignore[no-untyped-def]
+    """Do one image's first pass; returns its layout."""
     flat, offsets, layouts, palettes = grids
     side, strip, sums, lines, _, _ = buffers
-    layout, palette = layouts[picture], tables.palettes[palettes[picture]]
+    layout, palette = layouts[image], tables.palettes[palettes[image]]
     number, line_stride = tables.lines[layout], tables.line_stride[layout]
     for top in range(0, number, _BLOCK_LINES):
-        corner = offsets[picture] + top * line_stride
+        corner = offsets[image] + top * line_stride
         _look_up_colours(flat, corner, min(_BLOCK_LINES, number - top), layout, palette, tables, side)
         _first_pass(side, layout, tables, strip, sums, lines[top:])
     return layout
 
 
 @compiled
-def _draw_picture(layout, tables, buffers, out):  # type: ignore[no-untyped-def]
-    """Second pass of the picture whose first one is done: its levels, (S, 3·S) uint8."""
+def _draw_image(layout, tables, buffers, out):  # type: ignore[no-untyped-def]
+    """Second pass of the image whose first one is done: its levels, (S, 3·S) uint8."""
     _, _, _, lines, sums, on_its_side = buffers
     if tables.turned[layout]:
         _second_pass(lines, layout, tables, sums, on_its_side)
@@ -232,7 +232,7 @@ def _draw_picture(layout, tables, buffers, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _stream_picture(layout, tables, buffers, levels, factors, out):  # type: ignore[no-untyped-def]
+def _stream_image(layout, tables, buffers, levels, factors, out):  # type: ignore[no-untyped-def]
     """The same, normalised into ``out`` line by line, so that the arithmetic of a line hides the writing of the last one."""
     _, _, _, lines, sums, _ = buffers
     first, weights = tables.line_first[layout], tables.line_weights[layout]
@@ -280,7 +280,7 @@ def _look_up_four(flat, corner, number, stride, palette, side, c):  # type: igno
 @compiled
 def _first_pass(side, layout, tables, strip, sums, lines):  # type: ignore[no-untyped-def]
     """lines[r, 3·i + channel] for all output values i of a block of lines r."""
-    first, weights, taps = tables.cell_first[layout], tables.cell_weights[layout], tables.cell_taps[layout]
+    first, weights, taps = tables.cell_first[layout], tables.cell_weights[layout], tables.cell_filter_weights[layout]
     for left in range(0, len(first), _STRIP):
         for i in range(left, min(left + _STRIP, len(first))):
             if taps == 4:
@@ -292,7 +292,7 @@ def _first_pass(side, layout, tables, strip, sums, lines):  # type: ignore[no-un
 
 @compiled
 def _blend_four(side, c, weight_a, weight_b, weight_c, weight_d, strip, column):  # type: ignore[no-untyped-def]
-    """As :func:`_blend_cells` of four, which is what most pictures here are drawn from: nothing but registers in between."""
+    """As :func:`_blend_cells` of four, which is what most images here are drawn from: nothing but registers in between."""
     for r in range(_BLOCK_LINES):
         p, q, s, t = side[c, r], side[c + 1, r], side[c + 2, r], side[c + 3, r]
         red = _HALF + (p & 255) * weight_a + (q & 255) * weight_b + (s & 255) * weight_c + (t & 255) * weight_d

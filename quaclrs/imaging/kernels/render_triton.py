@@ -1,6 +1,6 @@
-"""The redraw as one fused Triton kernel: indices in, normalised channels_last batch out, nothing in between in device memory.
+"""The render as one fused Triton kernel: indices in, normalised channels_last batch out, nothing in between in device memory.
 
-One program draws one tile of one picture, so layouts and palettes mix freely in a batch. Inside it:
+One program draws one tile of one image, so layouts and palettes mix freely in a batch. Inside it:
 
 1. *First pass*, the horizontal one, for the tile's columns and the rows of cells that its output rows blend. Each tap loads one
    byte per lane (neighbouring lanes read neighbouring cells) and looks its colour up in a copy of the palette in shared memory,
@@ -12,7 +12,7 @@ One program draws one tile of one picture, so layouts and palettes mix freely in
    and without fused multiply-add); float32, where it does not, comes from the table.
 
 Where Pillow resizes vertically first (:class:`quaclrs.imaging.render.Passes`), rows and columns change places throughout; "lines" are
-rows of cells else. Such pictures are read and written across the grain, which is slow and right.
+rows of cells else. Such images are read and written across the grain, which is slow and right.
 
 Tiles need not be powers of two, only their lanes are padded to one; :func:`choose_tile` weighs padding against recomputed rows.
 All sums are int32, as in Pillow: at most 255 · (2^22 + 8192) + 2^21 < 2^31, see ``MAX_SIDE``.
@@ -33,8 +33,8 @@ import triton
 import triton.language as tl
 
 from quaclrs.imaging.normalise import IMAGENET_MEAN, IMAGENET_STD, normalisation_table
-from quaclrs.imaging.render import Grids, Passes, RedrawTables, checked_out
-from quaclrs.imaging.resample import HALF, WEIGHT_BITS, cell_taps
+from quaclrs.imaging.render import Grids, Passes, RenderTables, checked_out
+from quaclrs.imaging.resample import HALF, WEIGHT_BITS, cell_filter_weights
 
 MAX_LANES = 4096
 """Of a tile: 32 registers per value and thread at 128 threads, 16 at 256."""
@@ -51,7 +51,7 @@ _SHIFT = tl.constexpr(WEIGHT_BITS)
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """The part of a picture that one program draws."""
+    """The part of an image that one program draws."""
 
     rows: int
     """Of the output, along the second pass."""
@@ -72,15 +72,15 @@ class Tile:
         return _power_of_two(self.rows * self.columns)
 
 
-def redraw_triton(
+def render_triton(
     grids: Grids,
     index: torch.Tensor,
-    tables: RedrawTables,
+    tables: RenderTables,
     dtype: torch.dtype = torch.float32,
     out: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """As :func:`quaclrs.imaging.render.redraw_reference`, in one kernel on the current stream, without waiting for the device.
+    """As :func:`quaclrs.imaging.render.render_reference`, in one kernel on the current stream, without waiting for the device.
 
     Nothing is checked that would take a wait: call :func:`quaclrs.imaging.render.check_grids` once per set of grids, and keep ``index``
     within them. ``tile`` is for tuning; the default is :func:`choose_tile`'s.
@@ -98,7 +98,7 @@ def redraw_triton(
     return out
 
 
-def choose_tile(tables: RedrawTables, rows: int | None = None, columns: int | None = None) -> Tile:
+def choose_tile(tables: RenderTables, rows: int | None = None, columns: int | None = None) -> Tile:
     """The tile with the least estimated work for all layouts of ``tables``; ``rows`` and ``columns`` fix a side of it.
 
     The estimate is a rough count of the passes' instructions per lane, not a measurement.
@@ -111,13 +111,13 @@ def choose_tile(tables: RedrawTables, rows: int | None = None, columns: int | No
 def _choose_tile(
     axes: tuple[tuple[tuple[int, ...], int], ...],
     size: int,
-    cell_taps: int,
+    cell_filter_weights: int,
     line_taps: int,
     rows: int | None,
     columns: int | None,
 ) -> Tile:
     def work(tile: Tile) -> int:
-        first_pass = tile.source_lanes * (12 + 10 * cell_taps)
+        first_pass = tile.source_lanes * (12 + 10 * cell_filter_weights)
         second_pass = tile.lanes * (40 + 10 * line_taps)
         return -(-size // tile.rows) * -(-size // tile.columns) * (first_pass + second_pass + 8192)
 
@@ -136,18 +136,18 @@ def _choose_tile(
 
 def _most_lines(edges: tuple[int, ...], pixels: int, size: int, tile_rows: int) -> int:
     """Lines of cells that a tile of ``tile_rows`` output rows blends, at most."""
-    taps = cell_taps(edges, pixels, size)
+    taps = cell_filter_weights(edges, pixels, size)
     used = taps.first + taps.weights.shape[1] - (taps.weights[:, ::-1] != 0).argmax(axis=1)  # (S,) end of the last tap that counts
     tops = np.arange(0, size, tile_rows)
     return int((np.maximum.reduceat(used, tops) - taps.first[tops]).max())
 
 
-def _table_tensors(tables: RedrawTables) -> tuple[torch.Tensor, ...]:
+def _table_tensors(tables: RenderTables) -> tuple[torch.Tensor, ...]:
     shapes = (tables.lines, tables.cells, tables.line_stride, tables.cell_stride, tables.turned)
     return (*shapes, tables.cell_first, tables.cell_weights, tables.line_first, tables.line_weights, tables.palettes)
 
 
-def _constants(tables: RedrawTables, tile: Tile, mode: int) -> dict[str, int]:
+def _constants(tables: RenderTables, tile: Tile, mode: int) -> dict[str, int]:
     return {
         "SIZE": tables.size,
         "CELL_TAPS": tables.cell_weights.shape[1],
@@ -220,7 +220,7 @@ def _rounded(red, green, blue):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _draw_tile(  # type: ignore[no-untyped-def]
-    index,  # (B,) int64; the other inputs as in Grids and RedrawTables
+    index,  # (B,) int64; the other inputs as in Grids and RenderTables
     flat,
     offsets,
     layouts,
@@ -249,22 +249,22 @@ def _draw_tile(  # type: ignore[no-untyped-def]
 ):
     tiles_across: tl.constexpr = (SIZE + TILE_COLUMNS - 1) // TILE_COLUMNS
     tiles: tl.constexpr = tiles_across * ((SIZE + TILE_ROWS - 1) // TILE_ROWS)
-    sample = tl.program_id(0) // tiles  # tiles of one picture run side by side and share its indices in the cache
+    sample = tl.program_id(0) // tiles  # tiles of one image run side by side and share its indices in the cache
     tile = tl.program_id(0) % tiles
     top = tile // tiles_across * TILE_ROWS
     left = tile % tiles_across * TILE_COLUMNS
 
-    picture = tl.load(index + sample)
-    layout = tl.load(layouts + picture)
-    grid = flat + tl.load(offsets + picture)
+    image = tl.load(index + sample)
+    layout = tl.load(layouts + image)
+    grid = flat + tl.load(offsets + image)
     last_line = tl.load(all_lines + layout) - 1
     last_cell = tl.load(all_cells + layout) - 1
     line_stride = tl.load(line_strides + layout)
     cell_stride = tl.load(cell_strides + layout)
-    palette = tl.load(colours + tl.load(palettes + picture) * 256 + tl.arange(0, 256))
+    palette = tl.load(colours + tl.load(palettes + image) * 256 + tl.arange(0, 256))
     top_line = tl.load(line_first + layout * SIZE + top)  # the first line that this tile needs
 
-    # First pass. Lanes beyond the picture repeat its edge: cheaper than masking each load, and nobody reads them.
+    # First pass. Lanes beyond the image repeat its edge: cheaper than masking each load, and nobody reads them.
     lane = tl.arange(0, SOURCE_LANES)
     x = tl.minimum(left + lane % TILE_COLUMNS, SIZE - 1)
     line = grid + tl.minimum(top_line + lane // TILE_COLUMNS, last_line) * line_stride
@@ -322,7 +322,7 @@ def _draw_tile(  # type: ignore[no-untyped-def]
             tl.store(target, normalised.to(out.dtype.element_ty), mask=inside)
 
 
-def compile_for(capability: int, tables: RedrawTables, dtype: torch.dtype) -> Any:
+def compile_for(capability: int, tables: RenderTables, dtype: torch.dtype) -> Any:
     """The kernel for compute capability ``capability`` (75, 90, ...), compiled without a GPU: Triton's ``CompiledKernel``.
 
     For tests and for a look at its PTX and cubin (``.asm``).

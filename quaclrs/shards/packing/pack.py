@@ -18,19 +18,19 @@ from quaclrs.config import PackConfig, folds_text
 from quaclrs.data.metadata import Audit, Metadata
 from quaclrs.errors import ShardError, StorageError, UsageError
 from quaclrs.imaging.shared_layouts import Facts, Plan
-from quaclrs.imaging.shared_layouts import plan as plan_canonical
+from quaclrs.imaging.shared_layouts import plan as share_layouts
 from quaclrs.shards import format as fmt
-from quaclrs.shards.packing.coordination import WHAT_MUST_AGREE, Terms, packing_alone, packing_together, terms_of
+from quaclrs.shards.packing.coordination import WHAT_MUST_AGREE, PackSettings, packing_alone, packing_together, settings_of
 from quaclrs.shards.packing.finalize import describe, finish
 from quaclrs.shards.packing.plan import Source, open_source, plan_shards, sample_bytes
 from quaclrs.shards.packing.work_queue import work_through
-from quaclrs.shards.packing.write_indexed import finished_indexed_receipt, scan_shard, seen_facts, write_indexed_shard
-from quaclrs.shards.packing.write_shard import PACKING_FOLDER, Receipt, ShardPlan, finished_receipt, write_shard
+from quaclrs.shards.packing.write_indexed import finished_indexed_shard_record, scan_shard, seen_facts, write_indexed_shard
+from quaclrs.shards.packing.write_shard import PACKING_FOLDER, ShardPlan, ShardRecord, finished_shard_record, write_shard
 from quaclrs.system.processes import Tick
 
 Result = TypeVar("Result")
-_Find = Callable[[ShardPlan], Receipt | None]
-_Work = Callable[[ShardPlan, Tick], Receipt]
+_Find = Callable[[ShardPlan], ShardRecord | None]
+_Work = Callable[[ShardPlan, Tick], ShardRecord]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class PackSummary:
     audit: Audit
     seconds: float
     images_packed: int
-    """Pictures checked and written by this call; fewer than the samples when other calls have done some shards."""
+    """Images checked and written by this call; fewer than the samples when other calls have done some shards."""
     already_complete: bool
     missing_folds: tuple[int, ...] = ()
     """Folds that jobs with ``--folds`` still have to pack before there can be a manifest."""
@@ -58,7 +58,7 @@ class _Job:
     """Of the whole dataset."""
     manifest: fmt.Manifest
     """Not filled in."""
-    terms: Terms
+    settings: PackSettings
     progress: bool
 
     @functools.cached_property
@@ -78,7 +78,7 @@ class _Job:
 class _Packed:
     """What is there after :func:`_pack_shards`."""
 
-    receipts: list[Receipt]
+    shard_records: list[ShardRecord]
     images_packed: int
     shared: Plan | None
     """What ``indexed`` shards share."""
@@ -88,7 +88,7 @@ class _Packed:
 def pack(config: PackConfig, *, progress: bool = False) -> PackSummary:
     """Pack ``config``'s PNG tree; returns at once when the output folder already holds exactly that.
 
-    Raises :class:`DataError` for the CSV or a picture (finished shards stay), :class:`ShardError` when the output folder holds shards
+    Raises :class:`DataError` for the CSV or an image (finished shards stay), :class:`ShardError` when the output folder holds shards
     of other data or settings, :class:`StorageError` for the disk, :class:`UsageError` for folds that the CSV does not have.
     """
     started = time.monotonic()
@@ -120,8 +120,8 @@ def _plan_job(config: PackConfig, progress: bool) -> _Job:
     _refuse_unknown_folds(config, source.metadata)
     plans, source_fingerprint = plan_shards(source, config)
     manifest = _empty_manifest(source, config, source_fingerprint)
-    terms = terms_of(manifest, [plan.file for plan in plans], config)
-    return _Job(config=config, metadata=source.metadata, plans=plans, manifest=manifest, terms=terms, progress=progress)
+    settings = settings_of(manifest, [plan.file for plan in plans], config)
+    return _Job(config=config, metadata=source.metadata, plans=plans, manifest=manifest, settings=settings, progress=progress)
 
 
 def _refuse_unknown_folds(config: PackConfig, metadata: Metadata) -> None:
@@ -159,7 +159,7 @@ def _existing_manifest(config: PackConfig) -> fmt.Manifest | None:
 
 def _refuse_other_shards(existing: fmt.Manifest, wanted: fmt.Manifest, config: PackConfig) -> None:
     # the fingerprint last, for it depends on seed and columns
-    differences = WHAT_MUST_AGREE | {"source_fingerprint": "pictures that have changed since (other files or sizes)"}
+    differences = WHAT_MUST_AGREE | {"source_fingerprint": "images that have changed since (other files or sizes)"}
     for name, what in differences.items():
         if getattr(existing, name) != getattr(wanted, name):
             raise ShardError(
@@ -170,30 +170,30 @@ def _refuse_other_shards(existing: fmt.Manifest, wanted: fmt.Manifest, config: P
         first = existing.skipped[0]
         raise ShardError(
             f"{config.output_dir}: was packed with --on_error skip and lacks {len(existing.skipped)} row(s), the first {first.file}; "
-            "mend the pictures and pack into another folder, or go on with --on_error skip"
+            "mend the images and pack into another folder, or go on with --on_error skip"
         )
 
 
 def _pack_part(job: _Job) -> tuple[fmt.Manifest | None, int, tuple[int, ...]]:
-    """Pack the folds that were asked for, beside other jobs; returns their manifest, the pictures packed and the folds still missing."""
-    with packing_together(job.config.output_dir, job.terms):
+    """Pack the folds that were asked for, beside other jobs; returns their manifest, the images packed and the folds still missing."""
+    with packing_together(job.config.output_dir, job.settings):
         if _existing_manifest(job.config) is not None:
             return None, 0, ()
         packed = _pack_shards(job)
     own_files = {plan.file for plan in job.own}
-    own_receipts = [receipt for receipt in packed.receipts if receipt.entry.file in own_files]
-    return describe(job.manifest, own_receipts, packed.shared)[0], packed.images_packed, packed.missing_folds
+    own_records = [shard_record for shard_record in packed.shard_records if shard_record.entry.file in own_files]
+    return describe(job.manifest, own_records, packed.shared)[0], packed.images_packed, packed.missing_folds
 
 
 def _pack_rest(job: _Job) -> tuple[fmt.Manifest, int, bool]:
-    """Pack what is not there yet, alone, and finish the folder; returns its manifest, the pictures packed and whether there was one."""
-    with packing_alone(job.config.output_dir, job.terms):
+    """Pack what is not there yet, alone, and finish the folder; returns its manifest, the images packed and whether there was one."""
+    with packing_alone(job.config.output_dir, job.settings):
         existing = _existing_manifest(job.config)  # of a process that was waited for
         if existing is not None:
             return existing, 0, True
         whole = replace(job, config=replace(job.config, folds=None))
         packed = _pack_shards(whole)
-        manifest = finish(job.manifest, job.metadata, packed.receipts, packed.shared, job.config.output_dir)
+        manifest = finish(job.manifest, job.metadata, packed.shard_records, packed.shared, job.config.output_dir)
         return manifest, packed.images_packed, False
 
 
@@ -202,24 +202,26 @@ def _pack_shards(job: _Job) -> _Packed:
     _check_free_space(job)
     output_dir = job.config.output_dir
     shared = None
-    find: _Find = functools.partial(finished_receipt, output_dir=output_dir)
+    find: _Find = functools.partial(finished_shard_record, output_dir=output_dir)
     work: _Work = functools.partial(write_shard, output_dir=output_dir)
     if job.config.encoding == "indexed":
-        shared = plan_canonical(_look_at_all(job))
-        find = functools.partial(finished_indexed_receipt, output_dir=output_dir, shared=shared)
+        shared = share_layouts(_look_at_all(job))
+        find = functools.partial(finished_indexed_shard_record, output_dir=output_dir, shared=shared)
         work = functools.partial(write_indexed_shard, output_dir=output_dir, shared=shared)
     _, images_packed = _work_through(job, [], find, work, "packing")
-    receipts = [find(plan) for plan in job.plans]
+    shard_records = [find(plan) for plan in job.plans]
     return _Packed(
-        receipts=[receipt for receipt in receipts if receipt is not None],
+        shard_records=[shard_record for shard_record in shard_records if shard_record is not None],
         images_packed=images_packed,
         shared=shared,
-        missing_folds=tuple(sorted({plan.fold for plan, receipt in zip(job.plans, receipts, strict=True) if receipt is None})),
+        missing_folds=tuple(
+            sorted({plan.fold for plan, shard_record in zip(job.plans, shard_records, strict=True) if shard_record is None})
+        ),
     )
 
 
 def _look_at_all(job: _Job) -> set[Facts]:
-    """What every picture of the dataset tells: those of other jobs too, looked at by them or, where none of them is at it, here."""
+    """What every image of the dataset tells: those of other jobs too, looked at by them or, where none of them is at it, here."""
     find = functools.partial(seen_facts, output_dir=job.config.output_dir)
     work = functools.partial(scan_shard, output_dir=job.config.output_dir)
     told, _ = _work_through(job, job.others, find, work, "looking")

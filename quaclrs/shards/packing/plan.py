@@ -18,17 +18,17 @@ from quaclrs.shards.reader import ShardSet
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """Where one picture is."""
+    """Where one image is."""
 
     path: Path
     size: int
-    """Bytes; -1 where there is no picture and the row is to be skipped."""
+    """Bytes; -1 where there is no image and the row is to be skipped."""
     mtime_ns: int = 0
     offset: int = 0
 
 
 Finder = Callable[[int], Found]
-"""Row of the CSV to its picture; raises :class:`DataError` naming row and file when there is none."""
+"""Row of the CSV to its image; raises :class:`DataError` naming row and file when there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Source:
 
 
 def open_source(config: PackConfig) -> Source:
-    """The CSV that ``config`` names, and how to find its pictures: in the PNG tree, or in ``png`` shards."""
+    """The CSV that ``config`` names, and how to find its images: in the PNG tree, or in ``png`` shards."""
     if config.from_shards is not None:
         with ShardSet(config.from_shards) as shards:
             manifest = shards.manifest
@@ -66,7 +66,7 @@ def _tree_finder(metadata: Metadata, config: PackConfig) -> Finder:
             if config.on_error == "skip":
                 return Found(path=path, size=-1)
             raise DataError(
-                f"{metadata.csv_file}: row {row + 1}: no picture at {path} ({error.strerror}); check --spectrograms_dir, restore the "
+                f"{metadata.csv_file}: row {row + 1}: no image at {path} ({error.strerror}); check --spectrograms_dir, restore the "
                 "file, or pack with --on_error skip to leave it out"
             ) from None
         return Found(path=path, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
@@ -76,7 +76,7 @@ def _tree_finder(metadata: Metadata, config: PackConfig) -> Finder:
 
 def _shard_finder(shards: ShardSet, config: PackConfig) -> Finder:
     if shards.encoding != "png":
-        raise ShardError(f"--from_shards {shards.root}: is encoded {shards.encoding}; only png shards hold the original pictures")
+        raise ShardError(f"--from_shards {shards.root}: is encoded {shards.encoding}; only png shards hold the original images")
     number_of_row = {int(row): number for number, row in enumerate(shards.samples["row"])}
     tars = [shards.root / entry.file for entry in shards.manifest.shards]
     times = [tar.stat().st_mtime_ns for tar in tars]
@@ -94,9 +94,9 @@ def _shard_finder(shards: ShardSet, config: PackConfig) -> Finder:
 
 
 def plan_shards(source: Source, config: PackConfig) -> tuple[list[ShardPlan], str]:
-    """Every shard to be written, and the source fingerprint; only names and sizes of the pictures are read.
+    """Every shard to be written, and the source fingerprint; only names and sizes of the images are read.
 
-    Raises :class:`DataError` naming the first row whose picture is missing, unless those are to be skipped.
+    Raises :class:`DataError` naming the first row whose image is missing, unless those are to be skipped.
     """
     metadata = source.metadata
     plans: list[ShardPlan] = []

@@ -28,7 +28,7 @@ def describe_packing(summary: PackSummary, output_dir: Path) -> str:
         rate = summary.images_packed / max(summary.seconds, 1e-9)
         done = (
             f"{output_dir}: {manifest.num_samples} samples in {len(manifest.shards)} shards, {_megabytes(total_bytes)}, encoding "
-            f"{manifest.encoding}; packed {summary.images_packed} pictures in {summary.seconds:.1f} s ({rate:.0f} images/s)"
+            f"{manifest.encoding}; packed {summary.images_packed} images in {summary.seconds:.1f} s ({rate:.0f} images/s)"
         )
     return "\n".join([counts_table(manifest, summary.audit), *_facts(manifest), *data_warnings(summary.audit, manifest), done])
 
@@ -41,14 +41,14 @@ def indexing_advice(shards: ShardSet) -> str | None:
     grid_bytes = []
     for number in chosen:
         try:
-            picture = find_cells(to_rgb(shards.payload(number).tobytes(), shards.name(number)))
+            image = find_cells(to_rgb(shards.payload(number).tobytes(), shards.name(number)))
         except NotIndexable as error:
             return f"note: {shards.name(number)} is no colour-mapped grid ({error}); --encoding indexed would refuse it"
-        grid_bytes.append(picture.layout.cells)
+        grid_bytes.append(image.layout.cells)
     share = sum(grid_bytes) / shards.samples["size"][chosen].sum()
     total = share * shards.samples["size"].sum()
     return (
-        f"note: all of {len(chosen)} pictures looked at are colour-mapped grids: --encoding indexed would keep them without loss in about "
+        f"note: all of {len(chosen)} images looked at are colour-mapped grids: --encoding indexed would keep them without loss in about "
         f"{_megabytes(int(total))} ({share:.0%} of the PNGs), with nothing left to decode (--from_shards {shards.root})"
     )
 
@@ -61,7 +61,7 @@ def describe_shards(shards: ShardSet) -> str:
     lines = [
         f"{shards.root}: {fmt.FORMAT_NAME} version {fmt.FORMAT_VERSION}, encoding {manifest.encoding}{size}, seed {manifest.seed}",
         f"samples {manifest.num_samples}, shards {len(manifest.shards)}, {_megabytes(sum(e.bytes for e in manifest.shards))} on disk, "
-        f"{payload_bytes / max(manifest.num_samples, 1) / 1e3:.1f} kB per picture",
+        f"{payload_bytes / max(manifest.num_samples, 1) / 1e3:.1f} kB per image",
         f"packed from {manifest.csv_name} (SHA-256 {manifest.csv_fingerprint[:16]}…), data fingerprint {manifest.data_fingerprint[:16]}…",
         counts_table(manifest, audit),
     ]
@@ -87,18 +87,18 @@ def _row(name: str, width: int, counts: np.ndarray) -> str:
 def _facts(manifest: fmt.Manifest) -> Iterator[str]:
     sizes = ", ".join(f"{size} ({count})" for size, count in manifest.facts.get("picture_sizes", {}).items())
     modes = ", ".join(f"{mode} ({count})" for mode, count in manifest.facts.get("modes", {}).items())
-    yield f"pictures: size {sizes}; mode {modes}"
+    yield f"images: size {sizes}; mode {modes}"
     transparent = manifest.facts.get("transparent_pictures", 0)
     if transparent:
-        yield f"note: {transparent} picture(s) have real transparency; training drops it, as Pillow's convert('RGB') does"
+        yield f"note: {transparent} image(s) have real transparency; training drops it, as Pillow's convert('RGB') does"
 
 
 def data_warnings(audit: Audit, manifest: fmt.Manifest | None = None) -> Iterator[str]:
     """What to know about the data before trusting a score on them, a line each."""
     if audit.rows_sharing_a_file:
-        yield f"note: {audit.rows_sharing_a_file} rows share their picture with another row; each row is one sample"
+        yield f"note: {audit.rows_sharing_a_file} rows share their image with another row; each row is one sample"
     if audit.conflicting_files:
-        yield f"warning: {len(audit.conflicting_files)} picture(s) carry rows of different classes: {_named(audit.conflicting_files)}"
+        yield f"warning: {len(audit.conflicting_files)} image(s) carry rows of different classes: {_named(audit.conflicting_files)}"
     if audit.recordings_across_folds:
         yield (
             f"warning: {len(audit.recordings_across_folds)} recording(s) (fsID) lie in more than one fold, which leaks training data "

@@ -36,11 +36,11 @@ def work_through(
     """``work`` for each plan of which ``find`` finds no result yet: first ``own``, then those of ``others`` that nobody is at.
 
     A shard that another living process has claimed is waited for, and taken over if that process dies. Returns all results, ``own``
-    first, and the pictures that this call worked on. ``bar_name`` heads a progress bar of these; None shows none.
+    first, and the images that this call worked on. ``bar_name`` heads a progress bar of these; None shows none.
     """
     results: dict[str, Result] = {}
     own_files = {plan.file for plan in own}
-    pictures = 0
+    images = 0
     waited_s = 0.0
 
     def left_of(plans: list[ShardPlan]) -> list[ShardPlan]:
@@ -50,21 +50,21 @@ def work_through(
         return [plan for plan in plans if plan.file not in results]
 
     task = functools.partial(claimed, output_dir=output_dir, find=find, work=work)
-    with _bar(bar_name, done=_pictures(own) - _pictures(left_of(own))) as bar:
+    with _bar(bar_name, done=_images(own) - _images(left_of(own))) as bar:
         while left := left_of(own) + left_of(others):
             free = [plan for plan in left if is_free(plan, output_dir)]
             chosen = [plan for plan in free if plan.file in own_files] or free
             if not chosen:
                 waited_s = _wait(waited_s, left, output_dir)
                 continue
-            _grow(bar, _pictures(chosen))
+            _grow(bar, _images(chosen))
             for plan, result in zip(chosen, run_tasks(task, chosen, num_workers=num_workers, on_progress=bar.update), strict=True):
                 if result is None:  # another process was quicker
                     _grow(bar, -len(plan.sources))
                 else:
                     results[plan.file] = result
-                    pictures += len(plan.sources)
-    return [results[plan.file] for plan in (*own, *others)], pictures
+                    images += len(plan.sources)
+    return [results[plan.file] for plan in (*own, *others)], images
 
 
 def _wait(waited_s: float, left: list[ShardPlan], output_dir: Path) -> float:
@@ -75,7 +75,7 @@ def _wait(waited_s: float, left: list[ShardPlan], output_dir: Path) -> float:
     return waited_s + _POLL_S
 
 
-def _pictures(plans: Iterable[ShardPlan]) -> int:
+def _images(plans: Iterable[ShardPlan]) -> int:
     return sum(len(plan.sources) for plan in plans)
 
 
@@ -84,6 +84,6 @@ def _bar(name: str | None, done: int) -> tqdm[NoReturn]:
     return tqdm(total=done, initial=done, unit="image", desc=name, disable=True if name is None else None)
 
 
-def _grow(bar: tqdm[NoReturn], pictures: int) -> None:
-    bar.total = (bar.total or 0) + pictures
+def _grow(bar: tqdm[NoReturn], images: int) -> None:
+    bar.total = (bar.total or 0) + images
     bar.refresh()

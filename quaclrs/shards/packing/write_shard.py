@@ -1,4 +1,4 @@
-"""One shard, in one worker process: check every picture, write the tar, its index and a receipt. Imports neither pandas nor torch.
+"""One shard, in one worker process: check every image, write the tar, its index and a receipt. Imports neither pandas nor torch.
 
 The receipt is written last. A shard without one, or with one for other input, is written anew; so a killed packing goes on where it was.
 """
@@ -37,11 +37,11 @@ class SampleSource:
     label: int
     path: str
     file: str
-    """The picture as the CSV names it."""
+    """The image as the CSV names it."""
     size: int
-    """Bytes of the picture when the shard was planned."""
+    """Bytes of the image when the shard was planned."""
     offset: int = 0
-    """Where the picture begins in ``path``: in a tar of ``png`` shards; a file of its own begins at 0."""
+    """Where the image begins in ``path``: in a tar of ``png`` shards; a file of its own begins at 0."""
     mtime_ns: int
     csv_row: dict[str, str]
 
@@ -66,7 +66,7 @@ class ShardPlan:
     def fingerprint(self) -> str:
         """SHA-256 over everything the shard's bytes depend on, the files' sizes and times in place of their content.
 
-        Not over ``skip_bad``: good pictures pack alike either way. Nor over ``path``, which jobs may spell in different ways.
+        Not over ``skip_bad``: good images pack alike either way. Nor over ``path``, which jobs may spell in different ways.
         """
         digest = hashlib.sha256(repr((self.file, self.encoding, self.image_size)).encode())
         for source in self.sources:
@@ -91,7 +91,7 @@ class Prepared:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Receipt:
+class ShardRecord:
     """What a finished shard is; kept on disk until the manifest is written."""
 
     plan: str
@@ -103,7 +103,7 @@ class Receipt:
     skipped: list[fmt.SkippedRow]
 
     @classmethod
-    def load(cls, path: Path) -> Receipt | None:
+    def load(cls, path: Path) -> ShardRecord | None:
         """The receipt at ``path``; None when there is none or it cannot be read."""
         try:
             document = json.loads(path.read_bytes())
@@ -114,25 +114,29 @@ class Receipt:
             return None
 
 
-def receipt_file(plan: ShardPlan, output_dir: Path) -> Path:
+def shard_record_file(plan: ShardPlan, output_dir: Path) -> Path:
     """Where ``plan``'s receipt lies while the packing of ``output_dir`` is not finished."""
     return output_dir / PACKING_FOLDER / (Path(plan.file).stem + ".json")
 
 
-def finished_receipt(plan: ShardPlan, *, output_dir: Path, fingerprint: str | None = None) -> Receipt | None:
+def finished_shard_record(plan: ShardPlan, *, output_dir: Path, fingerprint: str | None = None) -> ShardRecord | None:
     """The receipt of ``plan``'s shard if it was written from the same input and still stands whole, else None."""
-    receipt = Receipt.load(receipt_file(plan, output_dir))
-    if receipt is None or receipt.plan != (fingerprint or plan.fingerprint) or (receipt.skipped and not plan.skip_bad):
+    shard_record = ShardRecord.load(shard_record_file(plan, output_dir))
+    if (
+        shard_record is None
+        or shard_record.plan != (fingerprint or plan.fingerprint)
+        or (shard_record.skipped and not plan.skip_bad)
+    ):
         return None
     tar, index = output_dir / plan.file, output_dir / fmt.index_file(plan.file)
-    whole = index.is_file() and tar.is_file() and tar.stat().st_size == receipt.entry.bytes
-    return receipt if whole else None
+    whole = index.is_file() and tar.is_file() and tar.stat().st_size == shard_record.entry.bytes
+    return shard_record if whole else None
 
 
-def write_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> Receipt:
-    """Write ``plan``'s tar (``png`` or ``rgb``), its index and then its receipt below ``output_dir``; one tick a picture.
+def write_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> ShardRecord:
+    """Write ``plan``'s tar (``png`` or ``rgb``), its index and then its receipt below ``output_dir``; one tick an image.
 
-    Raises :class:`DataError` naming row and file for a bad picture (unless the plan skips those), :class:`StorageError` for the disk.
+    Raises :class:`DataError` naming row and file for a bad image (unless the plan skips those), :class:`StorageError` for the disk.
     """
     prepared = ((source, attempt(source, plan, _prepare)) for source in plan.sources)
     return write_samples(plan, prepared, tick, output_dir=output_dir, fingerprint=plan.fingerprint)
@@ -145,7 +149,7 @@ def write_samples(
     *,
     output_dir: Path,
     fingerprint: str,
-) -> Receipt:
+) -> ShardRecord:
     """Write what ``prepared`` yields, in its order, as ``plan``'s shard; ``fingerprint`` goes into the receipt."""
     samples: list[list[int]] = []
     modes: dict[str, int] = {}
@@ -170,9 +174,9 @@ def write_samples(
         sha256=sha256,
         index_sha256=hashlib.sha256(writer.index()).hexdigest(),
     )
-    receipt = Receipt(plan=fingerprint, entry=entry, samples=samples, modes=modes, skipped=skipped)
-    write_bytes(receipt_file(plan, output_dir), json.dumps(asdict(receipt)).encode())
-    return receipt
+    shard_record = ShardRecord(plan=fingerprint, entry=entry, samples=samples, modes=modes, skipped=skipped)
+    write_bytes(shard_record_file(plan, output_dir), json.dumps(asdict(shard_record)).encode())
+    return shard_record
 
 
 def attempt(source: SampleSource, plan: ShardPlan, work: Callable[[SampleSource, ShardPlan], Made]) -> Made | fmt.SkippedRow:
@@ -187,7 +191,7 @@ def attempt(source: SampleSource, plan: ShardPlan, work: Callable[[SampleSource,
 
 
 def read_source(source: SampleSource) -> bytes:
-    """The picture's bytes. Raises :class:`DataError` when they cannot be read or are not as many as planned."""
+    """The image's bytes. Raises :class:`DataError` when they cannot be read or are not as many as planned."""
     try:
         with Path(source.path).open("rb") as file:
             file.seek(source.offset)
@@ -208,7 +212,7 @@ def npy_bytes(array: np.ndarray) -> bytes:
 
 
 def flags_of(facts: PngFacts) -> int:
-    """The FLAG_ bits of samples.npy for a picture."""
+    """The FLAG_ bits of samples.npy for an image."""
     flags = (
         (fmt.FLAG_NOT_PLAIN, not facts.plain),
         (fmt.FLAG_TRANSPARENT, facts.transparent),

@@ -31,7 +31,7 @@ from quaclrs.training.bottleneck import Setting, Steps, Trace, advice, judge, pa
 from quaclrs.training.distributed import World
 from quaclrs.training.loop import Hooks, OnStep
 from quaclrs.training.profiler import plan_steps, with_profile
-from quaclrs.training.state import Totals, Training
+from quaclrs.training.state import RunningMetrics, Training
 
 CLASSES = ("dog_bark", "drilling", "traffic")
 STEPS, BATCH = 12, 2
@@ -113,7 +113,7 @@ class Clock:
     def hooks(self) -> Hooks:
         return Hooks(step_meter=lambda phase, epoch, samples: self._note if (phase, epoch) == ("train", 1) else lambda *_: None)
 
-    def _note(self, batch: Batch, totals: Totals, waited_s: float) -> None:
+    def _note(self, batch: Batch, totals: RunningMetrics, waited_s: float) -> None:
         sleep(self._slow.get(len(self.at), 0.0))
         self.at.append((perf_counter(), waited_s))
 
@@ -244,7 +244,7 @@ def test_a_resumed_run_is_profiled_and_leaves_the_same_weights(plain: Path, tree
     """Stopped while the profiler records; then the three steps that are left are profiled, and epoch 2 is not."""
     seen: list[int] = []
 
-    def stop(batch: Batch, totals: Totals, waited_s: float) -> None:
+    def stop(batch: Batch, totals: RunningMetrics, waited_s: float) -> None:
         seen.append(len(batch))
         if len(seen) == 9:
             assert torch.autograd._profiler_enabled()
@@ -297,7 +297,7 @@ class Bench:
 
     def steps(self, meter: OnStep, count: int, done: int = 0) -> Iterator[int]:
         """``done`` were done before an interruption."""
-        totals = Totals(torch.device("cpu"))
+        totals = RunningMetrics(torch.device("cpu"))
         totals.samples = 4 * done
         for step in range(count):
             torch.ones(3).exp()
@@ -477,7 +477,7 @@ def gpu_events() -> list[dict[str, Any]]:
         launch("cudaLaunchKernel", 1100, 2),
         work("kernel", "winograd", 1100, 200, 2),
         launch("cuLaunchKernel", 1192, 3),
-        work("kernel", "redraw", 1200, 150, 3, stream=20),
+        work("kernel", "render", 1200, 150, 3, stream=20),
         # another GPU
         launch("cudaLaunchKernelExC", 1400, 4),
         work("kernel", "elsewhere", 1400, 90, 4, device=1),
@@ -510,7 +510,7 @@ def test_what_a_gpu_trace_says() -> None:
         "cudaEventSynchronize in Python": 1,
     }
     assert list(trace.operators) == [
-        *(("aten::convolution", pytest.approx(200e-6)), ("redraw", pytest.approx(150e-6)), ("gemm", pytest.approx(150e-6))),
+        *(("aten::convolution", pytest.approx(200e-6)), ("render", pytest.approx(150e-6)), ("gemm", pytest.approx(150e-6))),
         ("aten::_local_scalar_dense", pytest.approx(30e-6)),
     ]
     assert read_trace(gpu_events(), 1, device=0).device_s == pytest.approx(250e-6)

@@ -1,4 +1,4 @@
-"""A grid of decibels → the picture matplotlib would save, without matplotlib's drawing: index, then repeat.
+"""A grid of decibels → the image matplotlib would save, without matplotlib's drawing: index, then repeat.
 
 Equal, pixel by pixel, to ``pcolormesh(grid, cmap="magma")`` on axes that fill a 10×4 inch figure at 100 dpi.
 """
@@ -63,7 +63,7 @@ def draw(grid: NDArray[np.float64]) -> NDArray[np.uint8]:
 
 
 def png_bytes(grid: NDArray[np.float64]) -> bytes:
-    """The drawn picture as an 8-bit RGBA PNG. The same grid gives the same bytes."""
+    """The drawn image as an 8-bit RGBA PNG. The same grid gives the same bytes."""
     buffer = io.BytesIO()
     Image.fromarray(draw(grid)).save(buffer, "png", compress_level=_COMPRESS_LEVEL)
     return buffer.getvalue()

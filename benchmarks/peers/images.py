@@ -1,4 +1,4 @@
-"""What peers that decode do to a picture, and how pictures become a batch. Needs torch and torchvision in the peer's environment."""
+"""What peers that decode do to an image, and how images become a batch. Needs torch and torchvision in the peer's environment."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def tensor_transform(size: int, dtype: str) -> Any:
 
 
 def collate(samples: list[tuple[torch.Tensor, Any]]) -> tuple[torch.Tensor, list[Any]]:
-    """Pictures (3, S, S) and whatever tells their numbers to a batch (B, 3, S, S) in channels_last memory, in the worker."""
+    """Images (3, S, S) and whatever tells their numbers to a batch (B, 3, S, S) in channels_last memory, in the worker."""
     images = torch.stack([image for image, _ in samples])
     return images.contiguous(memory_format=torch.channels_last), [number for _, number in samples]

@@ -14,8 +14,8 @@ from quaclrs.data.folds import class_weights, select, split_for
 from quaclrs.data.sampling import (
     epoch_order,
     evaluation_batches,
-    part_batches,
-    part_evaluation_batches,
+    rank_shard_batches,
+    rank_shard_evaluation_batches,
     stable_permutation,
     step_seeds,
     storage_order,
@@ -294,7 +294,7 @@ def test_parts_are_permuted_side_by_side(world: int) -> None:
     samples = np.flatnonzero(np.arange(101) % 10 != 4)
     seen = []
     for epoch in (1, 2):
-        of_ranks = part_batches(samples, 4 * world, 7, epoch, world)
+        of_ranks = rank_shard_batches(samples, 4 * world, 7, epoch, world)
         lengths = [[len(batch) for batch in batches] for batches in of_ranks]
         assert lengths == [lengths[0]] * world
         assert min(lengths[0]) >= 2
@@ -309,13 +309,13 @@ def test_parts_are_permuted_side_by_side(world: int) -> None:
 
 def test_a_rank_without_a_part_is_an_error() -> None:
     with pytest.raises(ValueError, match="2 samples cannot be shared out to 3 ranks"):
-        part_batches(np.array([0, 4]), 6, 0, 1, 3)
+        rank_shard_batches(np.array([0, 4]), 6, 0, 1, 3)
 
 
 @pytest.mark.parametrize("world", range(1, 7))
 def test_parts_are_evaluated_once(world: int) -> None:
     samples = np.array([3, 5, 6, 8, 20, 21, 22, 40])
-    batches = [part_evaluation_batches(samples, 4, world, rank) for rank in range(world)]
+    batches = [rank_shard_evaluation_batches(samples, 4, world, rank) for rank in range(world)]
     for rank, of_rank in enumerate(batches):
         assert all((samples[batch] % world == rank).all() and 0 < len(batch) <= max(4 // world, 1) for batch in of_rank)
     assert sorted(np.concatenate([batch for of_rank in batches for batch in of_rank])) == list(range(8))

@@ -1,4 +1,4 @@
-"""Contract of imaging/png_stream.py: what is said of a PNG without decoding it is what Pillow says after decoding it, or stricter."""
+"""Contract of imaging/png_check.py: what is said of a PNG without decoding it is what Pillow says after decoding it, or stricter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 from test_png import GOOD, GREY, PALETTE, RGB, RGBA, SIGNATURE, as_lines, chunk, header, interlaced_lines, saved, values
 
 from quaclrs.errors import DataError
-from quaclrs.imaging import png_stream
+from quaclrs.imaging import png_check
 from quaclrs.imaging.png import check_png, decode_png
 from quaclrs.imaging.png_check import has_all_rows, is_transparent, read_stream
 
@@ -34,7 +34,7 @@ STRICTER = (
 def inflating(request: pytest.FixtureRequest) -> Iterator[None]:
     """Everything here holds with the library that is used where there is one for the processor, and with what stands in for it."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(png_stream, "inflating", zlib if request.param == "zlib" else pytest.importorskip("isal.isal_zlib"))
+        patched.setattr(png_check, "inflating", zlib if request.param == "zlib" else pytest.importorskip("isal.isal_zlib"))
         yield
 
 
@@ -115,15 +115,15 @@ def test_transparency_is_known_without_decoding(data: st.DataObject, channels: i
     if clear:
         pixels[data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1)), 3] = data.draw(st.integers(0, 254))
     head = header(width, height, 8, RGBA if channels == 4 else RGB)
-    picture = assembled(head, zlib.compress(filtered(pixels, types)), data.draw(st.sampled_from([None, 1, 7])))
-    assert by_pillow(picture) == ((width, height), "RGBA" if channels == 4 else "RGB", clear)
+    png = assembled(head, zlib.compress(filtered(pixels, types)), data.draw(st.sampled_from([None, 1, 7])))
+    assert by_pillow(png) == ((width, height), "RGBA" if channels == 4 else "RGB", clear)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(png_stream, "_PIECE_BYTES", data.draw(st.sampled_from([1, 60, 1 << 18])))
-        stream = read_stream(picture)
+        patched.setattr(png_check, "_PIECE_BYTES", data.draw(st.sampled_from([1, 60, 1 << 18])))
+        stream = read_stream(png)
         assert stream is not None
         assert is_transparent(stream) is clear  # never None: nothing is left to Pillow
         assert has_all_rows(stream)
-        assert by_us(picture) == by_pillow(picture)
+        assert by_us(png) == by_pillow(png)
 
 
 @pytest.mark.parametrize("kind", GOOD)
@@ -146,9 +146,9 @@ def test_whatever_pillow_writes(data: st.DataObject, mode: str) -> None:
     noise[:, :, 3] |= data.draw(st.sampled_from([0, 255]))
     image = Image.fromarray(noise)
     image = Image.fromarray(noise.astype(np.uint16)[:, :, 0] * 200) if mode == "I;16" else image.convert(mode)
-    picture = saved(image, optimize=data.draw(st.booleans()), compress_level=data.draw(st.integers(0, 9)))
-    assert by_pillow(picture) is not None
-    assert by_us(picture) == by_pillow(picture)
+    png = saved(image, optimize=data.draw(st.booleans()), compress_level=data.draw(st.integers(0, 9)))
+    assert by_pillow(png) is not None
+    assert by_us(png) == by_pillow(png)
 
 
 # ---- bad files ------------------------------------------------------------------------------------------------------------------------
@@ -202,20 +202,20 @@ def test_damage_under_a_right_crc_is_judged_as_by_pillow_or_stricter(kind: str) 
     assert {(True, True), (True, False)} <= verdicts
 
 
-def test_a_palette_picture_without_a_palette_is_refused() -> None:
+def test_a_palette_image_without_a_palette_is_refused() -> None:
     lines = zlib.compress(as_lines(values(8, PALETTE)))
     for extra in ((), (chunk(b"tRNS", b"\0\1"),)):
-        picture = assembled(header(21, 10, 8, PALETTE), lines, None, *extra)
+        png = assembled(header(21, 10, 8, PALETTE), lines, None, *extra)
         with pytest.raises(DataError, match="there is no palette before its pixels; restore"):
-            decode_png(picture, "a.png")
-        assert by_us(picture) is None
+            decode_png(png, "a.png")
+        assert by_us(png) is None
 
 
 def test_chunks_out_of_order_are_refused() -> None:
     packed = zlib.compress(as_lines(values(8, RGB)))
     parts = chunk(b"IDAT", packed[:-5]), chunk(b"tIME", bytes(7)), chunk(b"IDAT", packed[-5:]), chunk(b"IEND", b"")
-    picture = header(21, 10, 8, RGB) + b"".join(parts)
-    assert by_us(picture) is None
+    png = header(21, 10, 8, RGB) + b"".join(parts)
+    assert by_us(png) is None
 
 
 @pytest.mark.parametrize("colours", [RGB, RGBA])
@@ -266,7 +266,7 @@ def test_missing_rows_under_a_proper_end_are_found(kind: str, missing_rows: int)
 
 
 @pytest.mark.parametrize(("width", "height"), [(2, 3), (5, 1), (3, 5), (21, 10)])
-def test_missing_rows_of_an_interlaced_picture_are_found(width: int, height: int) -> None:
+def test_missing_rows_of_an_interlaced_image_are_found(width: int, height: int) -> None:
     rows = np.random.default_rng(0).integers(0, 256, (10, 21 * 3), dtype=np.uint8)
     passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
     pixels = rows.reshape(10, 21, 3)[:height, :width]
@@ -291,7 +291,7 @@ def test_a_black_last_row_is_no_missing_row() -> None:
 def test_a_stream_that_unpacks_for_ever_is_not_unpacked_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = as_lines(values(8, RGB))
     bomb = assembled(header(21, 10, 8, RGB), zlib.compress(lines + bytes(10**7)))
-    unpacked, decompressobj = [], png_stream.inflating.decompressobj
+    unpacked, decompressobj = [], png_check.inflating.decompressobj
 
     class Counting:
         def __init__(self, *arguments: int) -> None:
@@ -305,6 +305,6 @@ def test_a_stream_that_unpacks_for_ever_is_not_unpacked_to_its_end(monkeypatch: 
             return getattr(self.inner, name)
 
     with monkeypatch.context() as patched:
-        patched.setattr(png_stream.inflating, "decompressobj", Counting)
+        patched.setattr(png_check.inflating, "decompressobj", Counting)
         assert by_us(bomb) == by_pillow(bomb)
     assert 0 < sum(unpacked) < 10 * len(lines)

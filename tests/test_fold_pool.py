@@ -27,9 +27,9 @@ from quaclrs.cli.train import main
 from quaclrs.config import TrainConfig
 from quaclrs.errors import Interrupted, StorageError, TrainingError, UsageError
 from quaclrs.experiment import cross_validation, fold
-from quaclrs.experiment.cross_validation import Workplace, run_cross_validation, tasks
+from quaclrs.experiment.cross_validation import FoldRunner, run_cross_validation, tasks
 from quaclrs.experiment.fold import Run
-from quaclrs.experiment.run_status import claimed, note, note_done, read_ledger
+from quaclrs.experiment.run_status import claimed, note, note_done, read_run_status
 from quaclrs.training.loop import Hooks
 from quaclrs.training.models import ARCHITECTURES
 
@@ -139,7 +139,7 @@ def modified(folder: Path) -> dict[Path, int]:
 
 
 def states(model_folder: Path) -> dict[str, str]:
-    return {name: entry["state"] for name, entry in read_ledger(model_folder).items()}
+    return {name: entry["state"] for name, entry in read_run_status(model_folder).items()}
 
 
 # --- the work of several processes ---
@@ -154,7 +154,7 @@ def test_results_are_those_of_one_process(
     trained = Counter(re.findall(r"^(\w+): fold (\d): training on", log, re.MULTILINE))
     assert trained == Counter(dict.fromkeys(((name, str(k)) for name in ("mobilenet", "resnet18") for k in (1, 2, 3)), 1))
     assert 1 <= log.count("loader: files on cpu") <= 2  # one of each process, although it has trained two models
-    assert log.count("note: 6 rows share their picture") == 1
+    assert log.count("note: 6 rows share their image") == 1
     for name in ("mobilenet", "resnet18"):
         assert states(tmp_path / name) == {"fold_1": "done", "fold_2": "done", "fold_3": "done"}
         for number in (1, 2, 3):
@@ -165,7 +165,7 @@ def test_results_are_those_of_one_process(
 
 
 def test_one_dataset_and_a_loader_for_each_size(tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models of one picture size come one after the other, so that the loader is made anew only between sizes."""
+    """Models of one image size come one after the other, so that the loader is made anew only between sizes."""
     opened: list[TrainConfig] = []
     open_dataset = cross_validation.open_dataset
 
@@ -184,7 +184,7 @@ def test_one_dataset_and_a_loader_for_each_size(tree: PngTree, tmp_path: Path, m
     monkeypatch.setattr(cross_validation, "write_summary", lambda run, metrics: {})
     log: list[str] = []
     config = config_for(tree, tmp_path, model_name="inception,mobilenet,resnet18,inception", image_size=None)
-    with Workplace.opened(config, log.append) as place:
+    with FoldRunner.opened(config, log.append) as place:
         for name, number in tasks(config):
             place.train(name, number)
     assert len(opened) == 1
@@ -271,7 +271,7 @@ def test_a_fold_that_fails_costs_itself_only(
     assert f"mobilenet fold 2 failed: {root}/fold_2/checkpoint_epoch_1.pth: {reason}; the other folds go on\n" in printed.out
     assert reason in (root / "logs" / "fold_2.log").read_text()
     assert states(root) == {"fold_1": "done", "fold_2": "failed", "fold_3": "done"}
-    assert reason in read_ledger(root)["fold_2"]["error"]
+    assert reason in read_run_status(root)["fold_2"]["error"]
     assert list(read_json(root / "summary.json")["fold_accuracies"]) == ["fold_1", "fold_3"]
     before = modified(root / "fold_1") | modified(root / "fold_3")
     shutil.rmtree(root / "fold_2")
@@ -281,7 +281,7 @@ def test_a_fold_that_fails_costs_itself_only(
     assert re.findall(r"fold (\d): training on", log) == ["2"]
     assert sorted(re.findall(r"fold (\d): finished before", log)) == ["1", "3"]
     assert set(states(root).values()) == {"done"}
-    assert read_ledger(root)["fold_2"]["error"] is None
+    assert read_run_status(root)["fold_2"]["error"] is None
     assert list(read_json(root / "summary.json")["fold_accuracies"]) == ["fold_1", "fold_2", "fold_3"]
 
 
@@ -298,7 +298,7 @@ def test_a_process_that_dies_costs_its_fold_only(
     assert f"mobilenet fold 2: its process was killed by SIGKILL (log: {root}/logs/fold_2.log)" in printed.err
     assert "Traceback (most recent call last)" in (root / "logs" / "fold_1.log").read_text()
     assert "fold 2: training on 7 samples" in (root / "logs" / "fold_2.log").read_text()
-    ledger = read_ledger(root)
+    ledger = read_run_status(root)
     assert (ledger["fold_2"]["state"], ledger["fold_2"]["error"]) == ("failed", "its process was killed by SIGKILL")
     assert ledger["fold_3"]["state"] == "done"
     metrics = [folder / "mobilenet" / "fold_3" / "metrics.json" for folder in (tmp_path, one_by_one)]
@@ -463,12 +463,12 @@ def test_the_ledger_says_how_a_fold_ended(error: BaseException | None, state: st
     note(tmp_path, 10, state="done")
     note(tmp_path, 2, state="failed", error="of the last time")
     with contextlib.suppress(TrainingError, ZeroDivisionError, Interrupted, KeyboardInterrupt), claimed(tmp_path, 2):
-        entry = read_ledger(tmp_path)["fold_2"]
+        entry = read_run_status(tmp_path)["fold_2"]
         assert (entry["state"], entry["pid"], entry["host"]) == ("running", os.getpid(), socket.gethostname())
         assert (entry["until"], entry["error"]) == (None, None)
         if error is not None:
             raise error
-    ledger = read_ledger(tmp_path)
+    ledger = read_run_status(tmp_path)
     assert (ledger["fold_2"]["state"], ledger["fold_2"]["error"]) == (state, said)
     assert ledger["fold_2"]["until"] is not None
     assert list(ledger) == ["fold_2", "fold_10"]
@@ -479,9 +479,9 @@ def test_a_stale_entry_does_not_block(tmp_path: Path) -> None:
     """Whoever held the fold is dead, and could not say so; a ledger that cannot be read is no obstacle either."""
     note(tmp_path, 1, state="running", pid=1, host="elsewhere")
     with claimed(tmp_path, 1):
-        assert read_ledger(tmp_path)["fold_1"]["pid"] == os.getpid()
-    (tmp_path / "ledger.json").write_text("{")
-    assert read_ledger(tmp_path) == {}
+        assert read_run_status(tmp_path)["fold_1"]["pid"] == os.getpid()
+    (tmp_path / "run_status.json").write_text("{")
+    assert read_run_status(tmp_path) == {}
     with claimed(tmp_path, 1):
         pass
     assert states(tmp_path) == {"fold_1": "done"}
@@ -509,7 +509,7 @@ def test_a_fold_is_free_again_although_a_child_goes_on(tmp_path: Path) -> None:
 def test_finished_folds_are_noted_as_done(tmp_path: Path) -> None:
     note(tmp_path, 1, state="running", pid=1, error=None)
     note_done(tmp_path, 1)
-    assert read_ledger(tmp_path)["fold_1"]["state"] == "done"
+    assert read_run_status(tmp_path)["fold_1"]["state"] == "done"
     before = modified(tmp_path)
     note_done(tmp_path, 1)
     assert modified(tmp_path) == before
