@@ -23,7 +23,9 @@ def synthesis(
     """Draw a dataset into ``folder``; one that is there is left as it is."""
     from quaclrs.synthesize import SynthesisConfig, synthesize_dataset
 
-    config = SynthesisConfig(output_dir=folder, samples_per_class=samples_per_class, folds=folds, num_workers=num_workers)
+    config = SynthesisConfig(
+        output_dir=folder, samples_per_class=samples_per_class, folds=folds, num_workers=num_workers
+    )
     return synthesize_dataset(config, progress=progress)
 
 
@@ -34,7 +36,9 @@ def make_data(options: Any, folder: Path) -> None:
 
 
 def fewer_images(options: Any, most: int, folder: Path) -> Any:
-    """``options`` with a CSV of at most ``most`` rows, every so many of the whole; decoding all of them takes minutes."""
+    """``options`` with a CSV of at most ``most`` rows, every so many of the whole; decoding all of them
+    takes minutes.
+    """
     lines = options.csv_file.read_text(encoding="utf-8").splitlines(keepends=True)
     step = -(-(len(lines) - 1) // most)
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +74,9 @@ def tree_of(options: Any) -> Dataset:
     """The dataset as the PNG tree it is; its samples are numbered as those of the shards."""
     from quaclrs.loaders.dataset import open_dataset
 
-    config = TrainConfig(csv_file=options.csv_file, spectrograms_dir=options.spectrograms_dir, columns=columns_of(options))
+    config = TrainConfig(
+        csv_file=options.csv_file, spectrograms_dir=options.spectrograms_dir, columns=columns_of(options)
+    )
     return open_dataset(config, want_shards=False, log=options.log)
 
 

@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""What the mapped loader costs a process: seconds from opening the shards to the first batch, memory while an epoch goes by, images/s.
+"""What the mapped loader costs a process: seconds from opening the shards to the first batch, memory while an epoch
+goes by, images/s.
 
     python benchmarks/footprint.py SHARDS
     python benchmarks/footprint.py SHARDS --records 1000 57918 1000000
 
-``--records`` simulates datasets of other sizes: CSV and sample table of so many rows, whose records lie in the tars of SHARDS, each many
-times or not at all. All that grows with a dataset grows with them, but for the tars and the page cache that they would need.
+``--records`` simulates datasets of other sizes: CSV and sample table of so many rows, whose records lie in the tars of
+SHARDS, each many times or not at all. All that grows with a dataset grows with them, but for the tars and the page
+cache that they would need.
 
-The first batch is taken twice: by the process that may still have to compile the render (once per machine) and in one that finds it
-compiled, which is what a user meets. Memory is the process's resident set beyond what it had with torch and the loader imported.
+The first batch is taken twice: by the process that may still have to compile the render (once per machine) and in one
+that finds it compiled, which is what a user meets. Memory is the process's resident set beyond what it had with torch
+and the loader imported.
 """
 
 from __future__ import annotations
@@ -41,8 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--records", type=int, nargs="+", metavar="N", help="sizes of simulated datasets")
     parser.add_argument("--most_batches", type=int, default=1000, help="of the epoch")
-    parser.add_argument("--results_dir", type=Path, default=OWN_RESULTS, help="where the result file goes (results/benchmarks)")
-    parser.add_argument("--one_process", action="store_true", help="measure in this process and print the figures as JSON")
+    parser.add_argument(
+        "--results_dir", type=Path, default=OWN_RESULTS, help="where the result file goes (results/benchmarks)"
+    )
+    parser.add_argument(
+        "--one_process", action="store_true", help="measure in this process and print the figures as JSON"
+    )
     options = parser.parse_args(arguments)
     if options.one_process:
         print(json.dumps(_measure(options)))
@@ -88,7 +95,9 @@ def _simulated(shards: Path, records: int, folder: Path) -> Path:
 
 
 def _in_a_process(options: Any, shards: Path) -> dict[str, Any]:
-    flags = [f"--{name}={getattr(options, name)}" for name in ("batch_size", "image_size", "num_workers", "most_batches")]
+    flags = [
+        f"--{name}={getattr(options, name)}" for name in ("batch_size", "image_size", "num_workers", "most_batches")
+    ]
     command = [sys.executable, __file__, str(shards), *flags, "--one_process"]
     figures: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return figures
@@ -144,8 +153,10 @@ def _report(options: Any, runs: list[dict[str, Any]]) -> None:
 
     for run in runs:
         print(
-            f"{run['samples']:,} samples: opened in {run['open_s']:.2f} s, first batch after {run['first_batch_s']:.2f} s, "
-            f"{run['images_per_s']:,.0f} images/s, {run['resident_mb_added_at_most']:.0f} MB of memory added at most over an epoch"
+            f"{run['samples']:,} samples: opened in {run['open_s']:.2f} s, first batch after "
+            f"{run['first_batch_s']:.2f} s, "
+            f"{run['images_per_s']:,.0f} images/s, {run['resident_mb_added_at_most']:.0f} MB of memory added at most "
+            "over an epoch"
         )
     setting = {"batch_size": options.batch_size, "image_size": options.image_size, "num_workers": options.num_workers}
     setting |= {"most_batches": options.most_batches, "simulated": options.records is not None}

@@ -1,9 +1,10 @@
 """What the machine itself allows, measured in the same race as the loaders and trainings that come up against it.
 
-writing      every byte of a batch written once into memory that batches use again, by whatever is fastest here on all cores
-copying      the same with ready pixels copied from where they lie, an image of 150 KB after the other in shuffled order
-inflate      isal, or zlib where there is none, over the images' data, on all cores: decoding if all else cost nothing
-arithmetic   a model's products and sums, forward and backward, at the speed of a large matrix product, the fastest there is
+writing      every byte of a batch written once into memory that batches use again, by whatever is fastest here on all
+cores copying      the same with ready pixels copied from where they lie, an image of 150 KB after the other in shuffled
+order inflate      isal, or zlib where there is none, over the images' data, on all cores: decoding if all else cost
+nothing arithmetic   a model's products and sums, forward and backward, at the speed of a large matrix product, the
+fastest there is
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ _MATMUL_S = 0.3
 # --- memory ---
 
 
-def writing_limit(batch_size: int, batches: int, image_size: int, dtype: torch.dtype, device: torch.device) -> Contender:
+def writing_limit(
+    batch_size: int, batches: int, image_size: int, dtype: torch.dtype, device: torch.device
+) -> Contender:
     """So many ``batches`` of ``batch_size`` images written, and nothing else."""
     buffers = _batch_buffers(batch_size, image_size, dtype, device)
     way, write = _fastest(_writing_ways(buffers), device)
@@ -56,13 +59,17 @@ def writing_limit(batch_size: int, batches: int, image_size: int, dtype: torch.d
                 write(i % _BUFFERS)
         return Pass(images=batch_size * batches, device_s=clock.seconds())
 
-    return Contender(name=f"writing {_name(dtype)} batches", run=run, limit=True, work="memory writes", facts={"way": way})
+    return Contender(
+        name=f"writing {_name(dtype)} batches", run=run, limit=True, work="memory writes", facts={"way": way}
+    )
 
 
 def copying_limit(pixels: np.ndarray, batches: Sequence[np.ndarray], device: torch.device) -> Contender:
     """The images ``batches`` (numbers) of ``pixels`` (N, S, S, 3) uint8 copied into batches and nothing else."""
     kept = pixels[: max(1, _COPIED_BYTES // pixels[0].nbytes)]
-    source = torch.from_numpy(np.array(kept).reshape(len(kept), -1)).to(device)  # in memory, as a resident loader has it
+    source = torch.from_numpy(np.array(kept).reshape(len(kept), -1)).to(
+        device
+    )  # in memory, as a resident loader has it
     buffers = _batch_buffers(max(map(len, batches)), pixels.shape[1], torch.uint8, device)
     numbers = [torch.from_numpy(batch % len(kept)).to(device) for batch in batches]
     way, copy = _fastest(_copying_ways(source, buffers, numbers), device)
@@ -114,7 +121,9 @@ def _writing_ways(buffers: Sequence[torch.Tensor]) -> dict[str, Work]:
     return ways
 
 
-def _copying_ways(source: torch.Tensor, buffers: Sequence[torch.Tensor], numbers: Sequence[torch.Tensor]) -> dict[str, Work]:
+def _copying_ways(
+    source: torch.Tensor, buffers: Sequence[torch.Tensor], numbers: Sequence[torch.Tensor]
+) -> dict[str, Work]:
     """Each copies the i-th batch of ``numbers`` (i from 0, wrapping round)."""
     rows = [buffer.view(-1, source.shape[1]) for buffer in buffers]
 
@@ -156,7 +165,9 @@ class _Threads:
 
 
 def inflate_limit(files: Sequence[Path], num_threads: int) -> Contender:
-    """The compressed data of the PNG ``files``, at most ``_MOST_INFLATED`` of them, inflated in memory and thrown away."""
+    """The compressed data of the PNG ``files``, at most ``_MOST_INFLATED`` of them, inflated in memory
+    and thrown away.
+    """
     streams = [_pixel_data(path.read_bytes()) for path in files[:: -(-len(files) // _MOST_INFLATED)]]
     threads = ThreadPoolExecutor(num_threads, thread_name_prefix="inflate")
 
@@ -204,22 +215,28 @@ def arithmetic_limit(model_name: str, dtype: torch.dtype, device: torch.device) 
 
 
 def flops_per_image(model_name: str) -> float:
-    """Floating-point operations, a product and its sum counted as two, of a forward and a backward pass, as torch counts them."""
+    """Floating-point operations, a product and its sum counted as two, of a forward and a backward pass, as torch
+    counts them.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     batch, size = 2, input_size(model_name)
     with torch.device("meta"):  # shapes are enough to count; nothing is computed
         model = build_model(model_name, 13)
         images = torch.empty(batch, 3, size, size)
-        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward}) as counter:
+        with FlopCounterMode(
+            display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward}
+        ) as counter:
             logits, aux_logits = forward_logits(model, images)
             (logits.sum() + (0 if aux_logits is None else aux_logits.sum())).backward()
     return counter.get_total_flops() / batch
 
 
-def _convolution_backward(grad: Sequence[int], images: Sequence[int], weight: Sequence[int], *rest: Any, **ignored: Any) -> int:
-    """Each gradient asked for costs what the forward pass does. torch's own formula forgets the groups of depthwise convolutions,
-    and makes MobileNetV2 seven times as expensive as it is."""
+def _convolution_backward(
+    grad: Sequence[int], images: Sequence[int], weight: Sequence[int], *rest: Any, **ignored: Any
+) -> int:
+    """Each gradient asked for costs what the forward pass does. torch's own formula forgets the groups of depthwise
+    convolutions, and makes MobileNetV2 seven times as expensive as it is."""
     gradients = sum(rest[-1][:2])  # output_mask: of the input, of the weights
     return gradients * 2 * grad[0] * math.prod(grad[2:]) * math.prod(weight)
 
@@ -235,7 +252,9 @@ def _matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Work, flo
     if device.type == "cuda":
         return *_product_of(8192, dtype, device), dtype
     # a CPU without units for a 16-bit type takes a thousand times as long in it, and would not use it
-    small = {candidate: _rate(_product_of(256, candidate, device)[0], 1, device) for candidate in {dtype, torch.float32}}
+    small = {
+        candidate: _rate(_product_of(256, candidate, device)[0], 1, device) for candidate in {dtype, torch.float32}
+    }
     fastest = max(small, key=lambda candidate: small[candidate])
     return *_product_of(2048, fastest, device), fastest
 

@@ -1,4 +1,6 @@
-"""Modes ``decode`` and ``load`` of throughput.py: every loader of ours and every peer, in the group of those that do the same work."""
+"""Modes ``decode`` and ``load`` of throughput.py: every loader of ours and every peer, in the group of those that do
+the same work.
+"""
 
 from __future__ import annotations
 
@@ -157,7 +159,9 @@ def _set_limits(
     for contender in bounded:
         contender.bounded_by = limits[0] if "indexed" in contender.name else limits[-1]
     for peer in peers.values():
-        peer.work = "decoding" if kind == DECODING else "work on the cores"  # copying, normalising, or workers' own affairs
+        peer.work = (
+            "decoding" if kind == DECODING else "work on the cores"
+        )  # copying, normalising, or workers' own affairs
     return limits
 
 

@@ -1,4 +1,6 @@
-"""Measuring on machines that are shared and noisy: interleaved repeats, medians with spread, ratios taken pair by pair."""
+"""Measuring on machines that are shared and noisy: interleaved repeats, medians with spread, ratios
+taken pair by pair.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class Contender:
     passes: list[Pass] = field(default_factory=list)
     """What each counted repeat told about itself, on this rank."""
     busy_s: float = 0.0
-    """Processor time that the counted repeats had together, on this rank; of all of them, since the kernel counts in 10 ms."""
+    """Processor time that the counted repeats had together, on this rank; of all of them, since the kernel counts in 10
+    ms.
+    """
     available_s: float = 0.0
     """Processor time that they could have had."""
     left_out: str | None = None
@@ -75,8 +79,8 @@ class Outcome:
 
 
 def race(contenders: Sequence[Contender], repeats: int, world: World | None = None) -> None:
-    """Warm every contender up once, then run all of them in turn, ``repeats`` times: A B C A B C ..., so that a drift of the
-    machine meets all alike. A peer that fails on the way is left out from there on, with its reason.
+    """Warm every contender up once, then run all of them in turn, ``repeats`` times: A B C A B C ..., so that a drift
+    of the machine meets all alike. A peer that fails on the way is left out from there on, with its reason.
 
     In a ``world`` of several processes all start each run together, and it lasts until the slowest is done.
     """
@@ -155,13 +159,17 @@ def _facts(contender: Contender, world: World | None) -> dict[str, Any]:
         facts["device_images_per_s"] = statistics.median(on_device)
     if contender.peak_bytes is not None:
         facts["host_peak_mb"] = contender.peak_bytes() / 1e6
-    cores_busy = contender.busy_s / contender.available_s or None  # none at all: too short for the kernel's clock, or no /proc
+    cores_busy = (
+        contender.busy_s / contender.available_s or None
+    )  # none at all: too short for the kernel's clock, or no /proc
     share = share_of_limit(contender)
     facts |= {"cores_busy": cores_busy, "share_of_limit": share}
     limit = contender.bounded_by
     if "device_images_per_s" in facts:
         cores_busy = None  # it is not they that do the work
-    verdict = bound_by(share_of_limit=share, limit=limit.work if limit else "", cores_busy=cores_busy, work=contender.work)
+    verdict = bound_by(
+        share_of_limit=share, limit=limit.work if limit else "", cores_busy=cores_busy, work=contender.work
+    )
     return facts | ({"bound_by": verdict} if verdict else {})
 
 

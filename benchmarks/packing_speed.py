@@ -1,4 +1,6 @@
-"""Mode ``pack`` of throughput.py: packing, against bare decoding of the same files on the same cores; and making synthetic images."""
+"""Mode ``pack`` of throughput.py: packing, against bare decoding of the same files on the same cores; and making
+synthetic images.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def _synthesis(options: Any, work_dir: Path) -> Group:
     def draw_all() -> Pass:
         folder = work_dir / "synthesis"
         shutil.rmtree(folder, ignore_errors=True)
-        return Pass(images=synthesis(folder, samples_per_class=1, folds=SYNTHESIS_FOLDS, num_workers=options.num_workers).drawn)
+        return Pass(
+            images=synthesis(folder, samples_per_class=1, folds=SYNTHESIS_FOLDS, num_workers=options.num_workers).drawn
+        )
 
     drawing = Contender(name="synthesis", run=draw_all, work="drawing")
     return Group(name="making synthetic images", contenders=[drawing], baseline=drawing)

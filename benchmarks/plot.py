@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Result files to figures: each group of contenders as bars with their spread, and what datasets of other sizes cost as lines.
+"""Result files to figures: each group of contenders as bars with their spread, and what datasets of other sizes cost as
+lines.
 
     python benchmarks/plot.py benchmarks/results/load_*.json --output_dir figures
 
@@ -52,9 +53,13 @@ def plot(result: Path, image: Path) -> Path:
         draw = _draw_scaling if "samples" in rows[0] else _draw_groups
         figure = draw(rows)
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise DataError(f"{result}: not a result of benchmarks/ ({type(error).__name__}: {error}); name files it wrote") from None
+        raise DataError(
+            f"{result}: not a result of benchmarks/ ({type(error).__name__}: {error}); name files it wrote"
+        ) from None
     hardware = environment.get("gpu", {}).get("name") or f"{environment['cpus_usable']} cores, {environment['cpu']}"
-    figure.suptitle(f"{document['what']}: {hardware}, torch {environment['packages']['torch']}, {document['date']}", fontsize=9)
+    figure.suptitle(
+        f"{document['what']}: {hardware}, torch {environment['packages']['torch']}, {document['date']}", fontsize=9
+    )
     figure.savefig(image, dpi=110)
     plt.close(figure)
     return image
@@ -70,14 +75,18 @@ def _draw_groups(rows: list[dict[str, Any]]) -> Any:
             groups.setdefault(row["group"], []).append(row)
     heights = [len(group) for group in groups.values()]
     height = 0.9 + 0.36 * sum(heights) + 0.7 * len(groups)
-    figure, axes = plt.subplots(len(groups), 1, figsize=(8, height), height_ratios=heights, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(groups), 1, figsize=(8, height), height_ratios=heights, squeeze=False, layout="constrained"
+    )
     for axis, (name, group) in zip(axes[:, 0], groups.items(), strict=True):
         medians = [row["median_images_per_s"] for row in group]
         spread = [
             [row["median_images_per_s"] - min(row["images_per_s"]) for row in group],
             [max(row["images_per_s"]) - row["median_images_per_s"] for row in group],
         ]
-        axis.barh([row["name"] for row in group], medians, xerr=spread, color=[_colour(row) for row in group], capsize=2)
+        axis.barh(
+            [row["name"] for row in group], medians, xerr=spread, color=[_colour(row) for row in group], capsize=2
+        )
         axis.invert_yaxis()
         axis.set_title(f"{name} (grey: what ratios are to; orange: a limit of the machine)", loc="left", fontsize=9)
         axis.set_xlabel("images/s", fontsize=8)

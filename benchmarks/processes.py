@@ -1,4 +1,6 @@
-"""What processes cost the machine, from /proc: processor time and peaks of memory. Where there is no /proc, nothing is known."""
+"""What processes cost the machine, from /proc: processor time and peaks of memory. Where there is no /proc, nothing is
+known.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ _PROC = Path("/proc")
 
 
 def own_processes() -> list[int]:
-    """This process and the workers it started by multiprocessing; peers, which it started otherwise, are not its own."""
+    """This process and the workers it started by multiprocessing; peers, which it started otherwise, are
+    not its own.
+    """
     workers = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
     return [os.getpid(), *workers]
 
@@ -38,7 +42,9 @@ def cpu_seconds(pids: list[int]) -> float:
 
 
 def reset_peaks(pids: list[int]) -> None:
-    """Let the peaks of ``pids`` begin anew at what they have now; a kernel that does not allow it keeps the old ones."""
+    """Let the peaks of ``pids`` begin anew at what they have now; a kernel that does not allow it keeps
+    the old ones.
+    """
     for pid in pids:
         with contextlib.suppress(OSError):
             (_PROC / str(pid) / "clear_refs").write_text("5")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Writes the tables of both READMEs from the newest result files, so that no figure is typed by hand.
 
-python benchmarks/readme_tables.py           rewrite what stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``
-python benchmarks/readme_tables.py --check   only say whether the READMEs are what the results make of them
+python benchmarks/readme_tables.py           rewrite what stands between ``<!-- table: NAME -->`` and ``<!-- /table
+-->`` python benchmarks/readme_tables.py --check   only say whether the READMEs are what the results make of them
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ def _is_limit(row: Row) -> bool:
     return bool(row.get("facts", {}).get("limit"))
 
 
-_RATES: tuple[Column, ...] = (("images/s", lambda row: rate(row["median_images_per_s"])), ("slowest – fastest", _spread))
+_RATES: tuple[Column, ...] = (
+    ("images/s", lambda row: rate(row["median_images_per_s"])),
+    ("slowest – fastest", _spread),
+)
 _LIMIT: tuple[Column, ...] = (("of the limit", _fact("share_of_limit", "{:.2f}")), ("bound by", _bound))
 _LOADING: tuple[Column, ...] = (
     ("workers", _fact("num_workers", "{}")),
@@ -73,7 +76,11 @@ def _table(head: str, columns: Sequence[Column], rows: Sequence[Row]) -> str:
         return _NOT_YET
     lines = [f"| {' | '.join([head, *(name for name, _ in columns)])} |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
-        nothing = [f"left out: {row['left_out']}".replace("|", "\\|"), *[""] * (len(columns) - 1)] if "left_out" in row else []
+        nothing = (
+            [f"left out: {row['left_out']}".replace("|", "\\|"), *[""] * (len(columns) - 1)]
+            if "left_out" in row
+            else []
+        )
         lines.append(f"| {' | '.join([row['name'], *(nothing or [cell(row) for _, cell in columns])])} |")
     return "\n".join(lines) + "\n"
 
@@ -92,12 +99,17 @@ def _load_short(record: Record) -> str:
         next((row["baseline"] for row in record["rows"] if row["group"].endswith(dtype) and "baseline" in row), "")
         for dtype in ("float32", "uint8")
     ]
-    lines = [f"| images/s | float32, normalised | against {against[0]} | uint8 | against {against[1]} |", "|---|---|---|---|---|"]
+    lines = [
+        f"| images/s | float32, normalised | against {against[0]} | uint8 | against {against[1]} |",
+        "|---|---|---|---|---|",
+    ]
     for name in names:
         rows = [find_row(record, name, dtype) for dtype in ("float32", "uint8")]
         if any(row is not None and not _is_limit(row) for row in rows):
             cells = [
-                part for row in rows for part in (("", "") if row is None else (rate(row["median_images_per_s"]), _ratio(row)))
+                part
+                for row in rows
+                for part in (("", "") if row is None else (rate(row["median_images_per_s"]), _ratio(row)))
             ]
             lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines) + "\n"
@@ -131,7 +143,12 @@ def _scaling(record: Record) -> str:
     for row in record["rows"]:
         opened = f"{row['open_s']:.2f}" if "open_s" in row else ""
         samples = f"{row['samples']:,}"
-        figures = [opened, f"{row['first_batch_s']:.2f}", rate(row["images_per_s"]), f"{row['resident_mb_added_at_most']:,.0f}"]
+        figures = [
+            opened,
+            f"{row['first_batch_s']:.2f}",
+            rate(row["images_per_s"]),
+            f"{row['resident_mb_added_at_most']:,.0f}",
+        ]
         lines.append(f"| {' | '.join([samples, *figures])} |")
     return "\n".join(lines) + "\n"
 
@@ -139,7 +156,10 @@ def _scaling(record: Record) -> str:
 def _machine(record: Record) -> str:
     environment, setting = record["environment"], record["setting"]
     hardware = environment.get("gpu", {}).get("name") or f"{environment['cpus_usable']} cores, no GPU"
-    text = f"{environment['cpu']}, {hardware}; Python {environment['python']}, torch {environment['packages']['torch']}; {record['date']}."
+    text = (
+        f"{environment['cpu']}, {hardware}; Python {environment['python']}, torch "
+        f"{environment['packages']['torch']}; {record['date']}."
+    )
     if "memory_write_gb_per_s" in setting:
         text += (
             f" Its limits: memory written at {setting['memory_write_gb_per_s']:.1f} GB/s, copied at "
@@ -157,10 +177,15 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "decode": ("decode", lambda record: _race(record, "float32", [*_LIMIT, *_LOADING])),
     "train": ("train", _train),
     "pack": ("pack", lambda record: _race(record, "packing", _LIMIT)),
-    "synthesis": ("pack", lambda record: _table("", _RATES, [row for row in record["rows"] if row["name"] == "synthesis"])),
+    "synthesis": (
+        "pack",
+        lambda record: _table("", _RATES, [row for row in record["rows"] if row["name"] == "synthesis"]),
+    ),
     "scaling": ("scaling", _scaling),
 }
-"""Name of each block to the kind of result file it is made of, and how; ``targets`` takes several, ``figure_KIND`` is an image."""
+"""Name of each block to the kind of result file it is made of, and how; ``targets`` takes several, ``figure_KIND`` is
+an image.
+"""
 
 
 def block(name: str, folder: Path = RESULTS) -> str:
@@ -170,7 +195,9 @@ def block(name: str, folder: Path = RESULTS) -> str:
     if name.startswith("figure_"):
         return _figure(name.removeprefix("figure_"), folder)
     if name not in BLOCKS:
-        raise DataError(f"<!-- table: {name} -->: no such table; choose among targets, figure_KIND, {', '.join(BLOCKS)}")
+        raise DataError(
+            f"<!-- table: {name} -->: no such table; choose among targets, figure_KIND, {', '.join(BLOCKS)}"
+        )
     what, make = BLOCKS[name]
     record = newest(what, folder=folder)
     return _NOT_YET if record is None else make(record)
@@ -203,7 +230,8 @@ def _write(only_check: bool) -> None:
             continue
         if only_check:
             raise DataError(
-                f"{path.relative_to(ROOT)}: its tables are not those of benchmarks/results; run benchmarks/readme_tables.py"
+                f"{path.relative_to(ROOT)}: its tables are not those of benchmarks/results; run "
+                "benchmarks/readme_tables.py"
             )
         path.write_text(after, encoding="utf-8")
         print(f"{path.relative_to(ROOT)}: tables rewritten")

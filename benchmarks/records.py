@@ -1,4 +1,6 @@
-"""Result files: one JSON document for each mode and machine, with every repeat and the environment it was measured in."""
+"""Result files: one JSON document for each mode and machine, with every repeat and the environment it
+was measured in.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def save(outcome: Outcome, setting: dict[str, Any], folder: Path) -> Path:
 def _row(group: Group, contender: Contender) -> Row:
     row: Row = {"group": group.name, "name": contender.name}
     if contender.left_out is not None:
-        return row | {"left_out": re.sub(r"(?<!\S)['\"]?/\S*/", "", contender.left_out)}  # without the machine's folders
+        return row | {
+            "left_out": re.sub(r"(?<!\S)['\"]?/\S*/", "", contender.left_out)
+        }  # without the machine's folders
     against = ratio(contender, group.baseline)
     limit = {} if contender.bounded_by is None else {"bounded_by": contender.bounded_by.name}
     return row | {
@@ -78,7 +82,9 @@ def write_result(what: str, rows: Sequence[Row], setting: dict[str, Any], device
 
 
 def newest(what: str, *, gpu: bool = False, folder: Path = RESULTS) -> Record | None:
-    """The youngest result of ``what`` from one process on a machine with, or without, a GPU; None where there is none."""
+    """The youngest result of ``what`` from one process on a machine with, or without, a GPU; None where
+    there is none.
+    """
     path = newest_path(what, gpu=gpu, folder=folder)
     return None if path is None else json.loads(path.read_bytes())
 

@@ -29,7 +29,9 @@ def table(group: Group) -> str:
 
 def summary(groups: Sequence[Group]) -> str:
     """All groups in one table, each with the contender that its ratios are to."""
-    return "\n".join(["all that was measured (ratio: to the contender marked *, median of the pairs)", *_lines(groups), ""])
+    return "\n".join(
+        ["all that was measured (ratio: to the contender marked *, median of the pairs)", *_lines(groups), ""]
+    )
 
 
 def _lines(groups: Sequence[Group]) -> list[str]:
@@ -37,11 +39,15 @@ def _lines(groups: Sequence[Group]) -> list[str]:
     rows = [(group, contender) for group in groups for contender in group.contenders]
     cells = [_cells(contender, group.baseline) for group, contender in rows]
     used = [column for column in range(len(_HEADS)) if any(isinstance(row, list) and row[column] for row in cells)]
-    widths = [max(len(_HEADS[column]), *(len(row[column]) for row in cells if isinstance(row, list))) for column in used]
+    widths = [
+        max(len(_HEADS[column]), *(len(row[column]) for row in cells if isinstance(row, list))) for column in used
+    ]
     first = max(map(len, [*titles, *(_name(contender, group) for group, contender in rows)]))
 
     def line(name: str, texts: Sequence[str]) -> str:
-        return "  ".join([f"{name:{first}}", *(f"{text:>{width}}" for text, width in zip(texts, widths, strict=True))]).rstrip()
+        return "  ".join(
+            [f"{name:{first}}", *(f"{text:>{width}}" for text, width in zip(texts, widths, strict=True))]
+        ).rstrip()
 
     lines: list[str] = []
     before: Group | None = None

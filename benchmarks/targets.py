@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""What this project set out to reach, beside what was measured: one line per target, as Markdown, from benchmarks/results.
+"""What this project set out to reach, beside what was measured: one line per target, as Markdown, from
+benchmarks/results.
 
     python benchmarks/targets.py
 
-Each line takes the newest result file of its kind. ``measured / target`` above 1 is good for a lower bound, below 1 for an upper one. A
-target that is missed names what bounds it and, where that was measured, the limit of the machine beside it.
+Each line takes the newest result file of its kind. ``measured / target`` above 1 is good for a lower bound, below 1 for
+an upper one. A target that is missed names what bounds it and, where that was measured, the limit of the machine beside
+it.
 """
 
 from __future__ import annotations
@@ -117,7 +119,9 @@ TARGETS = (
         measure=_ratio("pack", "pack png", BARE),
     ),
     Target(
-        what="`dali`, of bare DALI with its own reader", goal=0.95, measure=_ratio("decode", "dali, png shards", DALI, "float32")
+        what="`dali`, of bare DALI with its own reader",
+        goal=0.95,
+        measure=_ratio("decode", "dali, png shards", DALI, "float32"),
     ),
     *(
         Target(

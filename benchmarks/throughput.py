@@ -1,20 +1,22 @@
 #!/usr/bin/env python3
-"""Images per second of packing, of loading and of training, each beside its yardstick and its physical limit, in one run.
+"""Images per second of packing, of loading and of training, each beside its yardstick and its physical limit, in one
+run.
 
-    python benchmarks/throughput.py pack     packing png shards, against bare decoding of the same files on the same cores
-    python benchmarks/throughput.py decode   loaders that decode PNGs, against a bare DALI pipeline with DALI's own WebDataset reader
-    python benchmarks/throughput.py load     loaders with nothing to decode, against a memory-mapped array with torch
-    python benchmarks/throughput.py step     the trainer's step on one batch that is on the device already: the ceiling of each model
-    python benchmarks/throughput.py train    the trainer's epoch over a loader, against that ceiling
-    python benchmarks/throughput.py --all --peers
-                                             pack, decode, load and train, a result file each, with all of peers/registry.py; FFCV is
-                                             then what `load` is compared with
+    python benchmarks/throughput.py pack     packing png shards, against bare decoding of the same files on the same
+    cores python benchmarks/throughput.py decode   loaders that decode PNGs, against a bare DALI pipeline with DALI's
+    own WebDataset reader python benchmarks/throughput.py load     loaders with nothing to decode, against a
+    memory-mapped array with torch python benchmarks/throughput.py step     the trainer's step on one batch that is on
+    the device already: the ceiling of each model python benchmarks/throughput.py train    the trainer's epoch over a
+    loader, against that ceiling python benchmarks/throughput.py --all --peers
+                                             pack, decode, load and train, a result file each, with all of
+                                             peers/registry.py; FFCV is then what `load` is compared with
     torchrun --nproc_per_node 2 benchmarks/throughput.py load train
                                              every process does its part; images/s are those of all of them together
 
-Without --csv_file it makes its own synthetic data. Every batch is touched; one warm-up, then interleaved repeats. Each peer is checked
-against Pillow's pixels, and given the number of workers, 0 to the machine's cores, with which it is fastest; ours have --num_workers.
-A peer that cannot be installed, or fails, is left out with its reason. The first run with --peers makes the peers' environments.
+Without --csv_file it makes its own synthetic data. Every batch is touched; one warm-up, then interleaved repeats. Each
+peer is checked against Pillow's pixels, and given the number of workers, 0 to the machine's cores, with which it is
+fastest; ours have --num_workers. A peer that cannot be installed, or fails, is left out with its reason. The first run
+with --peers makes the peers' environments.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = _parser()
     options = parser.parse_args(arguments)
-    return run_command(lambda: run_rank(lambda: _run(options), parser.prog) if is_rank() else _run(options), parser.prog)
+    return run_command(
+        lambda: run_rank(lambda: _run(options), parser.prog) if is_rank() else _run(options), parser.prog
+    )
 
 
 def _parser() -> Parser:
@@ -70,7 +74,9 @@ def _parser() -> Parser:
     )
     add_dataset_arguments(parser)
     parser.add_argument("--work_dir", type=Path, help="where data and shards are made; a temporary folder if not given")
-    parser.add_argument("--results_dir", type=Path, default=OWN_RESULTS, help="where result files go (results/benchmarks)")
+    parser.add_argument(
+        "--results_dir", type=Path, default=OWN_RESULTS, help="where result files go (results/benchmarks)"
+    )
     parser.add_argument("--samples_per_class", type=int, default=8, help="of the synthetic data, per fold (8)")
     parser.add_argument("--encodings", nargs="+", default=ENCODINGS, choices=ENCODINGS, help="to pack (all)")
     parser.add_argument("--image_size", type=int, default=224)
@@ -91,7 +97,11 @@ def _parser() -> Parser:
     )
     parser.add_argument("--load_epochs", type=int, default=4, metavar="N", help="epochs in each repeat of `load` (4)")
     parser.add_argument(
-        "--only", nargs="+", choices=("quaclrs", *KEYS), metavar="NAME", help=f"load only these: quaclrs (ours), {', '.join(KEYS)}"
+        "--only",
+        nargs="+",
+        choices=("quaclrs", *KEYS),
+        metavar="NAME",
+        help=f"load only these: quaclrs (ours), {', '.join(KEYS)}",
     )
     _add_training_flags(parser.add_argument_group("step and train"))
     return parser
@@ -105,13 +115,23 @@ def _mode(text: str) -> str:
 
 def _add_training_flags(group: Any) -> None:
     models = ("alexnet", "vgg16", "resnet18", "mobilenet", "inception", "efficientnet", "convnext")
-    group.add_argument("--models", nargs="+", default=models, choices=models, metavar="NAME", help="all seven if not given")
-    group.add_argument("--train_batch_sizes", type=int, nargs="+", metavar="B", help="16 on the CPU, 256 and 32 on a GPU")
-    group.add_argument("--compile", nargs="+", choices=COMPILERS, help="none, and at batches up to 32 on one GPU cudagraph")
+    group.add_argument(
+        "--models", nargs="+", default=models, choices=models, metavar="NAME", help="all seven if not given"
+    )
+    group.add_argument(
+        "--train_batch_sizes", type=int, nargs="+", metavar="B", help="16 on the CPU, 256 and 32 on a GPU"
+    )
+    group.add_argument(
+        "--compile", nargs="+", choices=COMPILERS, help="none, and at batches up to 32 on one GPU cudagraph"
+    )
     group.add_argument("--use_amp", action=argparse.BooleanOptionalAction, help="on a GPU yes, on the CPU no")
-    group.add_argument("--train_loader", choices=("resident", "mapped", "files", "dali"), help="resident on a GPU, else mapped")
+    group.add_argument(
+        "--train_loader", choices=("resident", "mapped", "files", "dali"), help="resident on a GPU, else mapped"
+    )
     group.add_argument("--train_encoding", default="indexed", choices=ENCODINGS)
-    group.add_argument("--steps", type=int, metavar="N", help="optimizer steps of one repeat: 1 to 3 on the CPU, 50 on a GPU")
+    group.add_argument(
+        "--steps", type=int, metavar="N", help="optimizer steps of one repeat: 1 to 3 on the CPU, 50 on a GPU"
+    )
 
 
 def _run(options: Any) -> None:
@@ -140,7 +160,9 @@ def _run(options: Any) -> None:
 def _chosen_modes(options: Any) -> list[str]:
     chosen = {*options.modes, *(_ALL if options.all else ())}
     if not chosen:
-        raise UsageError(f"nothing to measure; give --all, or any of {', '.join(_MODES)} (before --peers, which takes a folder)")
+        raise UsageError(
+            f"nothing to measure; give --all, or any of {', '.join(_MODES)} (before --peers, which takes a folder)"
+        )
     return [mode for mode in _MODES if mode in chosen]
 
 
@@ -179,7 +201,12 @@ def _measure_all(modes: Sequence[str], options: Any, work_dir: Path) -> None:
         outcomes.append(outcome)
         if world.is_main:
             seconds = time.perf_counter() - started
-            setting = {"num_workers": options.num_workers, "repeats": options.repeats, "world_size": world.size, "seconds": seconds}
+            setting = {
+                "num_workers": options.num_workers,
+                "repeats": options.repeats,
+                "world_size": world.size,
+                "seconds": seconds,
+            }
             path = save(outcome, setting | _machine_limits(outcome.device), options.results_dir)
             print(f"{mode}: {seconds:.0f} s; written to {path}\n", flush=True)
     world.gather(None)  # nobody tidies up what another still reads

@@ -1,8 +1,9 @@
-"""Modes ``step`` and ``train`` of throughput.py: what a model can learn per second when data cost nothing, and what it does learn.
+"""Modes ``step`` and ``train`` of throughput.py: what a model can learn per second when data cost nothing, and what it
+does learn.
 
-The ceiling is the trainer's own step (quaclrs.training.state.Training.step) on one batch that is on the device already; ``train`` is the
-trainer's own epoch (quaclrs.training.loop.train_epoch) over a loader. Both run in turn, on the same model, so their ratio is honest. Under
-torchrun both average their gradients over the ranks, as the trainer does.
+The ceiling is the trainer's own step (quaclrs.training.state.Training.step) on one batch that is on the device already;
+``train`` is the trainer's own epoch (quaclrs.training.loop.train_epoch) over a loader. Both run in turn, on the same
+model, so their ratio is honest. Under torchrun both average their gradients over the ranks, as the trainer does.
 """
 
 from __future__ import annotations
@@ -67,12 +68,18 @@ class Case:
     def config(self) -> TrainConfig:
         """The trainer's own."""
         return TrainConfig(
-            model_name=self.model_name, batch_size=self.batch_size, use_amp=self.use_amp, compile=self.compile, loader=self.loader
+            model_name=self.model_name,
+            batch_size=self.batch_size,
+            use_amp=self.use_amp,
+            compile=self.compile,
+            loader=self.loader,
         )
 
 
 def measure_training(options: Any, work_dir: Path, *, train: bool) -> Outcome:
-    """Every case of ``options``, one after the other: the ceilings, and with ``train`` what the trainer makes of them."""
+    """Every case of ``options``, one after the other: the ceilings, and with ``train`` what the trainer
+    makes of them.
+    """
     world = options.world
     device = pick_device(options.device, world)
     set_tf32(False)
@@ -108,7 +115,9 @@ def _cases(options: Any, on_gpu: bool, world: World) -> list[Case]:
 
 
 def _steps_on_cpu(model_name: str, batch_size: int) -> int:
-    """So few that the large models do not take all of the time: a step of VGG16 takes ten times as long as one of ResNet18."""
+    """So few that the large models do not take all of the time: a step of VGG16 takes ten times as long as one of
+    ResNet18.
+    """
     return min(max(round(_FLOP_OF_A_REPEAT / (batch_size * flops_per_image(model_name))), 1), _MOST_STEPS_ON_CPU)
 
 

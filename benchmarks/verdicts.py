@@ -8,8 +8,9 @@ Loading and packing, in this order:
 
 On a GPU only the first is known from outside; ``quaclrs-train --profile`` tells the rest.
 
-Training: ``data`` where the training thread waited for them for more than ``DATA_WAIT_LIMIT`` of the time; ``model``, or ``arithmetic``
-where that is near its limit, where training keeps up with the model's own step; else ``host``: Python and launches between the steps.
+Training: ``data`` where the training thread waited for them for more than ``DATA_WAIT_LIMIT`` of the time; ``model``,
+or ``arithmetic`` where that is near its limit, where training keeps up with the model's own step; else ``host``: Python
+and launches between the steps.
 """
 
 from __future__ import annotations

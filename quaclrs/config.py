@@ -97,7 +97,9 @@ class PackConfig:
     num_workers: int = field(default_factory=default_num_workers)
     on_error: str = "stop"
     folds: tuple[int, ...] | None = None
-    """Pack only these, beside other calls that pack the others into the same folder; None packs all that are not there yet."""
+    """Pack only these, beside other calls that pack the others into the same folder; None packs all that are not there
+    yet.
+    """
     columns: Columns = field(default_factory=Columns)
 
     def __post_init__(self) -> None:
@@ -183,8 +185,12 @@ class TrainConfig:
         )
         _require(self.epochs >= 1, f"--epochs {self.epochs}: at least 1")
         _require(self.patience >= 1, f"--patience {self.patience}: at least 1")
-        _require(0 < self.learning_rate < math.inf, f"--learning_rate {self.learning_rate}: must be positive and finite")
-        _require(0 <= self.weight_decay < math.inf, f"--weight_decay {self.weight_decay}: must be finite and not negative")
+        _require(
+            0 < self.learning_rate < math.inf, f"--learning_rate {self.learning_rate}: must be positive and finite"
+        )
+        _require(
+            0 <= self.weight_decay < math.inf, f"--weight_decay {self.weight_decay}: must be finite and not negative"
+        )
         _require(self.scheduler in SCHEDULERS, f"--scheduler {self.scheduler}: choose one of {', '.join(SCHEDULERS)}")
         _require(self.seed >= 0, f"--seed {self.seed}: not negative")
         _require(self.num_folds >= 3, f"--num_folds {self.num_folds}: at least 3, to train, validate and test")
@@ -195,10 +201,16 @@ class TrainConfig:
             self.amp_dtype is None or self.amp_dtype in AMP_DTYPES,
             f"--amp_dtype {self.amp_dtype}: choose one of {', '.join(AMP_DTYPES)}",
         )
-        _require(self.amp_dtype is None or self.use_amp, f"--amp_dtype {self.amp_dtype}: is about --use_amp; give both, or neither")
+        _require(
+            self.amp_dtype is None or self.use_amp,
+            f"--amp_dtype {self.amp_dtype}: is about --use_amp; give both, or neither",
+        )
         _require(self.compile in COMPILERS, f"--compile {self.compile}: choose one of {', '.join(COMPILERS)}")
         _require(self.prefetch >= 1, f"--prefetch {self.prefetch}: at least 1 batch")
-        _require(self.parallel is None or self.parallel in PARALLEL, f"--parallel {self.parallel}: choose {', '.join(PARALLEL)}")
+        _require(
+            self.parallel is None or self.parallel in PARALLEL,
+            f"--parallel {self.parallel}: choose {', '.join(PARALLEL)}",
+        )
         _require(self.nproc is None or self.nproc >= 1, f"--nproc {self.nproc}: at least 1 process")
         _require(
             self.checkpoint_minutes is None or 0 < self.checkpoint_minutes < math.inf,

@@ -1,4 +1,5 @@
-"""What can go wrong by the user's data, flags or machine: one root, one exit code each, formatted once in the command lines.
+"""What can go wrong by the user's data, flags or machine: one root, one exit code each, formatted once in the command
+lines.
 
 A message is one line: what is wrong, the file, row or flag with its value, and the next step.
 """

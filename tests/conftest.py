@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from png_trees import PngTree, make_rows, write_tree
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for a command that a shell runs in the background; tests send it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as for a command that a shell runs in the background; tests send it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 RGB_IMAGE_SIZE = 32

@@ -24,7 +24,12 @@ def pack_tree(tree: PngTree, output_dir: Path, **options: Any) -> PackSummary:
     """In this process, which with one worker takes no time for starting another."""
     defaults: dict[str, Any] = {"num_workers": 1, "shard_size": 32 * 1024}
     return pack(
-        PackConfig(csv_file=tree.csv_file, spectrograms_dir=tree.spectrograms_dir, output_dir=output_dir, **(defaults | options))
+        PackConfig(
+            csv_file=tree.csv_file,
+            spectrograms_dir=tree.spectrograms_dir,
+            output_dir=output_dir,
+            **(defaults | options),
+        )
     )
 
 
@@ -62,7 +67,9 @@ def run_tool(name: str, arguments: list[str]) -> subprocess.CompletedProcess[str
 
 def content_of(folder: Path) -> dict[str, bytes]:
     """Every file below ``folder``."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def manifest_of(shards: Path) -> dict[str, Any]:

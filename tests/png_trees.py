@@ -1,4 +1,6 @@
-"""Tiny PNG trees with the real dataset's shape: a CSV, ``spectrograms/fold{k}/``, RGBA grids of few colours. NumPy and Pillow only."""
+"""Tiny PNG trees with the real dataset's shape: a CSV, ``spectrograms/fold{k}/``, RGBA grids of few colours. NumPy and
+Pillow only.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def make_row(
 
 
 def make_rows(classes: tuple[str, ...] = CLASSES, folds: tuple[int, ...] = FOLDS) -> list[dict[str, str]]:
-    """Per class and fold an original and an augmented row; mixed classes and folds, as no reader may rely on sorted rows."""
+    """Per class and fold an original and an augmented row; mixed classes and folds, as no reader may rely on sorted
+    rows.
+    """
     rows = []
     for label in classes:
         for fold in folds:

@@ -131,7 +131,9 @@ class Job:
         for file in self._files:
             file.unlink(missing_ok=True)
         context = multiprocessing.get_context("forkserver")
-        self.process = context.Process(target=_work, args=([str(part) for part in arguments], self._files, disturbance, rank))
+        self.process = context.Process(
+            target=_work, args=([str(part) for part in arguments], self._files, disturbance, rank)
+        )
         self.process.start()
 
     def has_begun(self) -> bool:

@@ -1,4 +1,6 @@
-"""The training process of resuming.py. Importing this makes ready what such a process would otherwise lose a second with."""
+"""The training process of resuming.py. Importing this makes ready what such a process would otherwise lose a second
+with.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,23 @@ def work(arguments: list[str], files: list[Path], disturbance: Disturbance, rank
         os.dup2(descriptor, number)
         os.close(descriptor)
     if rank is not None:
-        names = ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "GLOO_SOCKET_IFNAME")
+        names = (
+            "RANK",
+            "WORLD_SIZE",
+            "MASTER_PORT",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "GLOO_SOCKET_IFNAME",
+        )
         os.environ.update(zip(names, [*map(str, rank), str(rank[0]), str(rank[1]), "127.0.0.1", "lo"], strict=True))
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)  # from Python 3.12
-    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and would be complained of when this one is killed
+    warnings.filterwarnings(
+        "ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning
+    )  # from Python 3.12
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own is shared by processes, and would be complained of when this one is killed
     torch.set_num_threads(1)
     _Patched(disturbance, files[2], rank[0] if rank else 0).install()
     sys.exit(main(arguments))
@@ -114,7 +128,11 @@ class _Patched:
         return wrapped
 
     def _event(self, event: str) -> None:
-        if self._disturbance.signal_at_event and not self._signalled and event.startswith(self._disturbance.signal_at_event[0]):
+        if (
+            self._disturbance.signal_at_event
+            and not self._signalled
+            and event.startswith(self._disturbance.signal_at_event[0])
+        ):
             self._signalled = 1
             signal.raise_signal(self._disturbance.signal_at_event[1])
         known = self._disturbance.killed_at_a_new_event

@@ -1,4 +1,6 @@
-"""The benchmark's own contract: what it refuses, that limits are limits, what a verdict is made of, and one small run of it all."""
+"""The benchmark's own contract: what it refuses, that limits are limits, what a verdict is made of, and one small run
+of it all.
+"""
 
 from __future__ import annotations
 
@@ -47,11 +49,18 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to measure; give --all, or any of pack, decode, load, step, train (before --peers, which takes a folder)"),
+        (
+            [],
+            "nothing to measure; give --all, or any of pack, decode, load, step, train (before --peers, which takes a "
+            "folder)",
+        ),
         (["--peers", "load"], "nothing to measure; give --all, or any of pack"),
         (["laod"], "argument MODE: 'laod' is not a mode; choose among pack, decode, load, step, train"),
         (["load", "--repeats", "0"], "--repeats 0: at least 1"),
-        (["train", "--train_batch_sizes", "16", "1"], "--train_batch_sizes 1: at least 2, or BatchNorm has nothing to compare"),
+        (
+            ["train", "--train_batch_sizes", "16", "1"],
+            "--train_batch_sizes 1: at least 2, or BatchNorm has nothing to compare",
+        ),
         (
             ["train", "--compile", "cudagraph", "--device", "cpu"],
             "--compile cudagraph: captures the work of one GPU, and this is cpu",
@@ -78,7 +87,10 @@ def test_refused_in_one_line(
     [
         (["load", "--peers", "envs"], "--peers envs: peers know nothing of 2 processes; measure them without torchrun"),
         (["load", "--only", "quaclrs", "dali"], "--only quaclrs dali: peers know nothing of 2 processes"),
-        (["pack", "load"], "pack: has workers of its own, and 2 processes would each pack all; leave it out under torchrun"),
+        (
+            ["pack", "load"],
+            "pack: has workers of its own, and 2 processes would each pack all; leave it out under torchrun",
+        ),
     ],
 )
 def test_refused_under_torchrun(arguments: list[str], message: str) -> None:
@@ -136,7 +148,9 @@ def test_a_run_measures_every_mode_against_limits(small_run: tuple[dict[str, Any
                 assert (row["group"], row["bounded_by"]) in named
                 assert row["facts"]["share_of_limit"] > 0
                 known = row["facts"]["cores_busy"] is not None or row["facts"]["share_of_limit"] >= NEAR_LIMIT
-                assert bool(row["facts"].get("bound_by")) == known  # a pass of less than 10 ms may have had no time at all
+                assert (
+                    bool(row["facts"].get("bound_by")) == known
+                )  # a pass of less than 10 ms may have had no time at all
 
 
 def test_rows_say_what_they_cost(small_run: tuple[dict[str, Any], str]) -> None:
@@ -229,7 +243,9 @@ class TwoRanks:
 def test_images_of_all_ranks_over_the_slowest(monkeypatch: pytest.MonkeyPatch) -> None:
     world, together, ticks = TwoRanks(), _contender("together"), itertools.count()
     together.run = lambda: Pass(images=45)
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))  # each pass takes one second
+    monkeypatch.setattr(
+        measure, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks)))
+    )  # each pass takes one second
     race([together], repeats=2, world=world)  # type: ignore[arg-type]
     assert together.rates == [2 * 45 / 3] * 2  # both ranks' images, in the time of the slower one
     assert world.meetings == 2  # before each counted repeat

@@ -29,7 +29,9 @@ def write(folder: Path, what: str, rows: list[dict[str, Any]], date: str = "2026
     (folder / f"{what}_{len(list(folder.iterdir()))}.json").write_text(json.dumps(document))
 
 
-def row(name: str, group: str = "a group", rate: float = 100.0, ratio: float | None = 1.0, **more: Any) -> dict[str, Any]:
+def row(
+    name: str, group: str = "a group", rate: float = 100.0, ratio: float | None = 1.0, **more: Any
+) -> dict[str, Any]:
     baseline = more.pop("baseline", "FFCV, raw")
     bounded = {"bounded_by": more.pop("bounded_by")} if "bounded_by" in more else {}
     return {
@@ -62,8 +64,14 @@ def test_nothing_measured(tmp_path: Path) -> None:
 
 def test_targets_met_and_missed(tmp_path: Path) -> None:
     group = "nothing to decode, float32"
-    missed = row("mapped, indexed shards", group, 300, 0.5, bounded_by="writing", share_of_limit=0.75, bound_by="memory writes")
-    write(tmp_path, "load", [missed, row("resident, indexed shards", group, ratio=2.6), row("writing", group, 400, limit=True)])
+    missed = row(
+        "mapped, indexed shards", group, 300, 0.5, bounded_by="writing", share_of_limit=0.75, bound_by="memory writes"
+    )
+    write(
+        tmp_path,
+        "load",
+        [missed, row("resident, indexed shards", group, ratio=2.6), row("writing", group, 400, limit=True)],
+    )
     write(tmp_path, "pack", [row("synthesis", rate=70), row("pack png", ratio=0.8, baseline="something else")])
     table = targets.markdown(tmp_path)
     assert line_of(table, "`mapped`, `indexed`")[1:] == [
@@ -78,7 +86,12 @@ def test_targets_met_and_missed(tmp_path: Path) -> None:
 def test_the_worst_model_counts_and_none_may_be_missing(tmp_path: Path) -> None:
     rows = [
         row(
-            "train, mapped, indexed", f"{name}, batch 16", ratio=0.96 + i / 100, model_name=name, data_wait=i / 100, bound_by="host"
+            "train, mapped, indexed",
+            f"{name}, batch 16",
+            ratio=0.96 + i / 100,
+            model_name=name,
+            data_wait=i / 100,
+            bound_by="host",
         )
         for i, name in enumerate(ARCHITECTURES)
     ]
@@ -93,7 +106,13 @@ def test_the_worst_model_counts_and_none_may_be_missing(tmp_path: Path) -> None:
 
 def test_upper_bounds_take_the_largest(tmp_path: Path) -> None:
     rows = [
-        {"samples": samples, "first_batch_s": first, "resident_mb_added_at_most": 150 + first, "images_per_s": 9.0, "open_s": 0.1}
+        {
+            "samples": samples,
+            "first_batch_s": first,
+            "resident_mb_added_at_most": 150 + first,
+            "images_per_s": 9.0,
+            "open_s": 0.1,
+        }
         for samples, first in ((1000, 9.0), (57_918, 0.5), (57_918, 1.2))
     ]
     write(tmp_path, "scaling", rows)
@@ -113,7 +132,12 @@ def test_only_the_gpu_that_is_meant(tmp_path: Path) -> None:
 
 
 def test_the_newest_result_of_one_process_counts(tmp_path: Path) -> None:
-    for date, rate, world_size in (("2026-01-02", 1, 1), ("2026-01-04", 2, 1), ("2026-01-03", 3, 1), ("2026-01-05", 4, 2)):
+    for date, rate, world_size in (
+        ("2026-01-02", 1, 1),
+        ("2026-01-04", 2, 1),
+        ("2026-01-03", 3, 1),
+        ("2026-01-05", 4, 2),
+    ):
         write(tmp_path, "load", [row("ours", rate=rate)], date, world_size=world_size)
     found = records.find_row(records.newest("load", folder=tmp_path), "ours")
     assert found is not None
@@ -139,7 +163,13 @@ def test_the_targets_are_shown() -> None:
 
 def test_blocks_are_made_anew(tmp_path: Path) -> None:
     group = "nothing to decode, uint8"
-    facts = {"share_of_limit": 0.5, "bound_by": "render", "first_batch_s": 0.0123, "host_peak_mb": 812.6, "num_workers": 2}
+    facts = {
+        "share_of_limit": 0.5,
+        "bound_by": "render",
+        "first_batch_s": 0.0123,
+        "host_peak_mb": 812.6,
+        "num_workers": 2,
+    }
     rows = [
         row("FFCV, raw", group, 1234.4),
         row("mapped, indexed shards", group, 2000, 1.62, **facts),
@@ -162,7 +192,9 @@ def test_blocks_are_made_anew(tmp_path: Path) -> None:
 
 
 def test_an_unknown_block_is_named() -> None:
-    with pytest.raises(DataError, match=r"<!-- table: lood -->: no such table; choose among targets, figure_KIND, load_short, "):
+    with pytest.raises(
+        DataError, match=r"<!-- table: lood -->: no such table; choose among targets, figure_KIND, load_short, "
+    ):
         readme_tables.block("lood")
 
 
@@ -175,7 +207,8 @@ def test_check_changes_nothing_and_says_what_would(
     monkeypatch.setattr(readme_tables, "DOCUMENTS", (document,))
     assert readme_tables.main(["--check"]) == 2
     assert capsys.readouterr().err == (
-        "readme_tables.py: error: README.md: its tables are not those of benchmarks/results; run benchmarks/readme_tables.py\n"
+        "readme_tables.py: error: README.md: its tables are not those of benchmarks/results; run "
+        "benchmarks/readme_tables.py\n"
     )
     assert "old" in document.read_text()
     assert readme_tables.main([]) == 0
@@ -188,9 +221,16 @@ def test_check_changes_nothing_and_says_what_would(
 
 
 def test_figures_of_races_and_of_sizes(tmp_path: Path) -> None:
-    rows = [row("FFCV, raw"), row("ours"), row("writing", limit=True), {"group": "a group", "name": "none", "left_out": "why"}]
+    rows = [
+        row("FFCV, raw"),
+        row("ours"),
+        row("writing", limit=True),
+        {"group": "a group", "name": "none", "left_out": "why"},
+    ]
     write(tmp_path, "load", rows)
-    sizes = [{"samples": 10**k, "first_batch_s": 1, "resident_mb_added_at_most": 2, "images_per_s": 3} for k in range(3)]
+    sizes = [
+        {"samples": 10**k, "first_batch_s": 1, "resident_mb_added_at_most": 2, "images_per_s": 3} for k in range(3)
+    ]
     write(tmp_path, "scaling", sizes)
     assert readme_tables.block("figure_load", tmp_path) == "Not measured yet.\n"
     assert plot.main([*map(str, tmp_path.glob("*.json")), "--output_dir", str(tmp_path)]) == 0
@@ -205,7 +245,9 @@ def test_other_files_are_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture
     other.write_text('{"rows": []}')
     assert plot.main([str(other), "--output_dir", str(tmp_path)]) == 2
     said = capsys.readouterr().err
-    assert said == f"plot.py: error: {other}: not a result of benchmarks/ (KeyError: 'environment'); name files it wrote\n"
+    assert (
+        said == f"plot.py: error: {other}: not a result of benchmarks/ (KeyError: 'environment'); name files it wrote\n"
+    )
 
 
 def test_committed_figures_are_small() -> None:

@@ -1,4 +1,6 @@
-"""Contract of ``quaclrs-train``: the original's flags and commands; bad input is one line and exit code 2; packing happens once."""
+"""Contract of ``quaclrs-train``: the original's flags and commands; bad input is one line and exit code 2; packing
+happens once.
+"""
 
 from __future__ import annotations
 
@@ -194,7 +196,10 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
         ("--batch-size", "--batch_size: expected one argument"),
         ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
         ("--epoch 3", "unrecognized arguments: --epoch 3"),  # no abbreviations: a later flag could change their meaning
-        ("--distributed --device cpu", "--distributed: no GPU to be used here; give --nproc N for N processes on the CPU"),
+        (
+            "--distributed --device cpu",
+            "--distributed: no GPU to be used here; give --nproc N for N processes on the CPU",
+        ),
         ("--loader dail", "--loader dail: choose one of auto, resident, mapped, dali, files"),
         ("--model_name resnet50", "--model_name resnet50: choose one of alexnet, vgg16, resnet18,"),
         ("--device gpu", "--device gpu: choose auto, cpu, cuda or cuda:N"),
@@ -223,7 +228,9 @@ def test_half_an_environment_of_torchrun_is_refused(
     tree: PngTree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "sets WORLD_SIZE=2 but RANK=''; start with torchrun, or unset WORLD_SIZE" in refused(capsys, *training_flags(tree))
+    assert "sets WORLD_SIZE=2 but RANK=''; start with torchrun, or unset WORLD_SIZE" in refused(
+        capsys, *training_flags(tree)
+    )
 
 
 def test_data_that_is_not_there(tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,7 +279,9 @@ def rewrite(tree: PngTree, rows: list[dict[str, str]]) -> PngTree:
         ({"spec_file_name": "../x.png"}, "row 3: the image '../x.png' is absolute or climbs out"),
     ],
 )
-def test_a_bad_row(change: dict[str, str], expected: str, own_tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_row(
+    change: dict[str, str], expected: str, own_tree: PngTree, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [row | change if i == 2 else row for i, row in enumerate(own_tree.rows)]
     assert f"{own_tree.csv_file}: {expected}" in refused(capsys, *training_flags(rewrite(own_tree, rows)))
 
@@ -291,15 +300,21 @@ def test_more_folds_than_the_protocol_has(own_tree: PngTree, capsys: pytest.Capt
     moved = rewrite(own_tree, rows)
     moved.path(0).parent.mkdir()
     grid_image("dog_bark", seed=0).save(moved.path(0))
-    assert "has a fold 5, but the protocol has 3; give --num_folds 5 or mend the CSV" in refused(capsys, *training_flags(moved))
+    assert "has a fold 5, but the protocol has 3; give --num_folds 5 or mend the CSV" in refused(
+        capsys, *training_flags(moved)
+    )
 
 
 def test_fewer_folds_than_ten(tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
     """Only the folds that lack something are refused: with folds 1 to 3, fold 1 (validation 10) and all from 4 on."""
     flags = [*training_flags(tree), "--num_folds", "10"]
-    assert "--fold 1: its validation fold(s) 10 have no rows (folds with rows: 1, 2, 3)" in refused(capsys, *flags, "--fold", "1")
+    assert "--fold 1: its validation fold(s) 10 have no rows (folds with rows: 1, 2, 3)" in refused(
+        capsys, *flags, "--fold", "1"
+    )
     assert "--fold 4: its test fold(s) 4 have no rows" in refused(capsys, *flags, "--fold", "4")
-    assert "--fold 1: its validation fold(s) 10 have no rows" in refused(capsys, *flags)  # all of them, so before the first
+    assert "--fold 1: its validation fold(s) 10 have no rows" in refused(
+        capsys, *flags
+    )  # all of them, so before the first
     assert not Path("results").exists()
     assert main([*flags, "--fold", "2"]) == 0
     assert main([*flags, "--fold", "3"]) == 0
@@ -420,8 +435,12 @@ def test_in_a_folder_that_holds_the_data(own_tree: PngTree) -> None:
     )
     assert done.stderr == ""
     summary = json.loads((root / "results/mobilenet/summary.json").read_text())
-    assert f"mobilenet: test accuracy {summary['mean_test_accuracy']:.2%} over 1 fold(s)" in done.stdout.splitlines()[-1]
-    assert done.stdout.splitlines()[-1].endswith("results in results/mobilenet (start with summary.json and fold_*/plots)")
+    assert (
+        f"mobilenet: test accuracy {summary['mean_test_accuracy']:.2%} over 1 fold(s)" in done.stdout.splitlines()[-1]
+    )
+    assert done.stdout.splitlines()[-1].endswith(
+        "results in results/mobilenet (start with summary.json and fold_*/plots)"
+    )
     assert "epoch 1/1: train loss" in done.stdout  # plain lines where there is no terminal
     assert "\r" not in done.stdout
 
@@ -434,7 +453,10 @@ def test_training_tells_what_packing_found(own_tree: PngTree, capsys: pytest.Cap
     assert main([*data_flags(own_tree), *QUICK.split(), "--num_folds", "3", "--fold", "1", "--loader", "files"]) == 0
     told = capsys.readouterr().out
     assert "rows share their image with another row" in told
-    assert f"recording(s) (fsID) lie in more than one fold, which leaks training data into the test: {rows[0]['fsID']}" in told
+    assert (
+        f"recording(s) (fsID) lie in more than one fold, which leaks training data into the test: {rows[0]['fsID']}"
+        in told
+    )
 
 
 @pytest.mark.parametrize("flag", ["--csv_file", "--spectrograms_dir", "--shards"])

@@ -22,7 +22,12 @@ from quaclrs.imaging.kernels import intrinsics, normalise_cpu, render_cpu
 
 def every_level(size: int) -> torch.Tensor:
     """(1, size, size, 3) uint8; the channels of ``size`` ≥ 16 have all 256 levels."""
-    return torch.arange(3 * size * size, dtype=torch.int64).div(3, rounding_mode="floor").to(torch.uint8).reshape(1, size, size, 3)
+    return (
+        torch.arange(3 * size * size, dtype=torch.int64)
+        .div(3, rounding_mode="floor")
+        .to(torch.uint8)
+        .reshape(1, size, size, 3)
+    )
 
 
 def test_every_level_of_every_channel_has_torchvisions_bits() -> None:
@@ -62,7 +67,9 @@ def test_a_change_in_any_kernels_file_has_all_compiled_anew() -> None:
         assert kept._load_index() == {}
     finally:
         kept._source_stamp = intrinsics.SOURCES_STAMP
-    users = {path.name for path in Path(intrinsics.__file__).parent.glob("*.py") if "intrinsics import" in path.read_text()}
+    users = {
+        path.name for path in Path(intrinsics.__file__).parent.glob("*.py") if "intrinsics import" in path.read_text()
+    }
     assert users | {"intrinsics.py"} == set(intrinsics._SOURCES)
 
 
@@ -111,7 +118,9 @@ def test_a_batch_in_the_callers_own_memory(offset: int) -> None:
     tables, index = RenderTables.build([layout], [palette], 32), torch.tensor([0])
     values = torch.from_numpy(host_bytes(2, 32, torch.float32)[offset : offset + 4 * 3 * 32 * 32])
     out = values.view(torch.float32).view(1, 32, 32, 3).permute(0, 3, 1, 2)
-    assert torch.equal(render_cpu.render_cpu(grids, index, tables, torch.float32, out), render_reference(grids, index, tables))
+    assert torch.equal(
+        render_cpu.render_cpu(grids, index, tables, torch.float32, out), render_reference(grids, index, tables)
+    )
 
 
 def test_memory_of_batches_begins_on_a_cache_line() -> None:

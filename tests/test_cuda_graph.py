@@ -1,5 +1,5 @@
-"""Contract of the fast step: captured or compiled, it learns what the plain step does; frozen layers cost nothing; nothing is said to be
-exact that is not."""
+"""Contract of the fast step: captured or compiled, it learns what the plain step does; frozen layers cost nothing;
+nothing is said to be exact that is not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> PngTree:
 
 
 @pytest.fixture(scope="module", params=["indexed", "rgb"])
-def shards(request: pytest.FixtureRequest, tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShardSet]:
+def shards(
+    request: pytest.FixtureRequest, tree: PngTree, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ShardSet]:
     folder = tmp_path_factory.mktemp(request.param)
     pack_tree(tree, folder, encoding=request.param, image_size=SIZE)
     with ShardSet(folder) as opened:
@@ -66,7 +68,9 @@ def mobilenet() -> nn.Module:
 
 @pytest.mark.parametrize("device_name", DEVICES)
 def test_captured_steps_learn_what_plain_steps_do(device_name: str, shards: ShardSet) -> None:
-    """Two epochs of 5 batches of 5 and a last one of 2 or 3: warm-up, capture, replays, a smaller batch, and replays again."""
+    """Two epochs of 5 batches of 5 and a last one of 2 or 3: warm-up, capture, replays, a smaller batch, and replays
+    again.
+    """
     device = device_of(device_name)
     losses: dict[str, list[float]] = {}
     weights: dict[str, dict[str, torch.Tensor]] = {}
@@ -100,7 +104,9 @@ def test_the_schedule_reaches_a_captured_graph(shards: ShardSet) -> None:
     """The learning rate of a graph lies on the device: set to nothing, the weights must stop."""
     device = device_of("cuda")
     loader = loader_on(shards, device)
-    training = Training.begin(mobilenet(), np.ones(4, np.float32), device, TrainConfig(compile="cudagraph", weight_decay=0.0))
+    training = Training.begin(
+        mobilenet(), np.ones(4, np.float32), device, TrainConfig(compile="cudagraph", weight_decay=0.0)
+    )
     graphed = GraphedStep(training, loader, 5)
     index, share = torch.arange(5, device=device), torch.full((), 0.2, device=device)
     for _ in range(5):
@@ -113,7 +119,9 @@ def test_the_schedule_reaches_a_captured_graph(shards: ShardSet) -> None:
 
 def test_a_checkpoint_moves_between_ways_of_computing() -> None:
     """Saved with a learning rate on the device and other kernels, it goes on with this process's own."""
-    training = Training.begin(nn.Linear(2, 4), np.ones(4, np.float32), torch.device("cpu"), TrainConfig(learning_rate=0.5))
+    training = Training.begin(
+        nn.Linear(2, 4), np.ones(4, np.float32), torch.device("cpu"), TrainConfig(learning_rate=0.5)
+    )
     training.optimizer.zero_grad()
     training.model(torch.ones(1, 2)).sum().backward()
     training.optimizer.step()
@@ -160,8 +168,12 @@ def test_amp_dtype_is_what_was_asked_for() -> None:
     assert amp_dtype(cpu, TrainConfig(use_amp=True, amp_dtype="float16")) == torch.float16
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
-def test_amp_dtype_follows_the_gpu(capability: tuple[int, int], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_amp_dtype_follows_the_gpu(
+    capability: tuple[int, int], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert amp_dtype(torch.device("cuda", 0), TrainConfig(use_amp=True)) == expected
     assert amp_dtype(torch.device("cuda", 0), TrainConfig(use_amp=True, amp_dtype="float16")) == torch.float16
@@ -181,7 +193,11 @@ def test_tf32_is_off_unless_asked_for() -> None:
 
 def test_float16_scales_its_loss() -> None:
     """The scaler is part of the one path: enabled by float16 alone, and its state is saved."""
-    for options, enabled in (({}, False), ({"use_amp": True}, False), ({"use_amp": True, "amp_dtype": "float16"}, True)):
+    for options, enabled in (
+        ({}, False),
+        ({"use_amp": True}, False),
+        ({"use_amp": True, "amp_dtype": "float16"}, True),
+    ):
         config = TrainConfig(**options)  # type: ignore[arg-type]
         training = Training.begin(nn.Linear(2, 4), np.ones(4, np.float32), torch.device("cpu"), config)
         assert training.scaler.is_enabled() is enabled
@@ -213,7 +229,9 @@ def saved_bytes(model: nn.Module, images: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in ("inception", "vgg16")])
 def test_frozen_layers_keep_nothing(name: str) -> None:
-    """No gradients, and of the activations only what the head needs. (VGG16 is frozen as AlexNet is, and takes seconds to make.)"""
+    """No gradients, and of the activations only what the head needs. (VGG16 is frozen as AlexNet is, and takes seconds
+    to make.)
+    """
     row = ARCHITECTURES[name]
     images = torch.randn(2, 3, 64, 64)
     kept = {}

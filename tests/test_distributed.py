@@ -1,4 +1,6 @@
-"""Contract of several ranks: each sample counted once, the same steps as one process takes, decisions alike everywhere, and no hang."""
+"""Contract of several ranks: each sample counted once, the same steps as one process takes, decisions alike everywhere,
+and no hang.
+"""
 
 from __future__ import annotations
 
@@ -68,14 +70,22 @@ _processes.set_forkserver_preload(
 
 
 class Ranks:
-    """``job(*arguments[rank])`` in one process per rank, started as torchrun would but from one that has torch loaded already."""
+    """``job(*arguments[rank])`` in one process per rank, started as torchrun would but from one that has torch loaded
+    already.
+    """
 
-    def __init__(self, folder: Path, job: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], local_size: int = 0) -> None:
+    def __init__(
+        self, folder: Path, job: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], local_size: int = 0
+    ) -> None:
         self.folder, size = folder, len(arguments)
         # the launcher's part: a store for them to meet at, on a port that the system chooses
         self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         shared = {
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
+            **{
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(self._store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+            },
             **{"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(local_size or size), "GLOO_SOCKET_IFNAME": "lo"},
         }
         self.processes = []
@@ -137,9 +147,15 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> PngTree:
 
 
 def flags(tree: PngTree, output_dir: Path, *more: object) -> list[str]:
-    common = f"--loader files --num_workers 0 --num_folds 3 --fold 1 --batch_size 2 --model_name mobilenet --image_size {SMALL}"
+    common = (
+        "--loader files --num_workers 0 --num_folds 3 --fold 1 --batch_size 2 "
+        f"--model_name mobilenet --image_size {SMALL}"
+    )
     paths = ["--csv_file", tree.csv_file, "--spectrograms_dir", tree.spectrograms_dir, "--output_dir", output_dir]
-    return [str(flag) for flag in (*paths, *common.split(), "--device", "cpu", "--gradcam_per_class", 0, "--epochs", 3, *more)]
+    return [
+        str(flag)
+        for flag in (*paths, *common.split(), "--device", "cpu", "--gradcam_per_class", 0, "--epochs", 3, *more)
+    ]
 
 
 def config_for(tree: PngTree, output_dir: Path, **options: Any) -> TrainConfig:
@@ -170,7 +186,10 @@ class _Given:
 def noise(samples: int, replicated: bool = True) -> _Given:
     """Images of nothing, so that learning them does not help with others."""
     generator = torch.Generator().manual_seed(5)
-    images, labels = torch.randn(samples, 3, 4, 4, generator=generator), torch.randint(3, (samples,), generator=generator)
+    images, labels = (
+        torch.randn(samples, 3, 4, 4, generator=generator),
+        torch.randint(3, (samples,), generator=generator),
+    )
     return _Given(images, labels, replicated)
 
 
@@ -228,12 +247,16 @@ def train_mobilenet(world: World, config: TrainConfig) -> dict[str, Any]:
     log: list[str] = []
     entries: list[dict[str, Any]] = []
     fold.write_plots = lambda *_: []  # matplotlib takes longer than the training
-    run_cross_validation(config, log.append, Hooks(epoch_done=lambda entry: entries.append(without_times(entry))), world)
+    run_cross_validation(
+        config, log.append, Hooks(epoch_done=lambda entry: entries.append(without_times(entry))), world
+    )
     return {"log": log, "entries": entries}
 
 
 EVALUATED = tuple(itertools.product((1, 2, 5, 7, 13), (True, False)))
-"""Numbers of samples, some of which leave ranks without a batch; and whether each rank has all data, or those of its own numbers."""
+"""Numbers of samples, some of which leave ranks without a batch; and whether each rank has all data, or those of its
+own numbers.
+"""
 
 
 def evaluate_numbers(world: World, samples: int, replicated: bool) -> dict[str, Any]:
@@ -252,7 +275,12 @@ def evaluate_numbers(world: World, samples: int, replicated: bool) -> dict[str, 
         lambda batch, totals, waited_s: seen.append(batch.index.tolist()),
         lambda: calls.append(None),
     )
-    values = {"loss": found.loss, "accuracy": found.accuracy, "index": found.index, "probabilities": found.probabilities}
+    values = {
+        "loss": found.loss,
+        "accuracy": found.accuracy,
+        "index": found.index,
+        "probabilities": found.probabilities,
+    }
     return {"found": values, "seen": seen, "calls": len(calls)}
 
 
@@ -262,13 +290,17 @@ GLOBAL_BATCH, LEARNED = 24, 53
 
 def train_and_keep_gradients(world: World) -> dict[str, Any]:
     loader = noise(LEARNED)
-    config = TrainConfig(learning_rate=1e-30, weight_decay=0.0)  # the weights stay, so that each step can be checked by itself
+    config = TrainConfig(
+        learning_rate=1e-30, weight_decay=0.0
+    )  # the weights stay, so that each step can be checked by itself
     training = Training.begin(_TwoHeads(seed=world.rank), WEIGHTS, CPU, config, world)
     plan = loop.plan_epoch(training, np.arange(LEARNED), loader.labels.numpy(), GLOBAL_BATCH, seed=3, epoch=2)
     steps: list[tuple[list[int], dict[str, torch.Tensor]]] = []
 
     def keep(batch: Batch, *_: object) -> None:
-        gradients = {name: value.grad.clone() for name, value in training.model.named_parameters() if value.grad is not None}
+        gradients = {
+            name: value.grad.clone() for name, value in training.model.named_parameters() if value.grad is not None
+        }
         steps.append((batch.index.tolist(), gradients))
 
     trained = loop.train_epoch(training, loader, plan, keep)
@@ -276,7 +308,9 @@ def train_and_keep_gradients(world: World) -> dict[str, Any]:
 
 
 FIT = TrainConfig(epochs=30, patience=6, learning_rate=0.03, scheduler="plateau", seed=1)
-NUMBERS = FoldSamples(train=np.arange(13), validation=np.arange(13, 32), test=np.arange(32, 39), label=noise(39).labels.numpy())
+NUMBERS = FoldSamples(
+    train=np.arange(13), validation=np.arange(13, 32), test=np.arange(32, 39), label=noise(39).labels.numpy()
+)
 PER_RANK = 4
 
 
@@ -367,7 +401,9 @@ WISHES = (
 )
 """By step, of each rank."""
 AGREED = [0, 0, 1, 0, 0, 1, 0, 0, 0, 2]
-"""After each step and at the end. Who has a wish while another one is being granted has to ask again: the 2 of the third step does not."""
+"""After each step and at the end. Who has a wish while another one is being granted has to ask again: the 2 of the
+third step does not.
+"""
 
 
 def agree(world: World, folder: Path) -> dict[str, Any]:
@@ -429,7 +465,9 @@ def logits_of(model: nn.Module, tree: PngTree, number: int) -> tuple[torch.Tenso
 
 
 def test_each_sample_is_tested_exactly_once(done: Done, tree: PngTree) -> None:
-    """All figures are those of one process with the same weights, also where ranks have nothing to test (4 ranks, 3 samples)."""
+    """All figures are those of one process with the same weights, also where ranks have nothing to test (4 ranks, 3
+    samples).
+    """
     folder, ranks = done
     results = folder / "rank0" / "run" / "mobilenet" / "fold_1"
     metrics = json.loads((results / "metrics.json").read_text())
@@ -449,8 +487,12 @@ def test_each_sample_is_tested_exactly_once(done: Done, tree: PngTree) -> None:
     assert [report[name]["support"] for name in CLASSES] == [1, 1, 1]
     assert report["macro avg"]["support"] == 3
     assert (metrics["processes"], metrics["global_batch"]) == (len(ranks), 2 * len(ranks))
-    val_logits, val_labels = logits_of(model, tree, 3)  # the same weights and statistics as after their epoch, on every rank
-    assert metrics["best_val_loss"] == pytest.approx(functional.cross_entropy(val_logits, val_labels, weights).item(), rel=1e-5)
+    val_logits, val_labels = logits_of(
+        model, tree, 3
+    )  # the same weights and statistics as after their epoch, on every rank
+    assert metrics["best_val_loss"] == pytest.approx(
+        functional.cross_entropy(val_logits, val_labels, weights).item(), rel=1e-5
+    )
     assert metrics["best_val_accuracy"] == pytest.approx(accuracy_score(val_labels, val_logits.argmax(1)), abs=1e-12)
 
 
@@ -511,7 +553,9 @@ def test_global_batches_and_gradients_are_those_of_one_process(done: Done) -> No
         for name, value in model.named_parameters():
             assert value.grad is not None
             for _, gradients in step:
-                torch.testing.assert_close(gradients[name], value.grad, rtol=1e-5, atol=1e-6 * value.grad.abs().max().item())
+                torch.testing.assert_close(
+                    gradients[name], value.grad, rtol=1e-5, atol=1e-6 * value.grad.abs().max().item()
+                )
     for rank in ranks:
         assert rank["gradients"]["loss"] == pytest.approx(total / samples, rel=1e-6)
         assert rank["gradients"]["accuracy"] == correct / samples
@@ -629,7 +673,9 @@ def damaged(tree: PngTree, folder: Path, rank: int) -> tuple[PngTree, Path]:
     assert dataset.paths is not None
     order = epoch_order(np.flatnonzero(dataset.fold == 2), TrainConfig.seed, 1)
     ours, others = (train_batches(order, 4, 2, number)[1] for number in (rank, 1 - rank))
-    path = next(dataset.paths[number] for number in ours if dataset.paths[number] not in {dataset.paths[n] for n in others})
+    path = next(
+        dataset.paths[number] for number in ours if dataset.paths[number] not in {dataset.paths[n] for n in others}
+    )
     path.write_bytes(path.read_bytes()[:200])
     return copy, path
 
@@ -666,7 +712,10 @@ FAULTS = {
         second=("--csv_file", "{other}"),
         says=(
             r"quaclrs-train: error: rank 0: [^\n]+data\.csv: rank 1 has other data there; give all machines the same\n",
-            r"quaclrs-train: error: rank 1: [^\n]+other\.csv: rank 0 has other data there; give all machines the same\n",
+            (
+                r"quaclrs-train: error: rank 1: [^\n]+other\.csv: rank 0 has other "
+                r"data there; give all machines the same\n"
+            ),
         ),
     ),
     "an output folder that is a file": Fault(
@@ -684,8 +733,12 @@ FAULTS = {
     "no such model": alike("--model_name nope: choose one of", "--model_name", "nope"),
     "no such fold": alike("--fold 4: its test fold(s) 4 have no rows", "--fold", 4, "--num_folds", 4),
     "sync_bn": alike("--sync_bn: torch synchronises BatchNorm between GPUs only; leave it out on the CPU", "--sync_bn"),
-    "cudagraph": alike("--compile cudagraph: captures the work of one GPU, and this is 2 processes", "--compile", "cudagraph"),
-    "parallel": alike("--parallel folds: starts its own processes; run it without torchrun", "--parallel", "folds", "--nproc", 2),
+    "cudagraph": alike(
+        "--compile cudagraph: captures the work of one GPU, and this is 2 processes", "--compile", "cudagraph"
+    ),
+    "parallel": alike(
+        "--parallel folds: starts its own processes; run it without torchrun", "--parallel", "folds", "--nproc", 2
+    ),
 }
 
 
@@ -736,7 +789,16 @@ def test_who_says_it_for_all_ends_first(tmp_path: Path) -> None:
 
 LAUNCHERS = {
     "--distributed": [sys.executable, "-m", "quaclrs.cli", "--distributed", "--nproc", "2"],
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "quaclrs.cli"],
+    "torchrun": [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "quaclrs.cli",
+    ],
 }
 
 
@@ -748,7 +810,10 @@ def launch(way: str, arguments: list[str], site: Path | None = None) -> subproce
 
 def site_with(what: str, folder: Path) -> Path:
     """A folder for PYTHONPATH that sabotages rank 1."""
-    imports = "from __future__ import annotations\nimport itertools, os, signal\nfrom quaclrs.training.state import Training\n"
+    imports = (
+        "from __future__ import annotations\nimport itertools, os, "
+        "signal\nfrom quaclrs.training.state import Training\n"
+    )
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(
         f"{imports}\n{inspect.getsource(sabotage)}\nif os.environ.get('RANK') == '1':\n    sabotage({what!r})\n"
@@ -794,7 +859,10 @@ def test_a_bug_of_one_rank_shows_its_traceback(tree: PngTree, tmp_path: Path) ->
         ("--distributed", "--distributed: no GPU to be used here; give --nproc N for N processes on the CPU"),
         ("--parallel folds", "--parallel folds: no GPU to be used here; give --nproc N for N processes on the CPU"),
         ("--nproc 2", "--nproc 2: is about --distributed or --parallel folds; give one of them"),
-        ("--distributed --parallel folds --nproc 2", "--distributed --parallel folds: processes either share each fold, or take"),
+        (
+            "--distributed --parallel folds --nproc 2",
+            "--distributed --parallel folds: processes either share each fold, or take",
+        ),
         ("--distributed --nproc 0", "--nproc 0: at least 1 process"),
         ("--sync_bn", "--sync_bn: torch synchronises BatchNorm between GPUs only; leave it out on the CPU"),
         ("--sync_bn --parallel folds --nproc 2", "--sync_bn: torch synchronises BatchNorm between GPUs only"),
@@ -818,7 +886,9 @@ def test_flags_that_cannot_work(
 def test_cuda_without_a_gpu(given: str, tree: PngTree, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags(tree, tmp_path / "results", "--device", "cuda", *given.split())) == 2
     printed = capsys.readouterr().err
-    assert re.fullmatch(r"quaclrs-train: error: --device cuda: torch sees [^\n]+ here; use --device auto or cpu\n", printed)
+    assert re.fullmatch(
+        r"quaclrs-train: error: --device cuda: torch sees [^\n]+ here; use --device auto or cpu\n", printed
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

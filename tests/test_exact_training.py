@@ -1,4 +1,6 @@
-"""Contract: the engine is exact. What the loss history is does not depend on the loader or the encoding, to the last digit."""
+"""Contract: the engine is exact. What the loss history is does not depend on the loader or the encoding, to the last
+digit.
+"""
 
 from __future__ import annotations
 
@@ -22,21 +24,46 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> PngTree:
 
 
 def train(output_dir: Path, *flags: object) -> dict[str, Any]:
-    fixed = ["--fold", 2, "--num_folds", 4, "--epochs", 2, "--batch_size", 7, "--image_size", SIZE, "--gradcam_per_class", 0]
+    fixed = [
+        "--fold",
+        2,
+        "--num_folds",
+        4,
+        "--epochs",
+        2,
+        "--batch_size",
+        7,
+        "--image_size",
+        SIZE,
+        "--gradcam_per_class",
+        0,
+    ]
     assert main([str(flag) for flag in (*fixed, "--output_dir", output_dir, *flags)]) == 0
     metrics: dict[str, Any] = json.loads((output_dir / "resnet18" / "fold_2" / "metrics.json").read_text())
     return metrics
 
 
 def exact(metrics: dict[str, Any]) -> list[Any]:
-    return [[entry[name] for name in EXACT] for entry in metrics["history"]] + [metrics["test_loss"], metrics["confusion_matrix"]]
+    return [[entry[name] for name in EXACT] for entry in metrics["history"]] + [
+        metrics["test_loss"],
+        metrics["confusion_matrix"],
+    ]
 
 
 @pytest.fixture
 def from_the_tree(tree: PngTree, one_torch_thread: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """With as many threads as the others: sums of floats depend on how they are shared out."""
     output_dir = tmp_path_factory.mktemp("files")
-    flags = ["--csv_file", tree.csv_file, "--spectrograms_dir", tree.spectrograms_dir, "--loader", "files", "--num_workers", 0]
+    flags = [
+        "--csv_file",
+        tree.csv_file,
+        "--spectrograms_dir",
+        tree.spectrograms_dir,
+        "--loader",
+        "files",
+        "--num_workers",
+        0,
+    ]
     return train(output_dir, *flags)
 
 

@@ -126,7 +126,13 @@ def test_what_counts_as_a_figure(text: str, expected: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("figure", "value", "expected"),
-    [("0.93", 0.9256, True), ("0.92", 0.9256, False), ("93", 0.93, True), ("1,234", 1233.6, True), ("1,234", 1234.6, False)],
+    [
+        ("0.93", 0.9256, True),
+        ("0.92", 0.9256, False),
+        ("93", 0.93, True),
+        ("1,234", 1233.6, True),
+        ("1,234", 1234.6, False),
+    ],
 )
 def test_rounding(figure: str, value: float, expected: bool) -> None:
     assert measured(figure, [value]) is expected

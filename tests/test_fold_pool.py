@@ -1,4 +1,6 @@
-"""Contract of ``--parallel folds`` and of sharing an output folder: the same results as one by one, and no fold costs another one."""
+"""Contract of ``--parallel folds`` and of sharing an output folder: the same results as one by one, and no fold costs
+another one.
+"""
 
 from __future__ import annotations
 
@@ -67,10 +69,22 @@ def one_thread_in_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def flags(tree: PngTree, output_dir: Path, *more: object) -> list[str]:
-    common = "--loader files --num_workers 0 --num_folds 3 --batch_size 2 --image_size 32 --device cpu --gradcam_per_class 0"
+    common = (
+        "--loader files --num_workers 0 --num_folds 3 --batch_size 2 --image_size 32 --device cpu --gradcam_per_class 0"
+    )
     paths = ["--csv_file", tree.csv_file, "--spectrograms_dir", tree.spectrograms_dir, "--output_dir", output_dir]
     return [
-        str(flag) for flag in (*paths, *common.split(), "--model_name", "mobilenet", "--freeze_features", "--epochs", EPOCHS, *more)
+        str(flag)
+        for flag in (
+            *paths,
+            *common.split(),
+            "--model_name",
+            "mobilenet",
+            "--freeze_features",
+            "--epochs",
+            EPOCHS,
+            *more,
+        )
     ]
 
 
@@ -78,7 +92,13 @@ def config_for(tree: PngTree, output_dir: Path, **options: Any) -> TrainConfig:
     defaults: dict[str, Any] = {
         **{"csv_file": tree.csv_file, "spectrograms_dir": tree.spectrograms_dir, "output_dir": output_dir},
         **{"loader": "files", "num_workers": 0, "num_folds": 3, "batch_size": 2, "device": "cpu"},
-        **{"model_name": "mobilenet", "image_size": 32, "gradcam_per_class": 0, "epochs": EPOCHS, "freeze_features": True},
+        **{
+            "model_name": "mobilenet",
+            "image_size": 32,
+            "gradcam_per_class": 0,
+            "epochs": EPOCHS,
+            "freeze_features": True,
+        },
     }
     return TrainConfig(**defaults | options)
 
@@ -124,7 +144,9 @@ def last_weights(fold_folder: Path) -> dict[str, torch.Tensor]:
 def assert_same_results(ours: Path, theirs: Path, *models: str) -> None:
     """To the last digit, but for the times."""
     for name in models:
-        assert without_times(read_json(ours / name / "summary.json")) == without_times(read_json(theirs / name / "summary.json"))
+        assert without_times(read_json(ours / name / "summary.json")) == without_times(
+            read_json(theirs / name / "summary.json")
+        )
         for number in (1, 2, 3):
             one, other = (folder / name / f"fold_{number}" for folder in (ours, theirs))
             for file in ("metrics.json", "classification_report.json"):
@@ -152,7 +174,9 @@ def test_results_are_those_of_one_process(
     assert_same_results(tmp_path, one_by_one, "mobilenet", "resnet18")
     log = capsys.readouterr().out
     trained = Counter(re.findall(r"^(\w+): fold (\d): training on", log, re.MULTILINE))
-    assert trained == Counter(dict.fromkeys(((name, str(k)) for name in ("mobilenet", "resnet18") for k in (1, 2, 3)), 1))
+    assert trained == Counter(
+        dict.fromkeys(((name, str(k)) for name in ("mobilenet", "resnet18") for k in (1, 2, 3)), 1)
+    )
     assert 1 <= log.count("loader: files on cpu") <= 2  # one of each process, although it has trained two models
     assert log.count("note: 6 rows share their image") == 1
     for name in ("mobilenet", "resnet18"):
@@ -202,7 +226,9 @@ def test_all_models() -> None:
     assert everything[-10:] == [("inception", number) for number in range(1, 11)]
     assert tasks(TrainConfig(model_name="vgg16, vgg16", fold=4)) == [("vgg16", 4)]
     for name in ("vgg16,nope", "vgg16,", ""):
-        with pytest.raises(UsageError, match=r"--model_name .*: choose one of alexnet, .*, several with commas, or all"):
+        with pytest.raises(
+            UsageError, match=r"--model_name .*: choose one of alexnet, .*, several with commas, or all"
+        ):
             tasks(TrainConfig(model_name=name))
 
 
@@ -210,7 +236,9 @@ def test_all_models() -> None:
 
 
 def sabotage(where: dict[str, str]) -> None:
-    """What happens in which fold, at its second step or before; and no plots, as matplotlib takes longer than the training."""
+    """What happens in which fold, at its second step or before; and no plots, as matplotlib takes longer than the
+    training.
+    """
     import quaclrs.experiment.cross_validation
     import quaclrs.experiment.fold
     from quaclrs.training.state import Training
@@ -240,7 +268,9 @@ def sabotage(where: dict[str, str]) -> None:
 
 
 def site_with(code: str, folder: Path) -> str:
-    """A folder for PYTHONPATH: ``code`` runs at the start of every spawned process, but for those that only help Python."""
+    """A folder for PYTHONPATH: ``code`` runs at the start of every spawned process, but for those that only help
+    Python.
+    """
     folder.mkdir()
     lines = (
         *("from __future__ import annotations", "import os, signal, sys, time", inspect.getsource(sabotage)),
@@ -261,14 +291,19 @@ def test_a_fold_that_fails_costs_itself_only(
         raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):  # another run's checkpoint is in the way of fold 2
-        run_cross_validation(config_for(tree, tmp_path, fold=2, learning_rate=0.5), lambda text: None, Hooks(epoch_done=stop))
+        run_cross_validation(
+            config_for(tree, tmp_path, fold=2, learning_rate=0.5), lambda text: None, Hooks(epoch_done=stop)
+        )
     assert main(flags(tree, tmp_path, *PARALLEL, "--resume")) == 2
     root, printed = tmp_path / "mobilenet", capsys.readouterr()
     reason = "belongs to another run (learning_rate was 0.5, now 0.001); use the same settings, or another --output_dir"
     message = f"mobilenet fold 2: {root}/fold_2/checkpoint_epoch_1.pth: {reason} (log: {root}/logs/fold_2.log)"
     advice = "the same command with --resume trains only what is missing"
     assert printed.err == f"quaclrs-train: error: 1 of 3 fold(s) failed: {message}; {advice}\n"
-    assert f"mobilenet fold 2 failed: {root}/fold_2/checkpoint_epoch_1.pth: {reason}; the other folds go on\n" in printed.out
+    assert (
+        f"mobilenet fold 2 failed: {root}/fold_2/checkpoint_epoch_1.pth: {reason}; the other folds go on\n"
+        in printed.out
+    )
     assert reason in (root / "logs" / "fold_2.log").read_text()
     assert states(root) == {"fold_1": "done", "fold_2": "failed", "fold_3": "done"}
     assert reason in read_run_status(root)["fold_2"]["error"]
@@ -307,10 +342,16 @@ def test_a_process_that_dies_costs_its_fold_only(
 
 @pytest.mark.parametrize("all_of_them", [True, False], ids=["all", "one of two"])
 def test_processes_that_cannot_start(
-    all_of_them: bool, tree: PngTree, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    all_of_them: bool,
+    tree: PngTree,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first, root = tmp_path / "first", tmp_path / "mobilenet"
-    code = "os._exit(3)" if all_of_them else f"os.path.exists({str(first)!r}) or (open({str(first)!r}, 'x'), os._exit(3))"
+    code = (
+        "os._exit(3)" if all_of_them else f"os.path.exists({str(first)!r}) or (open({str(first)!r}, 'x'), os._exit(3))"
+    )
     monkeypatch.setenv("PYTHONPATH", site_with(f"{code}; sabotage({{}})", tmp_path / "site"))
     problem = "a process on cpu could not start: its process ended with exit code 3; its own messages are above"
     exit_code = main(flags(tree, tmp_path, *PARALLEL, "--epochs", 1))
@@ -358,7 +399,9 @@ def eventually(condition: Callable[[], bool], seconds: float = DEADLINE_S) -> bo
 
 
 def interrupt(arguments: list[str], site: str, folder: Path, number: signal.Signals) -> int | None:
-    """Send ``number`` once two folds are being trained, for SIGKILL have a checkpoint; returns the exit code, when no process is left."""
+    """Send ``number`` once two folds are being trained, for SIGKILL have a checkpoint; returns the exit code, when no
+    process is left.
+    """
     folder.mkdir()
     process = _processes.Process(target=_train_with_site, args=(site, arguments, folder))
     process.start()
@@ -392,7 +435,9 @@ def _train_with_site(site: str, arguments: list[str], folder: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 @pytest.mark.usefixtures("no_plots")
 def test_signals_save_every_fold_and_leave_no_process(tree: PngTree, one_by_one: Path, tmp_path: Path) -> None:
-    """One run, killed and stopped again and again, and then finished in one process, ends as one that was never interrupted."""
+    """One run, killed and stopped again and again, and then finished in one process, ends as one that was never
+    interrupted.
+    """
     site = site_with("sabotage({'1': 'slow', '2': 'slow', '3': 'slow'})", tmp_path / "site")
     output_dir = tmp_path / "results"
     assert interrupt(flags(tree, output_dir, *PARALLEL), site, tmp_path / "KILL", signal.SIGKILL) == -signal.SIGKILL
@@ -403,7 +448,9 @@ def test_signals_save_every_fold_and_leave_no_process(tree: PngTree, one_by_one:
         folder = tmp_path / number.name
         assert interrupt(flags(tree, output_dir, *PARALLEL, "--resume"), site, folder, number) == 128 + number
         what = f"stopped by {number.name} in the folds that were running, each of which is saved"
-        assert (folder / "stderr").read_text() == f"quaclrs-train: {what}; the same command with --resume goes on from there\n"
+        assert (
+            folder / "stderr"
+        ).read_text() == f"quaclrs-train: {what}; the same command with --resume goes on from there\n"
         assert states(root) == {"fold_1": "interrupted", "fold_2": "interrupted"}
         # in an epoch, or in the test after the last one, where on a slow machine the first fold may already be
         saved = ("checkpoint_within_epoch.pth", f"checkpoint_epoch_{EPOCHS}.pth")
@@ -422,8 +469,12 @@ def _train_slowly(arguments: list[str], folder: Path) -> None:
     in_session(arguments, folder)
 
 
-def test_a_fold_belongs_to_one_process(tree: PngTree, one_by_one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two on different folds at the same time, as a SLURM array has them, do not disturb each other; a third is refused."""
+def test_a_fold_belongs_to_one_process(
+    tree: PngTree, one_by_one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two on different folds at the same time, as a SLURM array has them, do not disturb each other; a third is
+    refused.
+    """
     root, running = tmp_path / "mobilenet", []
     for number in (1, 2):
         arguments = flags(tree, tmp_path, "--fold", number)
@@ -434,7 +485,9 @@ def test_a_fold_belongs_to_one_process(tree: PngTree, one_by_one: Path, tmp_path
         assert main(flags(tree, tmp_path, "--fold", 1)) == 2
         owner = f"process {running[0].pid} on {socket.gethostname()}"
         advice = "wait for it, or choose another --fold or --output_dir"
-        assert capsys.readouterr().err == f"quaclrs-train: error: {root}: fold 1 is being trained by {owner}; {advice}\n"
+        assert (
+            capsys.readouterr().err == f"quaclrs-train: error: {root}: fold 1 is being trained by {owner}; {advice}\n"
+        )
         for process in running:
             process.join(DEADLINE_S)
         assert [process.exitcode for process in running] == [0, 0]
@@ -459,7 +512,9 @@ def test_a_fold_belongs_to_one_process(tree: PngTree, one_by_one: Path, tmp_path
         (KeyboardInterrupt(), "interrupted", "KeyboardInterrupt: "),
     ],
 )
-def test_the_ledger_says_how_a_fold_ended(error: BaseException | None, state: str, said: str | None, tmp_path: Path) -> None:
+def test_the_ledger_says_how_a_fold_ended(
+    error: BaseException | None, state: str, said: str | None, tmp_path: Path
+) -> None:
     note(tmp_path, 10, state="done")
     note(tmp_path, 2, state="failed", error="of the last time")
     with contextlib.suppress(TrainingError, ZeroDivisionError, Interrupted, KeyboardInterrupt), claimed(tmp_path, 2):

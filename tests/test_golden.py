@@ -1,14 +1,15 @@
 """Contract: the losses of a fixed training are those in ``golden/losses.json``, to the last bit.
 
-So nothing about order, initial weights, images, loss, optimizer or averages changes unnoticed. After a change that is meant to change
-them: ``python tests/test_golden.py`` writes the file anew.
+So nothing about order, initial weights, images, loss, optimizer or averages changes unnoticed. After a change that is
+meant to change them: ``python tests/test_golden.py`` writes the file anew.
 
-The last bits of a sum depend on its order, which torch and its libraries choose by the processor's instructions. :data:`ENVIRONMENT` and
-:func:`train` choose for them, so that the file holds on every x86-64 processor. Other versions of them may still sum in another order,
-or round a logarithm differently; there the losses have to agree to :data:`TOLERANCE`.
+The last bits of a sum depend on its order, which torch and its libraries choose by the processor's instructions.
+:data:`ENVIRONMENT` and
+:func:`train` choose for them, so that the file holds on every x86-64 processor. Other versions of them may still sum in
+another order, or round a logarithm differently; there the losses have to agree to :data:`TOLERANCE`.
 
-ResNet18 at 64 pixels, learning slowly, since it forgives: a last bit stays one. MobileNetV2 with five samples a batch makes ten per cent of
-it in two steps, by BatchNorm over values that are nearly equal.
+ResNet18 at 64 pixels, learning slowly, since it forgives: a last bit stays one. MobileNetV2 with five samples a batch
+makes ten per cent of it in two steps, by BatchNorm over values that are nearly equal.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ ENVIRONMENT = {
 
 
 def write_data(folder: Path) -> list[str]:
-    """Three classes, three folds of eight images, by arithmetic alone: NumPy's random numbers may change. Returns the flags."""
+    """Three classes, three folds of eight images, by arithmetic alone: NumPy's random numbers may change. Returns the
+    flags.
+    """
     rows = []
     for fold in (1, 2, 3):
         for number in range(8):
@@ -86,7 +89,18 @@ def train() -> dict[str, Any]:
             "--learning_rate",
             "1e-5",
         ]
-        rest = ["--num_folds", "3", "--fold", "1", "--loader", "files", "--num_workers", "0", "--gradcam_per_class", "0"]
+        rest = [
+            "--num_folds",
+            "3",
+            "--fold",
+            "1",
+            "--loader",
+            "files",
+            "--num_workers",
+            "0",
+            "--gradcam_per_class",
+            "0",
+        ]
         files = [*write_data(Path(folder)), "--output_dir", f"{folder}/results", "--device", "cpu"]
         assert main([*files, *network, *rest]) == 0
         metrics = json.loads(Path(folder, "results", "resnet18", "fold_1", "metrics.json").read_text())
@@ -136,7 +150,9 @@ def losses() -> list[dict[str, Any]]:
 
 
 def numbers(found: dict[str, Any]) -> list[float]:
-    return [float.fromhex(entry[name]) for entry in found["history"] for name in EXACT] + [float.fromhex(found["test_loss"])]
+    return [float.fromhex(entry[name]) for entry in found["history"] for name in EXACT] + [
+        float.fromhex(found["test_loss"])
+    ]
 
 
 def test_losses_are_golden(losses: list[dict[str, Any]]) -> None:

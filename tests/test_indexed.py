@@ -1,4 +1,6 @@
-"""Indexed images: nothing is lost, refusals say why, and a dataset's layouts and palettes do not depend on its order."""
+"""Indexed images: nothing is lost, refusals say why, and a dataset's layouts and palettes do not depend
+on its order.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def drawn_images(draw, side=40, colours=256):
         return (0, *sorted(inner.tolist()))
 
     layout = Layout(height=height, width=width, row_edges=edges(height), column_edges=edges(width))
-    palette = random_colours(rng, draw(st.sampled_from([1, 2, 3, 17, 255, 256]) if colours == 256 else st.integers(1, colours)))
+    palette = random_colours(
+        rng, draw(st.sampled_from([1, 2, 3, 17, 255, 256]) if colours == 256 else st.integers(1, colours))
+    )
     grid = rng.integers(0, len(palette), (layout.rows, layout.columns)).astype(np.uint8)
     for _ in range(draw(st.integers(0, 3))):  # merge: repeat a row, a column
         row, column = rng.integers(layout.rows), rng.integers(layout.columns)
@@ -105,7 +109,8 @@ def test_too_long_a_side_is_refused():
 
 
 @pytest.mark.parametrize(
-    "pixels", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4, 3))]
+    "pixels",
+    [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4, 3))],
 )
 def test_other_arrays_are_refused(pixels):
     with pytest.raises(ValueError, match=r"must be \(H, W, 3\) uint8"):
@@ -180,7 +185,9 @@ def test_broken_layouts_are_refused(change, message):
 def seen_parts(layout, palette, rng, number):
     """Facts of images on ``layout`` with cells merged and colours left out, from hardly at all to nearly everything."""
     for kept in rng.choice([0.01, 0.3, 0.9, 1.0], number):
-        edges = [(0, *(edge for edge in axis[1:] if rng.random() < kept)) for axis in (layout.row_edges, layout.column_edges)]
+        edges = [
+            (0, *(edge for edge in axis[1:] if rng.random() < kept)) for axis in (layout.row_edges, layout.column_edges)
+        ]
         seen = Layout(height=layout.height, width=layout.width, row_edges=edges[0], column_edges=edges[1])
         colours = palette[rng.random(len(palette)) < kept]
         grid = np.zeros((seen.rows, seen.columns), np.uint8)
@@ -221,7 +228,8 @@ def test_a_image_that_shows_nothing_takes_the_smallest_layout():
 def test_grids_that_are_not_even_are_put_together_from_what_images_show():
     rng = np.random.default_rng(0)
     edges = [
-        (0, *sorted(rng.choice(np.arange(1, pixels), cells, replace=False).tolist())) for pixels, cells in ((300, 60), (500, 90))
+        (0, *sorted(rng.choice(np.arange(1, pixels), cells, replace=False).tolist()))
+        for pixels, cells in ((300, 60), (500, 90))
     ]
     odd = Layout(height=300, width=500, row_edges=edges[0], column_edges=edges[1])
     facts = []
@@ -236,7 +244,9 @@ def test_grids_that_are_not_even_are_put_together_from_what_images_show():
 
 def test_colour_maps_that_do_not_fit_together_keep_a_palette_each():
     rng = np.random.default_rng(0)
-    maps = [matplotlib.colormaps[name](np.arange(256), bytes=True)[:, :3].copy() for name in ("magma", "viridis", "gray")]
+    maps = [
+        matplotlib.colormaps[name](np.arange(256), bytes=True)[:, :3].copy() for name in ("magma", "viridis", "gray")
+    ]
     layout = even_layout(40, 100, 4, 10)
     facts = [image_facts(IndexedImage(np.zeros((4, 10), np.uint8), MAGMA, layout))]  # one image has all of magma
     facts += [fact for palette in maps for fact in seen_parts(layout, palette, rng, 40)]
@@ -257,7 +267,9 @@ def test_small_palettes_are_put_together():
 def test_images_without_anything_in_common_are_refused(monkeypatch):
     monkeypatch.setattr(shared_layouts, "MAX_SHARED", 3)
     colours = random_colours(np.random.default_rng(0), 1200).reshape(6, 200, 3)
-    facts = [image_facts(IndexedImage(np.zeros((1, 1), np.uint8), palette, even_layout(4, 4, 1, 1))) for palette in colours]
+    facts = [
+        image_facts(IndexedImage(np.zeros((1, 1), np.uint8), palette, even_layout(4, 4, 1, 1))) for palette in colours
+    ]
     with pytest.raises(NotIndexable, match="need more than 3 palettes"):
         plan(facts)
     facts = [image_facts(find_cells(np.zeros((1, width, 3), np.uint8))) for width in range(1, 6)]

@@ -1,4 +1,6 @@
-"""Contract of ``--encoding indexed``: lossless for every image, shared layouts and palettes, the same bytes however they were made."""
+"""Contract of ``--encoding indexed``: lossless for every image, shared layouts and palettes, the same bytes however
+they were made.
+"""
 
 from __future__ import annotations
 
@@ -87,8 +89,14 @@ def test_workers_do_not_change_a_byte(indexed_shards: Path, png_tree: PngTree, t
     assert content_of(tmp_path / "shards") == content_of(indexed_shards)
 
 
-def test_from_png_shards_comes_the_same_as_from_the_tree(indexed_shards: Path, png_shards: Path, tmp_path: Path) -> None:
-    pack(PackConfig(from_shards=png_shards, output_dir=tmp_path / "shards", encoding="indexed", shard_size=SMALL, num_workers=1))
+def test_from_png_shards_comes_the_same_as_from_the_tree(
+    indexed_shards: Path, png_shards: Path, tmp_path: Path
+) -> None:
+    pack(
+        PackConfig(
+            from_shards=png_shards, output_dir=tmp_path / "shards", encoding="indexed", shard_size=SMALL, num_workers=1
+        )
+    )
     assert content_of(tmp_path / "shards") == content_of(indexed_shards)
 
 
@@ -111,8 +119,17 @@ def test_there_is_one_source(given: dict[str, Path], tmp_path: Path) -> None:
         PackConfig(output_dir=tmp_path, **given)  # type: ignore[arg-type]
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(indexed_shards: Path, png_tree: PngTree, tmp_path: Path) -> None:
-    flags = ["--csv_file", png_tree.csv_file, "--spectrograms_dir", png_tree.spectrograms_dir, "--output_dir", tmp_path / "shards"]
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
+    indexed_shards: Path, png_tree: PngTree, tmp_path: Path
+) -> None:
+    flags = [
+        "--csv_file",
+        png_tree.csv_file,
+        "--spectrograms_dir",
+        png_tree.spectrograms_dir,
+        "--output_dir",
+        tmp_path / "shards",
+    ]
     flags += ["--encoding", "indexed", "--shard_size", str(SMALL), "--num_workers", "2"]
     command = tool_command("shard_dataset", [str(flag) for flag in flags])
     for delay_s in (0.9, 1.1, 1.3, 1.5):
@@ -146,7 +163,14 @@ def test_the_first_round_is_not_done_twice(tmp_path: Path, monkeypatch: pytest.M
 def test_a_photograph_is_refused_by_name_with_the_advice(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree", make_rows(folds=(1,)))
     photograph(tree.path(3))
-    flags = ["--csv_file", tree.csv_file, "--spectrograms_dir", tree.spectrograms_dir, "--output_dir", tmp_path / "shards"]
+    flags = [
+        "--csv_file",
+        tree.csv_file,
+        "--spectrograms_dir",
+        tree.spectrograms_dir,
+        "--output_dir",
+        tmp_path / "shards",
+    ]
     result = run_tool("shard_dataset", [*map(str, flags), "--encoding", "indexed"])
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
@@ -169,10 +193,17 @@ def test_images_of_several_sizes_and_colour_maps(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     images = [random.integers(0, 255, (40, 100, 3)).astype(np.uint8)[:2, :2] for _ in range(3)]
     ramps = [
-        np.stack([np.arange(200), np.full(200, colour), np.arange(200)[::-1]], axis=1).astype(np.uint8) for colour in (0, 99, 255)
+        np.stack([np.arange(200), np.full(200, colour), np.arange(200)[::-1]], axis=1).astype(np.uint8)
+        for colour in (0, 99, 255)
     ]
-    images += [ramp[random.integers(0, 200, (20, 50))].repeat(2, axis=0).repeat(2, axis=1) for ramp in ramps for _ in range(2)]
-    images += [np.full((40, 100, 3), 7, np.uint8), np.zeros((1, 1, 3), np.uint8), ramps[0][random.integers(0, 200, (33, 77))]]
+    images += [
+        ramp[random.integers(0, 200, (20, 50))].repeat(2, axis=0).repeat(2, axis=1) for ramp in ramps for _ in range(2)
+    ]
+    images += [
+        np.full((40, 100, 3), 7, np.uint8),
+        np.zeros((1, 1, 3), np.uint8),
+        ramps[0][random.integers(0, 200, (33, 77))],
+    ]
     rows = [make_row("dog_bark", 1 + i % 3, recording=i) for i in range(len(images))]
     tree = PngTree(write_csv(tmp_path / "data.csv", rows), tmp_path / "spectrograms", rows)
     for row, image in enumerate(images):
@@ -190,7 +221,9 @@ def test_export_restores_the_pixels_and_the_mode(indexed_shards: Path, png_tree:
     assert (tmp_path / "out" / png_tree.csv_file.name).read_bytes() == png_tree.csv_file.read_bytes()
     for row in range(len(png_tree.rows)):
         original = Image.open(png_tree.path(row))
-        restored = Image.open(tmp_path / "out" / "spectrograms" / png_tree.path(row).relative_to(png_tree.spectrograms_dir))
+        restored = Image.open(
+            tmp_path / "out" / "spectrograms" / png_tree.path(row).relative_to(png_tree.spectrograms_dir)
+        )
         assert restored.mode == original.mode == "RGBA"
         assert restored.tobytes() == original.tobytes()
 
@@ -211,9 +244,19 @@ def test_verify_renders_every_image(indexed_shards: Path, tmp_path: Path) -> Non
 
 
 def test_the_summary_of_png_shards_says_what_indexed_would_save(png_tree: PngTree, tmp_path: Path) -> None:
-    flags = ["--csv_file", png_tree.csv_file, "--spectrograms_dir", png_tree.spectrograms_dir, "--output_dir", tmp_path / "png"]
+    flags = [
+        "--csv_file",
+        png_tree.csv_file,
+        "--spectrograms_dir",
+        png_tree.spectrograms_dir,
+        "--output_dir",
+        tmp_path / "png",
+    ]
     result = run_tool("shard_dataset", list(map(str, flags)))
-    assert "all of 64 images looked at are colour-mapped grids: --encoding indexed would keep them without loss" in result.stdout
+    assert (
+        "all of 64 images looked at are colour-mapped grids: --encoding indexed would keep them without loss"
+        in result.stdout
+    )
 
 
 def test_the_summary_of_photographs_does_not(tmp_path: Path) -> None:

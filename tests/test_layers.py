@@ -1,4 +1,6 @@
-"""Contract of the package's structure: imports point one way, heavy libraries are loaded only where needed, one fact has one home."""
+"""Contract of the package's structure: imports point one way, heavy libraries are loaded only where needed, one fact
+has one home.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ LAYERS = (
     "errors",
     "__init__",
 )
-"""The folders and files of ``quaclrs/`` from the top down: a layer imports itself and those below it, never one above."""
+"""The folders and files of ``quaclrs/`` from the top down: a layer imports itself and those below it, never one above.
+"""
 
 
 SHARED_BY_LOADERS = ("loaders.base", "loaders.dataset", "loaders.rendering")
@@ -44,7 +47,9 @@ SHARED_BY_LOADERS = ("loaders.base", "loaders.dataset", "loaders.rendering")
 def sources() -> dict[str, str]:
     """Module (``loaders.files``; ``loaders.__init__`` for a folder itself) to source."""
     paths = sorted(PACKAGE.rglob("*.py"))
-    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text(encoding="utf-8") for path in paths}
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text(encoding="utf-8") for path in paths
+    }
 
 
 def imported_names(source: str, module: str = "") -> Iterator[str]:
@@ -85,7 +90,9 @@ def upward_imports(all_sources: dict[str, str]) -> list[str]:
         for imported in sorted(imported_modules(module, source, set(all_sources))):
             upward = LAYERS.index(layer(imported)) < LAYERS.index(layer(module))
             siblings = (
-                layer(module) == layer(imported) == "loaders" and imported not in SHARED_BY_LOADERS and module != "loaders.__init__"
+                layer(module) == layer(imported) == "loaders"
+                and imported not in SHARED_BY_LOADERS
+                and module != "loaders.__init__"
             )
             if upward or siblings:
                 found.append(f"{module} imports {imported}")
@@ -130,7 +137,11 @@ def test_no_import_goes_round_in_a_circle() -> None:
 
 def importers(library: str) -> set[str]:
     names = {module: set(imported_names(source)) for module, source in sources().items()}
-    return {module for module, found in names.items() if any(name == library or name.startswith(f"{library}.") for name in found)}
+    return {
+        module
+        for module, found in names.items()
+        if any(name == library or name.startswith(f"{library}.") for name in found)
+    }
 
 
 def test_who_imports_the_heavy_libraries() -> None:
@@ -145,7 +156,9 @@ def test_who_imports_the_heavy_libraries() -> None:
 def test_one_file_reads_the_environment_of_torchrun() -> None:
     def strings(source: str) -> set[str]:
         return {
-            node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            node.value
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
         }
 
     readers = {module for module, source in sources().items() if strings(source) & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
@@ -163,7 +176,9 @@ def modules_loaded_by(code: str) -> set[str]:
 
 
 def loaded_by(code: str) -> set[str]:
-    """Packages that ``code`` loads, without the standard library and what ``site`` loads at start (an editable installation)."""
+    """Packages that ``code`` loads, without the standard library and what ``site`` loads at start (an editable
+    installation).
+    """
     found, at_start = ({name.partition(".")[0] for name in modules_loaded_by(source)} for source in (code, ""))
     return found - set(sys.stdlib_module_names) - at_start - {"__mp_main__"}
 
@@ -250,7 +265,9 @@ def test_every_library_that_is_imported_is_a_dependency() -> None:
     third_party = imported - set(sys.stdlib_module_names) - {"quaclrs"}
     assert {"torch", "numpy"} <= third_party
     with_torch = {"triton"}  # torch brings the version that it was built for
-    assert {distributions.get(name, name) for name in third_party - with_torch} <= set(requirements()["install_requires"])
+    assert {distributions.get(name, name) for name in third_party - with_torch} <= set(
+        requirements()["install_requires"]
+    )
 
 
 def test_licence_and_command() -> None:

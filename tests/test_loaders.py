@@ -1,6 +1,8 @@
-"""Contract of loaders/: whatever makes the batches, they hold the same samples in the order asked for, and nothing is left behind.
+"""Contract of loaders/: whatever makes the batches, they hold the same samples in the order asked for, and nothing is
+left behind.
 
-The oracle is Pillow and torchvision, called here directly; which sample has which number is read out of the tars by ``tarfile``.
+The oracle is Pillow and torchvision, called here directly; which sample has which number is read out of the tars by
+``tarfile``.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ from quaclrs.loaders.files import FilesLoader
 from quaclrs.loaders.resident import ResidentLoader
 from quaclrs.shards.packing.pack import pack
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")  # from 3.12
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
+)  # from 3.12
 
 SIZE = 224
 MAX_BATCH = 6
@@ -92,7 +96,9 @@ def magma_image(seed: int, columns: int = 376, width: int = 1000, height: int = 
     for axis in (0, 1):
         grid = sum(np.roll(grid, shift, axis) for shift in range(-3, 4))
     levels = ((grid - grid.min()) / (grid.max() - grid.min()) * 255).astype(int)
-    rows, cells = (np.floor(np.arange(n + 1) * size / n + 0.5).astype(int) for n, size in ((128, height), (columns, width)))
+    rows, cells = (
+        np.floor(np.arange(n + 1) * size / n + 0.5).astype(int) for n, size in ((128, height), (columns, width))
+    )
     pixels = levels.repeat(np.diff(rows), axis=0).repeat(np.diff(cells), axis=1)
     return matplotlib.colormaps["magma"](np.arange(256), bytes=True)[pixels]
 
@@ -276,7 +282,9 @@ def deadline() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
-def check(batches: list[Batch], asked: list[np.ndarray], oracle: Oracle, case: Case, dtype: torch.dtype = torch.float32) -> None:
+def check(
+    batches: list[Batch], asked: list[np.ndarray], oracle: Oracle, case: Case, dtype: torch.dtype = torch.float32
+) -> None:
     """All that a batch promises, against the oracle."""
     assert len(batches) == len(asked)
     for batch, numbers in zip(batches, asked, strict=True):
@@ -298,7 +306,9 @@ def check(batches: list[Batch], asked: list[np.ndarray], oracle: Oracle, case: C
 
 
 def test_samples_order_labels_and_pixels(loader: Loader, case: Case, oracle: Oracle) -> None:
-    """In batches of every size, among them one that asks for a sample twice; all are kept, so none may share its memory."""
+    """In batches of every size, among them one that asks for a sample twice; all are kept, so none may share its
+    memory.
+    """
     order = np.random.default_rng(3).permutation(len(oracle))
     asked = [order[:6], order[6:7], order[7:10], np.array([4, 4]), order[10:15], order[15:]]
     check(list(loader.load(asked)), asked, oracle, case)
@@ -328,7 +338,9 @@ def test_an_epoch_of_one_batch_and_of_none(loader: Loader, case: Case, oracle: O
 
 
 def test_the_random_numbers_of_training_are_left_alone(case: Case, data: Data) -> None:
-    """Else dropout would depend on the loader, and a resume, which starts its loader anew, would not give the same weights."""
+    """Else dropout would depend on the loader, and a resume, which starts its loader anew, would not give the same
+    weights.
+    """
     before = torch.get_rng_state()
     with loader_of(case, data) as loader:
         for _ in range(2):
@@ -379,7 +391,9 @@ def nothing_new_since(before: tuple[int, list[str], int, list[str]]) -> bool:
 
 
 def settled() -> tuple[int, list[str], int, list[str]]:
-    """:func:`left_over` once it no longer changes: a thread that has been joined may still be listed by the kernel for a moment."""
+    """:func:`left_over` once it no longer changes: a thread that has been joined may still be listed by the kernel for
+    a moment.
+    """
     seen = left_over()
     while (now := (time.sleep(0.1), left_over())[1]) != seen:
         seen = now
@@ -468,10 +482,16 @@ DECODING_CASES = [case for case in CASES if case.source in ("tree", "png") and c
 @pytest.mark.parametrize("victim", ["magma4.png", "palette.png"])
 @pytest.mark.parametrize("case", DECODING_CASES, ids=str, scope="function")
 def test_a_damaged_image(case: Case, victim: str, data: Data, oracle: Oracle, tmp_path: Path) -> None:
-    """Its batch raises, those before do not; who leaves before it comes sees nothing, and can go on with other samples."""
+    """Its batch raises, those before do not; who leaves before it comes sees nothing, and can go on with
+    other samples.
+    """
     bad = oracle.number_of(victim)
     damaged = copy_of(data, case.source, tmp_path / "copy")
-    file = damage_image(damaged, oracle, bad) if case.source == "tree" else damage_record(damaged.folders[case.source], bad)
+    file = (
+        damage_image(damaged, oracle, bad)
+        if case.source == "tree"
+        else damage_record(damaged.folders[case.source], bad)
+    )
     good = [number for number in range(len(oracle)) if oracle.rows[number]["spec_file_name"] != victim]
     asked = [np.array([number]) for number in (*good[:2], bad, *good[2:])]
     before = settled()
@@ -577,13 +597,18 @@ def test_what_fits_in_the_device_stays_there(free: int, name: str) -> None:
     assert f"0.00 of {free / 1e9:.2f} GB" in choice.reason
 
 
-@pytest.mark.parametrize(("free", "name", "parts"), [(2_000_000, "resident", 1), (500_000, "resident", 4), (499_999, "mapped", 1)])
+@pytest.mark.parametrize(
+    ("free", "name", "parts"), [(2_000_000, "resident", 1), (500_000, "resident", 4), (499_999, "mapped", 1)]
+)
 def test_what_fits_in_several_devices_is_shared_out(free: int, name: str, parts: int) -> None:
     choice = choose_loader("auto", "indexed", MemoryEstimate(needed=1_000_000, free=free, ranks=4))
     assert (choice.name, choice.parts) == (name, parts)
     assert ("shared out over 4 processes, each of which shuffles its own part" in choice.reason) == (parts == 4)
     asked = choose_loader("resident", "indexed", MemoryEstimate(needed=1_000_000, free=1_200_000, ranks=4))
-    assert (asked.parts, choose_loader("resident", "indexed", MemoryEstimate(needed=1_000_000, free=300_000, ranks=4)).parts) == (
+    assert (
+        asked.parts,
+        choose_loader("resident", "indexed", MemoryEstimate(needed=1_000_000, free=300_000, ranks=4)).parts,
+    ) == (
         1,
         4,
     )
@@ -702,8 +727,14 @@ print("exit code", main([*common, "--loader", "auto"]))
 def test_without_dali(png_tree: PngTree, tmp_path: Path) -> None:
     """``--loader dali`` says what to install before any work; ``auto`` does without."""
     shutil.copytree(png_tree.csv_file.parent, tmp_path / "data")
-    flags = f"--csv_file {tmp_path}/data/data.csv --spectrograms_dir {tmp_path}/data/spectrograms --output_dir {tmp_path}/results"
-    flags += " --image_size 8 --fold 1 --epochs 1 --num_workers 0 --batch_size 64 --gradcam_per_class 0 --model_name mobilenet"
+    flags = (
+        f"--csv_file {tmp_path}/data/data.csv --spectrograms_dir "
+        f"{tmp_path}/data/spectrograms --output_dir {tmp_path}/results"
+    )
+    flags += (
+        " --image_size 8 --fold 1 --epochs 1 --num_workers 0 --batch_size 64 "
+        "--gradcam_per_class 0 --model_name mobilenet"
+    )
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_DALI, *flags.split()], capture_output=True, text=True, timeout=100, check=True
     )
@@ -713,7 +744,10 @@ def test_without_dali(png_tree: PngTree, tmp_path: Path) -> None:
     assert "--loader files" in done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("exit")] == ["exit code 2", "exit code 0"]
     assert "loader: files on cpu (nvidia-dali-cuda120 cannot be imported" in done.stdout
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["data.csv", "spectrograms"]  # nothing was packed
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
+        "data.csv",
+        "spectrograms",
+    ]  # nothing was packed
 
 
 # --- normalisation ---
@@ -757,7 +791,8 @@ def test_normalise_on_a_gpu() -> None:
 
 
 @pytest.mark.parametrize(
-    "images", [torch.zeros(2, 4, 4, 3), torch.zeros(4, 4, 3, dtype=torch.uint8), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)]
+    "images",
+    [torch.zeros(2, 4, 4, 3), torch.zeros(4, 4, 3, dtype=torch.uint8), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)],
 )
 def test_normalise_refuses_other_arrays(images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"must be \(B, S, S, 3\) uint8"):

@@ -118,7 +118,9 @@ def test_a_header_without_rows() -> None:
 
 
 def test_a_csv_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.csv: cannot read the CSV \(No such file or directory\); check --csv_file"):
+    with pytest.raises(
+        DataError, match=r"nowhere\.csv: cannot read the CSV \(No such file or directory\); check --csv_file"
+    ):
         read_metadata(tmp_path / "nowhere.csv")
 
 
@@ -159,7 +161,9 @@ def test_ways_to_write_a_fold(text: str, fold: int) -> None:
 def test_a_missing_value_is_named_with_its_row(column: str, value: str) -> None:
     message = refusal(HEADER, GOOD, with_value(column, value), with_value(column, value))
     shown = value.strip('"')
-    assert f"row 2: column {column!r} is {shown!r}, a missing value (2 such row(s)); fill in or delete the row" in message
+    assert (
+        f"row 2: column {column!r} is {shown!r}, a missing value (2 such row(s)); fill in or delete the row" in message
+    )
 
 
 def test_gaps_elsewhere_are_fine() -> None:
@@ -203,7 +207,10 @@ def test_a_quote_that_never_ends() -> None:
 )
 def test_a_path_that_leaves_the_folder(file: str) -> None:
     message = refusal(HEADER, GOOD, with_value("spec_file_name", file))
-    assert f"row 2: the image {file!r} is absolute or climbs out with '..'; paths must stay below --spectrograms_dir" in message
+    assert (
+        f"row 2: the image {file!r} is absolute or climbs out with '..'; paths must stay below --spectrograms_dir"
+        in message
+    )
 
 
 @pytest.mark.parametrize("file", ["a..b.png", "...png", "x/y/a.png", "-a.png", "ä ö.png", "a.b.png"])
@@ -242,7 +249,9 @@ def test_audit_of_a_clean_tree(png_tree: PngTree) -> None:
 
 
 def test_rows_share_a_file_only_inside_one_fold(tmp_path: Path) -> None:
-    rows = [make_row("police", 1, recording=5) for _ in range(3)] + [make_row("police", fold, recording=5) for fold in (2, 3)]
+    rows = [make_row("police", 1, recording=5) for _ in range(3)] + [
+        make_row("police", fold, recording=5) for fold in (2, 3)
+    ]
     audit = read_metadata(write_csv(tmp_path / "data.csv", rows)).audit()
     assert audit.rows_sharing_a_file == 3
 
@@ -254,7 +263,10 @@ def test_a_file_of_two_classes_is_reported(tmp_path: Path) -> None:
 
 
 def test_recordings_in_two_folds_are_reported(tmp_path: Path) -> None:
-    rows = [make_row("police", fold, recording=recording) for fold, recording in ((1, 7), (2, 7), (2, 8), (2, 8), (3, 9), (1, 9))]
+    rows = [
+        make_row("police", fold, recording=recording)
+        for fold, recording in ((1, 7), (2, 7), (2, 8), (2, 8), (3, 9), (1, 9))
+    ]
     audit = read_metadata(write_csv(tmp_path / "data.csv", rows)).audit()
     assert audit.recordings_across_folds == ("7", "9")
 

@@ -1,4 +1,6 @@
-"""Contract of models.py: seven networks that take our images, learn where they should and start from the right weights."""
+"""Contract of models.py: seven networks that take our images, learn where they should and start from the
+right weights.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def test_trains_at_its_smallest_size(name: str) -> None:
     model = models.build_model(name, CLASSES)
     assert model.training
     assert all(
-        parameter.is_contiguous(memory_format=torch.channels_last) for parameter in model.parameters() if parameter.ndim == 4
+        parameter.is_contiguous(memory_format=torch.channels_last)
+        for parameter in model.parameters()
+        if parameter.ndim == 4
     )
     size = max(models.ARCHITECTURES[name].min_input_size, 32)
     images = torch.randn(2, 3, size, size).to(memory_format=torch.channels_last)
@@ -113,7 +117,9 @@ def test_pretrained_takes_all_but_the_heads(name: str, monkeypatch: pytest.Monke
     row = models.ARCHITECTURES[name]
     with torch.device("meta"):
         shapes = row.constructor(weights=None).state_dict() if name != "inception" else inception_shapes()
-    state = {key: torch.full(value.shape, index, dtype=value.dtype) for index, (key, value) in enumerate(shapes.items())}
+    state = {
+        key: torch.full(value.shape, index, dtype=value.dtype) for index, (key, value) in enumerate(shapes.items())
+    }
     monkeypatch.setattr(type(row.weights), "get_state_dict", lambda _self, **_options: state)
     loaded = models.build_model(name, CLASSES, pretrained=True, freeze_features=True)
     heads = {f"{head}.{kind}" for head in row.heads for kind in ("weight", "bias")}
@@ -122,7 +128,9 @@ def test_pretrained_takes_all_but_the_heads(name: str, monkeypatch: pytest.Monke
             assert value.shape[0] == CLASSES
         else:
             assert torch.equal(value, state[key]), key
-    assert sorted(key for key, value in loaded.named_parameters() if value.requires_grad) == sorted(TRAINABLE_WHEN_FROZEN[name])
+    assert sorted(key for key, value in loaded.named_parameters() if value.requires_grad) == sorted(
+        TRAINABLE_WHEN_FROZEN[name]
+    )
     if name == "inception":
         assert loaded.transform_input is True
 
@@ -165,7 +173,9 @@ def test_pretrained_reads_the_file_in_torchs_cache(weights_file: Path) -> None:
     torch.save(source, weights_file)
     loaded = models.build_model("mobilenet", CLASSES, pretrained=True).state_dict()
     assert models.weights_path("mobilenet") == weights_file
-    same = [key for key, value in loaded.items() if value.shape == source[key].shape and torch.equal(value, source[key])]
+    same = [
+        key for key, value in loaded.items() if value.shape == source[key].shape and torch.equal(value, source[key])
+    ]
     assert set(source) - set(same) == {"classifier.1.weight", "classifier.1.bias"}
 
 
@@ -222,7 +232,9 @@ def answer_other_page(_request: Any) -> Response:
         (answer_other_page, "invalid hash value"),
     ],
 )
-def test_failed_downloads(weights_file: Path, monkeypatch: pytest.MonkeyPatch, answer: Callable[[Any], Any], reason: str) -> None:
+def test_failed_downloads(
+    weights_file: Path, monkeypatch: pytest.MonkeyPatch, answer: Callable[[Any], Any], reason: str
+) -> None:
     monkeypatch.setattr(torch.hub, "urlopen", answer)
     with pytest.raises(MissingDependencyError, match=re.escape(reason)) as error:
         models.build_model("mobilenet", CLASSES, pretrained=True)
@@ -248,7 +260,9 @@ def no_tensors() -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("make", [truncated, other_tensors, no_tensors, lambda: b"", lambda: b"<html>please log in</html>"])
+@pytest.mark.parametrize(
+    "make", [truncated, other_tensors, no_tensors, lambda: b"", lambda: b"<html>please log in</html>"]
+)
 def test_a_damaged_weights_file_is_named(weights_file: Path, make: Callable[[], bytes]) -> None:
     weights_file.write_bytes(make())
     with pytest.raises(MissingDependencyError, match="does not hold the weights of mobilenet") as error:

@@ -1,4 +1,6 @@
-"""Contract of packing: shards that any reader understands, the same bytes however they came about, and nothing lost on the way."""
+"""Contract of packing: shards that any reader understands, the same bytes however they came about, and nothing lost on
+the way.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ def small_tree(tmp_path: Path) -> PngTree:
     return write_tree(tmp_path / "tree", make_rows(FEW_CLASSES, FEW_FOLDS))
 
 
-# ---- what the shards hold, by three foreign readers --------------------------------------------------------------------------------
+# --- what the shards hold, by three foreign readers ---
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ def test_tarfile_agrees_with_the_manifest(png_shards: Path, png_tree: PngTree) -
     found = []
     for tar in tars(png_shards):
         members = members_of(tar)
-        for (png, payload), (cls, label), (document, row) in zip(members[::3], members[1::3], members[2::3], strict=True):
+        for (png, payload), (cls, label), (document, row) in zip(
+            members[::3], members[1::3], members[2::3], strict=True
+        ):
             key = png.name.removesuffix(".png")
             assert [info.name for info in (png, cls, document)] == [f"{key}.png", f"{key}.cls", f"{key}.json"]
             found.append(Sample(key, payload, int(label), json.loads(row)))
@@ -202,13 +206,18 @@ def test_shards_stay_below_their_size(png_shards: Path, png_tree: PngTree, tmp_p
     pack_tree(png_tree, tmp_path / "one_each", shard_size=1)
     assert {entry["samples"] for entry in manifest_of(tmp_path / "one_each")["shards"]} == {1}  # a sample is never cut
     pack_tree(png_tree, tmp_path / "large", shard_size=1 << 30)
-    assert [entry["samples"] for entry in manifest_of(tmp_path / "large")["shards"]] == [27] * 10  # folds never share a shard
+    assert [entry["samples"] for entry in manifest_of(tmp_path / "large")["shards"]] == [
+        27
+    ] * 10  # folds never share a shard
 
 
 def test_rgb_payloads_are_pillows_resize(rgb_shards: Path, png_tree: PngTree) -> None:
     samples = samples_of(rgb_shards)
     found = [
-        np.load(io.BytesIO(content)) for tar in tars(rgb_shards) for info, content in members_of(tar) if info.name.endswith(".npy")
+        np.load(io.BytesIO(content))
+        for tar in tars(rgb_shards)
+        for info, content in members_of(tar)
+        if info.name.endswith(".npy")
     ]
     assert len(found) == 270
     for row, array in zip(samples["row"].tolist(), found, strict=True):
@@ -229,17 +238,21 @@ def test_samples_are_read_by_number(png_shards: Path, rgb_shards: Path, png_tree
             np.testing.assert_array_equal(rgb.array(number), expected)
 
 
-# ---- the same bytes, however they came about ----------------------------------------------------------------------------------------
+# --- the same bytes, however they came about ---
 
 
-def test_the_tool_with_four_workers_writes_the_same_bytes_as_one(png_shards: Path, png_tree: PngTree, tmp_path: Path) -> None:
+def test_the_tool_with_four_workers_writes_the_same_bytes_as_one(
+    png_shards: Path, png_tree: PngTree, tmp_path: Path
+) -> None:
     done = run_tool("shard_dataset", pack_flags(png_tree, tmp_path / "shards", num_workers=4))
     assert (done.returncode, done.stderr) == (0, "")
     assert content_of(tmp_path / "shards") == content_of(png_shards)
     assert f"{tmp_path / 'shards'}: 270 samples in {len(tars(png_shards))} shards" in done.stdout
 
 
-def test_a_tree_elsewhere_with_other_times_gives_the_same_bytes(png_shards: Path, png_tree: PngTree, tmp_path: Path) -> None:
+def test_a_tree_elsewhere_with_other_times_gives_the_same_bytes(
+    png_shards: Path, png_tree: PngTree, tmp_path: Path
+) -> None:
     moved = PngTree(tmp_path / "moved" / "data.csv", tmp_path / "moved" / "images", png_tree.rows)
     shutil.copytree(png_tree.spectrograms_dir, moved.spectrograms_dir, copy_function=shutil.copyfile)  # new times
     shutil.copyfile(png_tree.csv_file, moved.csv_file)
@@ -271,7 +284,7 @@ def identities(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-# ---- killed, and run again -----------------------------------------------------------------------------------------------------------
+# --- killed, and run again ---
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -280,7 +293,9 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def pack_and_kill(command: list[str], output_dir: Path, finished_shards: int, delay_s: float) -> bool:
-    """Kill the packer and its workers ``delay_s`` after it has finished so many shards; False when it was done before that."""
+    """Kill the packer and its workers ``delay_s`` after it has finished so many shards; False when it was done before
+    that.
+    """
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while process.poll() is None and len(list(output_dir.glob("fold*/*.tar"))) < finished_shards:
@@ -315,7 +330,8 @@ from pathlib import Path
 from quaclrs.config import PackConfig
 from quaclrs.shards.packing.pack import pack
 
-config = PackConfig(csv_file=Path(sys.argv[1]), spectrograms_dir=Path(sys.argv[2]), output_dir=Path(sys.argv[3]), num_workers=1)
+csv_file, spectrograms_dir, output_dir = map(Path, sys.argv[1:4])
+config = PackConfig(csv_file=csv_file, spectrograms_dir=spectrograms_dir, output_dir=output_dir, num_workers=1)
 steps = 0
 
 def killed_around(original, step):
@@ -340,11 +356,14 @@ for step in range(int(sys.argv[4])):
         print(step, os.WEXITSTATUS(status))  # there are no more steps to be killed at
         break
     found = sorted(path.name for path in config.output_dir.glob("fold*/*.tar"))
-    assert all(Path(sys.argv[5], "fold01", name).stat().st_size == (config.output_dir / "fold01" / name).stat().st_size for name in found)
+    for name in found:
+        promised = Path(sys.argv[5], "fold01", name)
+        assert promised.stat().st_size == (config.output_dir / "fold01" / name).stat().st_size
     pack(config)
     for path in config.output_dir.rglob("*"):
         if path.is_file():
-            assert path.read_bytes() == Path(sys.argv[5], path.relative_to(config.output_dir)).read_bytes(), (step, path)
+            promised = Path(sys.argv[5], path.relative_to(config.output_dir))
+            assert path.read_bytes() == promised.read_bytes(), (step, path)
     print(step, len(found), sum(path.is_file() for path in config.output_dir.rglob("*")))
     import shutil
     shutil.rmtree(config.output_dir)
@@ -456,10 +475,14 @@ def test_a_stopped_packing_of_other_settings_leaves_nothing_behind(small_tree: P
     assert content_of(output_dir) == content_of(tmp_path / "fresh")
 
 
-def test_ctrl_c_stops_with_one_line_and_the_packing_can_go_on(png_shards: Path, png_tree: PngTree, tmp_path: Path) -> None:
+def test_ctrl_c_stops_with_one_line_and_the_packing_can_go_on(
+    png_shards: Path, png_tree: PngTree, tmp_path: Path
+) -> None:
     output_dir = tmp_path / "shards"
     command = tool_command("shard_dataset", pack_flags(png_tree, output_dir, num_workers=2))
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while process.poll() is None and not list(output_dir.glob("fold*/*.tar")):
         time.sleep(0.0005)
     os.killpg(process.pid, signal.SIGINT)
@@ -470,7 +493,7 @@ def test_ctrl_c_stops_with_one_line_and_the_packing_can_go_on(png_shards: Path, 
     assert content_of(output_dir) == content_of(png_shards)
 
 
-# ---- two at once ----------------------------------------------------------------------------------------------------------------------
+# --- two at once ---
 
 
 def test_two_packings_at_once_give_one_result(png_shards: Path, png_tree: PngTree, tmp_path: Path) -> None:
@@ -500,7 +523,7 @@ def test_a_packing_waits_for_the_one_before_it(small_tree: PngTree, tmp_path: Pa
     assert not (output_dir / ".packing").exists()
 
 
-# ---- images -------------------------------------------------------------------------------------------------------------------------
+# --- images ---
 
 
 def packing_error(tree: PngTree, output_dir: Path, **options: object) -> str:
@@ -576,14 +599,18 @@ def test_skip_leaves_bad_images_out_and_says_which(small_tree: PngTree, tmp_path
     summary = pack_tree(small_tree, tmp_path / "shards", on_error="skip")
     skipped = summary.manifest.skipped
     assert [row.row for row in skipped] == rows
-    assert [row.file for row in skipped] == [f"fold{small_tree.rows[row]['fold']}/{small_tree.path(row).name}" for row in rows]
+    assert [row.file for row in skipped] == [
+        f"fold{small_tree.rows[row]['fold']}/{small_tree.path(row).name}" for row in rows
+    ]
     assert "the end of the file is missing" in skipped[0].reason
     assert "No such file or directory" in skipped[1].reason
     assert "HTML or SVG" in skipped[2].reason
     assert sorted(samples_of(tmp_path / "shards")["row"].tolist()) == [row for row in range(24) if row not in rows]
 
 
-def test_a_manifest_with_skipped_rows_does_not_depend_on_where_the_tree_lies(small_tree: PngTree, tmp_path: Path) -> None:
+def test_a_manifest_with_skipped_rows_does_not_depend_on_where_the_tree_lies(
+    small_tree: PngTree, tmp_path: Path
+) -> None:
     small_tree.path(2).write_bytes(small_tree.path(2).read_bytes()[:16] + bytes(5000))
     small_tree.path(9).unlink()
     elsewhere = PngTree(small_tree.csv_file, tmp_path / "moved", small_tree.rows)
@@ -666,7 +693,7 @@ def test_palette_grey_deep_and_large_images_become_rgb_as_pillow_converts(tmp_pa
             np.testing.assert_array_equal(shards.array(number), expected)
 
 
-# ---- CSVs -----------------------------------------------------------------------------------------------------------------------------
+# --- CSVs ---
 
 
 @pytest.mark.parametrize("folds", [(1,), (2, 7), (4, 12)])
@@ -675,7 +702,9 @@ def test_any_folds_pack(folds: tuple[int, ...], tmp_path: Path) -> None:
     pack_tree(tree, tmp_path / "shards")
     manifest = manifest_of(tmp_path / "shards")
     assert manifest["folds"] == list(folds)
-    assert [entry["file"] for entry in manifest["shards"]] == [f"fold{fold:02d}/fold{fold:02d}-000000.tar" for fold in folds]
+    assert [entry["file"] for entry in manifest["shards"]] == [
+        f"fold{fold:02d}/fold{fold:02d}-000000.tar" for fold in folds
+    ]
 
 
 def test_the_largest_fold_number_packs(tmp_path: Path) -> None:
@@ -709,11 +738,13 @@ def test_a_bad_csv_is_refused_by_the_tool_with_exit_code_2(
     printed = capsys.readouterr()
     assert printed.out == ""
     (line,) = printed.err.splitlines()
-    assert line.startswith(f"shard_dataset.py: error: {small_tree.csv_file}: row 25: column 'fold' is '0', not a whole number")
+    assert line.startswith(
+        f"shard_dataset.py: error: {small_tree.csv_file}: row 25: column 'fold' is '0', not a whole number"
+    )
     assert not (tmp_path / "shards").exists()
 
 
-# ---- an output folder that holds something else -----------------------------------------------------------------------------------------
+# --- an output folder that holds something else ---
 
 
 @pytest.mark.parametrize(
@@ -743,7 +774,9 @@ def test_another_image_size_is_refused(small_tree: PngTree, tmp_path: Path) -> N
         pack_tree(small_tree, tmp_path / "shards", encoding="rgb", image_size=32)
 
 
-def test_a_image_that_grows_while_packing_is_noticed(small_tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_that_grows_while_packing_is_noticed(
+    small_tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The space is measured after the sizes and before the reading."""
     path, measure = small_tree.path(7), shutil.disk_usage
 
@@ -754,7 +787,9 @@ def test_a_image_that_grows_while_packing_is_noticed(small_tree: PngTree, tmp_pa
     monkeypatch.setattr(shutil, "disk_usage", grow_then_measure)
     size = path.stat().st_size
     message = packing_error(small_tree, tmp_path / "shards")
-    assert message.startswith(f"row 8: {path}: has {size + 4} bytes, a moment ago {size}; let nobody write to it while packing")
+    assert message.startswith(
+        f"row 8: {path}: has {size + 4} bytes, a moment ago {size}; let nobody write to it while packing"
+    )
 
 
 def test_another_csv_is_refused(small_tree: PngTree, tmp_path: Path) -> None:
@@ -779,7 +814,7 @@ def test_something_that_is_no_manifest_is_refused(small_tree: PngTree, tmp_path:
         pack_tree(small_tree, tmp_path / "shards")
 
 
-# ---- disks ----------------------------------------------------------------------------------------------------------------------------
+# --- disks ---
 
 
 def run_with_file_limit(limit_bytes: int, command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -793,7 +828,9 @@ def run_with_file_limit(limit_bytes: int, command: list[str]) -> subprocess.Comp
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_full_disk_stops_with_one_line_and_keeps_what_is_finished(num_workers: int, small_tree: PngTree, tmp_path: Path) -> None:
+def test_a_full_disk_stops_with_one_line_and_keeps_what_is_finished(
+    num_workers: int, small_tree: PngTree, tmp_path: Path
+) -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     large = next(row for row in range(24) if small_tree.rows[row]["fold"] == "3")
     noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
@@ -808,7 +845,9 @@ def test_a_full_disk_stops_with_one_line_and_keeps_what_is_finished(num_workers:
     assert not (output_dir / "manifest.json").exists()
     assert not list(output_dir.rglob("*.tmp"))
     finished = {name: kept for name, kept in identities(output_dir).items() if name.endswith((".tar", ".idx"))}
-    assert num_workers > 1 or "fold01/fold01-000000.tar" in finished  # two workers may both be interrupted in their first
+    assert (
+        num_workers > 1 or "fold01/fold01-000000.tar" in finished
+    )  # two workers may both be interrupted in their first
     pack_tree(small_tree, output_dir)
     assert finished.items() <= identities(output_dir).items()
     pack_tree(small_tree, tmp_path / "fresh")
@@ -832,14 +871,18 @@ def test_a_disk_that_is_full_at_the_last_moment(
     assert not list((tmp_path / "shards").rglob("*.tmp"))
 
 
-def test_too_little_space_is_told_before_the_work(small_tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_told_before_the_work(
+    small_tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000))
     message = packing_error(small_tree, tmp_path / "shards")
     assert message.startswith(f"{tmp_path / 'shards'}: the shards need 0.00 GB and the disk has 0.00 GB free")
     assert not list((tmp_path / "shards").glob("fold*"))
 
 
-def test_an_output_folder_that_cannot_be_made(small_tree: PngTree, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_folder_that_cannot_be_made(
+    small_tree: PngTree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     assert call_tool("shard_dataset", pack_flags(small_tree, tmp_path / "file" / "shards")) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -847,7 +890,9 @@ def test_an_output_folder_that_cannot_be_made(small_tree: PngTree, tmp_path: Pat
     assert line.endswith("Not a directory; choose a folder that can be written")
 
 
-def test_a_folder_that_cannot_be_written_in_the_middle_keeps_what_is_finished(small_tree: PngTree, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_in_the_middle_keeps_what_is_finished(
+    small_tree: PngTree, tmp_path: Path
+) -> None:
     output_dir = tmp_path / "shards"
     output_dir.mkdir()
     (output_dir / "fold03").write_text("in the way")
@@ -862,7 +907,9 @@ def test_a_folder_that_cannot_be_written_in_the_middle_keeps_what_is_finished(sm
 
 def test_a_read_only_folder(small_tree: PngTree, tmp_path: Path, unprivileged: None) -> None:
     (tmp_path / "shards").mkdir(mode=0o555)
-    assert packing_error(small_tree, tmp_path / "shards").endswith("Permission denied; choose a folder that can be written")
+    assert packing_error(small_tree, tmp_path / "shards").endswith(
+        "Permission denied; choose a folder that can be written"
+    )
 
 
 @pytest.fixture
@@ -872,7 +919,9 @@ def unprivileged() -> None:
 
 
 @pytest.mark.parametrize(("num_workers", "finished_shards"), [(8, 0), (2, 5)])
-def test_a_worker_that_is_killed_is_one_line(num_workers: int, finished_shards: int, png_tree: PngTree, tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_is_one_line(
+    num_workers: int, finished_shards: int, png_tree: PngTree, tmp_path: Path
+) -> None:
     """As the kernel does when memory runs out; the first time while other workers are still being started."""
     output_dir = tmp_path / "shards"
     process = start_tool(png_tree, output_dir, num_workers)
@@ -889,7 +938,9 @@ def test_a_worker_that_is_killed_is_one_line(num_workers: int, finished_shards: 
         "shard_dataset.py: error: a worker process died (killed, or out of memory?); "
         "run the same command again, with fewer --num_workers"
     )
-    assert finished_shards == 0 or not others  # Python's own pool may complain where a worker dies in the midst of starting others
+    assert (
+        finished_shards == 0 or not others
+    )  # Python's own pool may complain where a worker dies in the midst of starting others
     assert not (output_dir / "manifest.json").exists()
 
 
@@ -954,7 +1005,7 @@ def is_running(process: int) -> bool:
     return command_line(process) != b""  # one that has ended and that nobody has waited for has none
 
 
-# ---- what the tool says -----------------------------------------------------------------------------------------------------------------
+# --- what the tool says ---
 
 
 def test_the_summary_names_what_a_user_must_know(tmp_path: Path) -> None:
@@ -988,11 +1039,16 @@ def test_the_summary_names_what_a_user_must_know(tmp_path: Path) -> None:
     assert "note: 1 image(s) have real transparency; training drops it" in text
     assert "note: 6 rows share their image with another row" in text
     assert f"warning: 1 image(s) carry rows of different classes: fold1/{rows[-1]['spec_file_name']}" in text
-    assert "warning: 1 recording(s) (fsID) lie in more than one fold, which leaks training data into the test: 77" in text
+    assert (
+        "warning: 1 recording(s) (fsID) lie in more than one fold, which leaks training data into the test: 77" in text
+    )
     assert "warning: classID disagrees with the sorted class names in" in text
     assert f"warning: 1 row(s) were skipped: {named}: not a PNG (it looks like GIF)" in text
     size = sum(tar.stat().st_size for tar in tars(tmp_path / "shards"))
-    assert f"{tmp_path / 'shards'}: 13 samples in 2 shards, {size / 1e6:.1f} MB, encoding png; packed 14 images in " in text
+    assert (
+        f"{tmp_path / 'shards'}: 13 samples in 2 shards, {size / 1e6:.1f} MB, encoding png; packed 14 images in "
+        in text
+    )
 
 
 def test_the_summary_of_a_clean_tree_warns_of_nothing(
@@ -1007,7 +1063,10 @@ def test_the_summary_of_a_clean_tree_warns_of_nothing(
 
 
 def test_flags_take_hyphens(small_tree: PngTree, tmp_path: Path) -> None:
-    flags = [flag.replace("_", "-") if flag.startswith("--") else flag for flag in pack_flags(small_tree, tmp_path / "shards")]
+    flags = [
+        flag.replace("_", "-") if flag.startswith("--") else flag
+        for flag in pack_flags(small_tree, tmp_path / "shards")
+    ]
     assert call_tool("shard_dataset", flags) == 0
 
 

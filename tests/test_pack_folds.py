@@ -1,4 +1,6 @@
-"""Contract of ``--folds``: jobs share one folder in any order and at the same time, and the result is that of one whole packing."""
+"""Contract of ``--folds``: jobs share one folder in any order and at the same time, and the result is that of one whole
+packing.
+"""
 
 from __future__ import annotations
 
@@ -66,12 +68,14 @@ def rows_of(tree: PngTree, *folds: int) -> list[int]:
     return [row for row, described in enumerate(tree.rows) if int(described["fold"]) in folds]
 
 
-# ---- processes whose every look at an image is written down --------------------------------------------------------------------------
+# --- processes whose every look at an image is written down ---
 
 JOB = """
 import sys, time
 from pathlib import Path
-import quaclrs.shards.packing.pack as packing, quaclrs.shards.packing.write_indexed as scan, quaclrs.shards.packing.write_shard as write
+import quaclrs.shards.packing.pack as packing
+import quaclrs.shards.packing.write_indexed as scan
+import quaclrs.shards.packing.write_shard as write
 from quaclrs.config import PackConfig
 
 csv_file, images, output_dir, folds, encoding, log, stop_at = sys.argv[1:]
@@ -89,7 +93,8 @@ def noted(function, what):
         return function(*arguments)
     return wrapped
 
-scan.decode_png, write.decode_png, write.check_png = (noted(f, "") for f in (scan.decode_png, write.decode_png, write.check_png))
+scan.decode_png, write.decode_png = noted(scan.decode_png, ""), noted(write.decode_png, "")
+write.check_png = noted(write.check_png, "")
 packing.finish = noted(packing.finish, "finish")
 config = PackConfig(
     csv_file=Path(csv_file), spectrograms_dir=Path(images), output_dir=Path(output_dir), encoding=encoding,
@@ -103,7 +108,9 @@ print(summary.images_packed, summary.already_complete, *summary.missing_folds)
 class Job:
     """A packing process that notes the name of each image when it looks at it, and sleeps for ever at ``stop_at``."""
 
-    def __init__(self, tree: PngTree, output_dir: Path, folds: str, encoding: str, log: Path, stop_at: str = "nowhere") -> None:
+    def __init__(
+        self, tree: PngTree, output_dir: Path, folds: str, encoding: str, log: Path, stop_at: str = "nowhere"
+    ) -> None:
         self.log = log
         arguments = [tree.csv_file, tree.spectrograms_dir, output_dir, folds, encoding, log, stop_at]
         self.process = subprocess.Popen(
@@ -132,13 +139,17 @@ class Job:
         self.process.communicate(timeout=TIMEOUT_S)
 
 
-# ---- the same bytes, however the folds are divided -------------------------------------------------------------------------------------
+# --- the same bytes, however the folds are divided ---
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("parts", [[(3,), (1,), (2,)], [(2, 1), (3,)], [(1, 2, 3)], [(2,), None]], ids=str)
 def test_any_division_in_any_order_gives_the_bytes_of_one_packing(
-    encoding: str, parts: list[tuple[int, ...] | None], tree: PngTree, whole: dict[str, dict[str, bytes]], tmp_path: Path
+    encoding: str,
+    parts: list[tuple[int, ...] | None],
+    tree: PngTree,
+    whole: dict[str, dict[str, bytes]],
+    tmp_path: Path,
 ) -> None:
     todo = set(FOLDS)
     for part in parts:
@@ -208,7 +219,7 @@ def test_a_image_that_changed_after_its_fold_was_packed_is_packed_anew(small_tre
     assert content_of(tmp_path / "shards") == content_of(tmp_path / "whole")
 
 
-# ---- at the same time ------------------------------------------------------------------------------------------------------------------
+# --- at the same time ---
 
 
 @pytest.mark.parametrize("encoding", ["png", "indexed"])
@@ -225,11 +236,15 @@ def test_jobs_at_once_look_at_each_image_once_and_finish_once(
     assert () in [missing for _, _, missing in results]
 
 
-def test_jobs_with_workers_beside_a_whole_packing(tree: PngTree, whole: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
+def test_jobs_with_workers_beside_a_whole_packing(
+    tree: PngTree, whole: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
     output_dir = tmp_path / "shards"
     options: list[dict[str, object]] = [{"folds": "3", "num_workers": 2}, {"folds": "1", "num_workers": 2}, {}]
     commands = [tool_command("shard_dataset", flags(tree, output_dir, encoding="indexed", **more)) for more in options]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands
+    ]
     ends = [process.communicate(timeout=TIMEOUT_S) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], ends
     assert content_of(output_dir) == whole["indexed"]
@@ -275,7 +290,8 @@ def test_other_settings_are_refused_while_a_job_is_alive(stopped_job: tuple[Job,
         done = run_tool("shard_dataset", flags(tree, output_dir, **more))
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == (
-            f"shard_dataset.py: error: {output_dir}: jobs with --folds pack here from another --encoding (encoding: indexed, now png); "
+            f"shard_dataset.py: error: {output_dir}: jobs with --folds pack here from another --encoding (encoding: "
+            "indexed, now png); "
             "go on as they do, choose another folder, or delete this one to pack anew\n"
         )
     assert stopped.process.poll() is None
@@ -309,7 +325,9 @@ def test_images_that_another_job_saw_otherwise_are_not_written(
         return plan(facts)
 
     monkeypatch.setattr("quaclrs.shards.packing.pack.share_layouts", change_and_look_again)  # between its two rounds
-    with pytest.raises(ShardError, match=r"another job looked at other images for fold01/fold01-00000\d\.tar: some changed while"):
+    with pytest.raises(
+        ShardError, match=r"another job looked at other images for fold01/fold01-00000\d\.tar: some changed while"
+    ):
         pack_folds(small_tree, tmp_path / "shards", 1, encoding="indexed")
     assert pack_folds(small_tree, tmp_path / "shards", 1, encoding="indexed").missing_folds == (3,)
 
@@ -351,7 +369,7 @@ def test_a_file_system_without_locks_is_named(tree: PngTree, tmp_path: Path, mon
     )
 
 
-# ---- killed ----------------------------------------------------------------------------------------------------------------------------
+# --- killed ---
 
 KILLED_AT_A_STEP = """
 import os, shutil, signal, sys
@@ -364,7 +382,12 @@ output_dir = Path(output_dir)
 
 def run(*folds):
     return pack(PackConfig(
-        csv_file=Path(csv_file), spectrograms_dir=Path(images), output_dir=output_dir, encoding=encoding, folds=folds, num_workers=1
+        csv_file=Path(csv_file),
+        spectrograms_dir=Path(images),
+        output_dir=output_dir,
+        encoding=encoding,
+        folds=folds,
+        num_workers=1,
     ))
 
 def content(folder):
@@ -394,13 +417,15 @@ for first in (True, False):
         _, status = os.waitpid(child, 0)
         whole = (output_dir / "manifest.json").is_file()
         found = content(output_dir)
-        assert not whole or {name for name in found if not name.startswith(".packing/")} == set(promised), (step, sorted(found))
+        packed = {name for name in found if not name.startswith(".packing/")}
+        assert not whole or packed == set(promised), (step, sorted(found))
         for name in set(found) & set(promised):
             assert found[name] == promised[name], (step, name)
         run(1)
         assert first != (output_dir / "manifest.json").is_file()
         run(2)
-        assert content(output_dir) == promised and not (output_dir / ".packing").exists(), (step, sorted(content(output_dir)))
+        assert content(output_dir) == promised, (step, sorted(content(output_dir)))
+        assert not (output_dir / ".packing").exists(), step
         shutil.rmtree(output_dir)
         if os.WIFEXITED(status):
             assert os.WEXITSTATUS(status) == 0
@@ -423,7 +448,9 @@ def test_a_job_killed_before_any_rename_or_removal_goes_on(encoding: str, tmp_pa
     assert last >= 6 + 5  # then metadata, samples and manifest; and whatever lies in .packing/ goes
 
 
-def test_killed_with_its_workers_a_job_goes_on(tree: PngTree, whole: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
+def test_killed_with_its_workers_a_job_goes_on(
+    tree: PngTree, whole: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
     output_dir = tmp_path / "shards"
     command = tool_command("shard_dataset", flags(tree, output_dir, encoding="indexed", folds="2,3", num_workers=2))
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -439,7 +466,7 @@ def test_killed_with_its_workers_a_job_goes_on(tree: PngTree, whole: dict[str, d
     assert content_of(output_dir) == whole["indexed"]
 
 
-# ---- settings ----------------------------------------------------------------------------------------------------------------------------
+# --- settings ---
 
 
 @pytest.mark.parametrize(
@@ -474,7 +501,11 @@ def test_another_csv_and_another_kind_of_source_are_refused(tree: PngTree, tmp_p
     with pytest.raises(ShardError, match=r"jobs with --folds pack here from another CSV \(csv_fingerprint: "):
         pack_folds(other, tmp_path / "shards", 2)
     with pytest.raises(ShardError, match=r"from another kind of source \(from_shards: False, now True\)"):
-        pack(PackConfig(from_shards=tmp_path / "png", output_dir=tmp_path / "shards", folds=(2,), num_workers=1, **SETTINGS))
+        pack(
+            PackConfig(
+                from_shards=tmp_path / "png", output_dir=tmp_path / "shards", folds=(2,), num_workers=1, **SETTINGS
+            )
+        )
 
 
 def test_looking_alone_is_finished_work_too(tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,14 +521,18 @@ def test_looking_alone_is_finished_work_too(tree: PngTree, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("folds", [(2,), None])
-def test_a_job_that_finished_nothing_binds_nobody(folds: tuple[int, ...] | None, small_tree: PngTree, tmp_path: Path) -> None:
+def test_a_job_that_finished_nothing_binds_nobody(
+    folds: tuple[int, ...] | None, small_tree: PngTree, tmp_path: Path
+) -> None:
     path = small_tree.path(rows_of(small_tree, 1)[0])
     good = path.read_bytes()
     path.write_bytes(b"")
     with pytest.raises(DataError, match="the file is empty"):
         pack_folds(small_tree, tmp_path / "shards", 1, encoding="rgb", shard_size=1 << 20)
     path.write_bytes(good)
-    assert pack_tree(small_tree, tmp_path / "shards", folds=folds, **SETTINGS).missing_folds == ((1, 3) if folds else ())
+    assert pack_tree(small_tree, tmp_path / "shards", folds=folds, **SETTINGS).missing_folds == (
+        (1, 3) if folds else ()
+    )
 
 
 def test_jobs_bind_those_that_come_after_a_whole_packing_too(small_tree: PngTree, tmp_path: Path) -> None:
@@ -550,7 +585,7 @@ def test_a_finished_folder_answers_every_job(tree: PngTree, tmp_path: Path) -> N
     assert content_of(tmp_path / "shards") == before
 
 
-# ---- what the user sees --------------------------------------------------------------------------------------------------------------
+# --- what the user sees ---
 
 
 def test_a_job_says_what_is_missing_and_the_last_one_how_it_ended(
@@ -561,11 +596,15 @@ def test_a_job_says_what_is_missing_and_the_last_one_how_it_ended(
     *_, packed, missing = capsys.readouterr().out.splitlines()
     assert packed.startswith(f"{output_dir}: 8 samples in ")
     assert "encoding png; packed 8 images in " in packed
-    assert missing == f"{output_dir}: fold(s) 1,3 are not there yet; the call that finds all folds there writes the manifest"
+    assert (
+        missing
+        == f"{output_dir}: fold(s) 1,3 are not there yet; the call that finds all folds there writes the manifest"
+    )
     assert call_tool("inspect_shards", ["info", str(output_dir)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        f"inspect_shards.py: error: {output_dir}/manifest.json: no such file (a packing was begun here: run tools/shard_dataset.py again "
+        f"inspect_shards.py: error: {output_dir}/manifest.json: no such file (a packing was begun here: run "
+        "tools/shard_dataset.py again "
         "to finish it, if it is not running; fold(s) 1,3 are missing); make shards with tools/shard_dataset.py"
     )
     with pytest.raises(ShardError, match=r"fold\(s\) 1,3 are missing"):
@@ -589,7 +628,9 @@ def test_a_fold_half_packed_is_a_missing_one(small_tree: PngTree, tmp_path: Path
 
 
 def test_space_is_needed_for_the_own_folds_only(tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = sum(tree.path(row).stat().st_size + 4096 for row in rows_of(tree, 1))  # 4 kB for the other members and the headers
+    free = sum(
+        tree.path(row).stat().st_size + 4096 for row in rows_of(tree, 1)
+    )  # 4 kB for the other members and the headers
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
     with pytest.raises(StorageError, match=r"the shards need 0\.00 GB and the disk has 0\.00 GB free"):
         pack_tree(tree, tmp_path / "shards", **SETTINGS)
@@ -599,10 +640,14 @@ def test_space_is_needed_for_the_own_folds_only(tree: PngTree, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("text", ["", " ", "one", "1,,2", "1;2", "-1", "3-1", "1-", "1.5", "1-2-3", "12345", "²"])
-def test_what_is_not_a_list_of_folds(text: str, tree: PngTree, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_a_list_of_folds(
+    text: str, tree: PngTree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call_tool("shard_dataset", [*flags(tree, tmp_path / "shards"), f"--folds={text}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"shard_dataset.py: error: --folds {text!r}: not a list of folds; write for example 3 or 1,2 or 1-3,7"
+    assert (
+        line == f"shard_dataset.py: error: --folds {text!r}: not a list of folds; write for example 3 or 1,2 or 1-3,7"
+    )
     assert not (tmp_path / "shards").exists()
 
 
@@ -625,7 +670,12 @@ def test_folds_that_cannot_be(folds: tuple[int, ...], message: str, tree: PngTre
 
 @pytest.mark.parametrize(
     ("text", "folds", "short"),
-    [("3", (3,), "3"), ("1,2", (1, 2), "1,2"), (" 1-3 , 7", (1, 2, 3, 7), "1-3,7"), ("9,1-2,8-8,10", (9, 1, 2, 8, 10), "1,2,8-10")],
+    [
+        ("3", (3,), "3"),
+        ("1,2", (1, 2), "1,2"),
+        (" 1-3 , 7", (1, 2, 3, 7), "1-3,7"),
+        ("9,1-2,8-8,10", (9, 1, 2, 8, 10), "1,2,8-10"),
+    ],
 )
 def test_lists_of_folds(text: str, folds: tuple[int, ...], short: str) -> None:
     assert parse_folds(text) == folds

@@ -55,11 +55,17 @@ def setting(png_tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> Sett
     shards = folder / "shards-png"
     pack(
         PackConfig(
-            csv_file=small, spectrograms_dir=png_tree.spectrograms_dir, output_dir=shards, num_workers=1, shard_size=8 * 1024
+            csv_file=small,
+            spectrograms_dir=png_tree.spectrograms_dir,
+            output_dir=shards,
+            num_workers=1,
+            shard_size=8 * 1024,
         )
     )
     files = [png_tree.path(int(row)) for row in np.load(shards / "samples.npy")["row"]]
-    pixels = [np.asarray(Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)) for path in files]
+    pixels = [
+        np.asarray(Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)) for path in files
+    ]
     np.save(folder / "pixels.npy", np.stack(pixels))
     with (folder / "images.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("number", "file"), *enumerate(map(str, files))])
@@ -91,7 +97,8 @@ def served(python: Path, entry: Entry, setting: Setting, num_workers: int) -> tu
         return int(done.images), peer
 
 
-# one process each, in turn over the number of workers and the dtype: the script's own check of a whole epoch is the test
+# one process each, in turn over the number of workers and the dtype: the script's own check of a whole epoch is the
+# test
 OURS = {
     "pillow": (0, "float32"),
     "torchvision": (1, "uint8"),
@@ -121,7 +128,9 @@ def serving(setting: Setting) -> Iterator[dict[str, Future[tuple[int, Peer]]]]:
 
 
 @pytest.mark.parametrize("key", OURS)
-def test_a_peer_of_our_environment_serves_every_sample_once(key: str, serving: dict[str, Future[tuple[int, Peer]]]) -> None:
+def test_a_peer_of_our_environment_serves_every_sample_once(
+    key: str, serving: dict[str, Future[tuple[int, Peer]]]
+) -> None:
     if key not in serving:
         pytest.skip(f"no {NEEDS[key]} here")
     images, peer = serving[key].result()
@@ -271,7 +280,9 @@ def test_what_a_library_prints_is_not_an_answer(tmp_path: Path, setting: Setting
         "print('a library says hello')\n"
         "serve(lambda: print('and again') or {'images': 3}, options, ('numpy',))\n"
     )
-    with Peer("a test's peer", Path(sys.executable), script, setting.arguments(entry("pillow"), 0), deadline_s=30) as peer:
+    with Peer(
+        "a test's peer", Path(sys.executable), script, setting.arguments(entry("pillow"), 0), deadline_s=30
+    ) as peer:
         assert peer.run() == Pass(images=3)
         assert peer.versions["numpy"] == np.__version__
 
@@ -281,10 +292,15 @@ def test_what_a_library_prints_is_not_an_answer(tmp_path: Path, setting: Setting
     [
         ("raise MemoryError('no room')", "ended early with exit code 1: MemoryError: no room"),
         (_serving("os._exit(9)"), "ended early with exit code 9: it said nothing"),
-        ("import a_library_that_nobody_has", "exit code 1: ModuleNotFoundError: No module named 'a_library_that_nobody_has'"),
+        (
+            "import a_library_that_nobody_has",
+            "exit code 1: ModuleNotFoundError: No module named 'a_library_that_nobody_has'",
+        ),
     ],
 )
-def test_a_peer_that_crashes_is_left_out_with_its_reason(text: str, reason: str, tmp_path: Path, setting: Setting) -> None:
+def test_a_peer_that_crashes_is_left_out_with_its_reason(
+    text: str, reason: str, tmp_path: Path, setting: Setting
+) -> None:
     said: list[str] = []
     with contextlib.ExitStack() as stack:
         contender = open_peer(_script(tmp_path, text), setting, stack, said.append)
@@ -317,7 +333,9 @@ def test_pips_reason_is_told(tmp_path: Path) -> None:
 def test_an_environment_over_ours_has_our_packages(tmp_path: Path) -> None:
     # an installed requirement: pip finds it in ours and installs nothing
     python = make_environment("over", ["numpy"], tmp_path, over_ours=True)
-    asked = subprocess.run([str(python), "-c", "import numpy; print(numpy.__file__)"], capture_output=True, text=True, check=True)
+    asked = subprocess.run(
+        [str(python), "-c", "import numpy; print(numpy.__file__)"], capture_output=True, text=True, check=True
+    )
     assert asked.stdout.strip() == np.__file__
     before = (tmp_path / "over" / "requirements.txt").stat().st_mtime_ns
     assert make_environment("over", ["numpy"], tmp_path, over_ours=True) == python
@@ -400,7 +418,9 @@ def test_worker_counts() -> None:
     assert worker_counts(0, 20) == [0, 1, 2, 3, 4, 8, 16, 20]
 
 
-def test_a_peer_that_fails_in_the_race_is_left_out_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_peer_that_fails_in_the_race_is_left_out_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     runs = iter([5, 5])
 
     def weak() -> Pass:

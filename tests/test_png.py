@@ -38,7 +38,11 @@ def craft(bits: int, colour_type: int, lines: bytes, *extra: bytes, interlaced: 
 def values(bits: int, colour_type: int) -> np.ndarray:
     """(HEIGHT, WIDTH * channels) random values, unsigned, big-endian where they are 16 bit."""
     shape = (HEIGHT, WIDTH * CHANNELS[colour_type])
-    return np.random.default_rng(bits + colour_type).integers(0, 1 << bits, shape).astype(">u2" if bits == 16 else np.uint8)
+    return (
+        np.random.default_rng(bits + colour_type)
+        .integers(0, 1 << bits, shape)
+        .astype(">u2" if bits == 16 else np.uint8)
+    )
 
 
 def as_lines(rows: np.ndarray) -> bytes:
@@ -82,7 +86,12 @@ GOOD = {
     "RGBA with transparency": (saved(made_image("RGBA")), "RGBA", True, True),
     "RGB": (saved(made_image("RGB")), "RGB", False, True),
     "RGB with a transparent colour": (saved(made_image("RGB"), transparency=corner("RGB")), "RGB", True, True),
-    "RGB with an unused transparent colour": (saved(Image.new("RGB", (4, 4)), transparency=(1, 2, 3)), "RGB", False, True),
+    "RGB with an unused transparent colour": (
+        saved(Image.new("RGB", (4, 4)), transparency=(1, 2, 3)),
+        "RGB",
+        False,
+        True,
+    ),
     "palette": (saved(made_image("P")), "P", False, False),
     "palette with a transparent entry": (saved(made_image("P"), transparency=corner("P")), "P", True, False),
     "palette with alphas": (saved(made_image("P"), transparency=bytes([0, 100] + [255] * 14)), "P", True, False),

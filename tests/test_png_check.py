@@ -1,4 +1,6 @@
-"""Contract of imaging/png_check.py: what is said of a PNG without decoding it is what Pillow says after decoding it, or stricter."""
+"""Contract of imaging/png_check.py: what is said of a PNG without decoding it is what Pillow says after decoding it, or
+stricter.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,17 @@ STRICTER = (
 
 @pytest.fixture(params=["isal", "zlib"], autouse=True, scope="module")
 def inflating(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Everything here holds with the library that is used where there is one for the processor, and with what stands in for it."""
+    """Everything here holds with the library that is used where there is one for the processor, and with what stands in
+    for it.
+    """
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(png_check, "inflating", zlib if request.param == "zlib" else pytest.importorskip("isal.isal_zlib"))
+        patched.setattr(
+            png_check, "inflating", zlib if request.param == "zlib" else pytest.importorskip("isal.isal_zlib")
+        )
         yield
 
 
-# ---- an encoder by the book, and Pillow as the oracle ---------------------------------------------------------------------------------
+# --- an encoder by the book, and Pillow as the oracle ---
 
 
 def paeth(left: int, above: int, corner: int) -> int:
@@ -100,20 +106,24 @@ def by_us(data: bytes) -> tuple[tuple[int, int], str, bool] | None:
     return told[0]
 
 
-# ---- good files -----------------------------------------------------------------------------------------------------------------------
+# --- good files ---
 
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), channels=st.sampled_from([3, 4]), width=st.integers(1, 9), height=st.integers(1, 12))
 def test_transparency_is_known_without_decoding(data: st.DataObject, channels: int, width: int, height: int) -> None:
     """Opaque, or opaque but for one pixel; any filters; in pieces of any number of rows."""
-    pixels = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    pixels = np.random.default_rng(data.draw(st.integers(0, 99))).integers(
+        0, 256, (height, width, channels), dtype=np.uint8
+    )
     types = data.draw(st.lists(st.integers(0, 4), min_size=height, max_size=height))
     clear = channels == 4 and data.draw(st.booleans())
     if channels == 4:
         pixels[:, :, 3] = 255
     if clear:
-        pixels[data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1)), 3] = data.draw(st.integers(0, 254))
+        pixels[data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1)), 3] = data.draw(
+            st.integers(0, 254)
+        )
     head = header(width, height, 8, RGBA if channels == 4 else RGB)
     png = assembled(head, zlib.compress(filtered(pixels, types)), data.draw(st.sampled_from([None, 1, 7])))
     assert by_pillow(png) == ((width, height), "RGBA" if channels == 4 else "RGB", clear)
@@ -151,7 +161,7 @@ def test_whatever_pillow_writes(data: st.DataObject, mode: str) -> None:
     assert by_us(png) == by_pillow(png)
 
 
-# ---- bad files ------------------------------------------------------------------------------------------------------------------------
+# --- bad files ---
 
 
 def damage(data: bytes, dice: random.Random) -> bytes:
@@ -174,7 +184,9 @@ def damage(data: bytes, dice: random.Random) -> bytes:
     elif what == "cut":
         packed = zlib.compress(zlib.decompress(packed)[: dice.randrange(len(zlib.decompress(packed)))])
     elif what == "longer":
-        packed = dice.choice([packed + b"more", zlib.compress(zlib.decompress(packed) + bytes(dice.choice([1, 50, 5000])))])
+        packed = dice.choice(
+            [packed + b"more", zlib.compress(zlib.decompress(packed) + bytes(dice.choice([1, 50, 5000])))]
+        )
     elif what == "checksum":
         packed = packed[:-4] + dice.choice([b"", b"\0\0", b"\0\0\0\0"])
     else:
@@ -223,7 +235,11 @@ def test_chunks_behind_the_pixels_count_as_by_pillow(colours: int) -> None:
     """Pillow reads them after the pixels: one that it refuses must not be proven good."""
     packed = zlib.compress(as_lines(values(8, colours)))
     start = header(21, 10, 8, colours) + chunk(b"IDAT", packed)
-    for behind, good in ((chunk(b"tEXt", b"a\0b"), True), (chunk(b"pHYs", b"\1"), False), (chunk(b"gAMA", b"\1"), False)):
+    for behind, good in (
+        (chunk(b"tEXt", b"a\0b"), True),
+        (chunk(b"pHYs", b"\1"), False),
+        (chunk(b"gAMA", b"\1"), False),
+    ):
         assert (by_us(start + behind + chunk(b"IEND", b"")) is not None) == good
     assert by_us(start + chunk(b"IEND", b"abc")) is None
 

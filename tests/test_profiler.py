@@ -1,4 +1,6 @@
-"""Contract of ``--profile``: a trace and a verdict that agree with each other and with other clocks, and no other trace of it."""
+"""Contract of ``--profile``: a trace and a verdict that agree with each other and with other clocks, and no other trace
+of it.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +113,9 @@ class Clock:
         self._slow = slow or {}
 
     def hooks(self) -> Hooks:
-        return Hooks(step_meter=lambda phase, epoch, samples: self._note if (phase, epoch) == ("train", 1) else lambda *_: None)
+        return Hooks(
+            step_meter=lambda phase, epoch, samples: self._note if (phase, epoch) == ("train", 1) else lambda *_: None
+        )
 
     def _note(self, batch: Batch, totals: RunningMetrics, waited_s: float) -> None:
         sleep(self._slow.get(len(self.at), 0.0))
@@ -163,12 +167,16 @@ def profiled(tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> Profile
 
 def test_a_profile_changes_no_bit(plain: Path, profiled: Profiled) -> None:
     assert_same_weights(plain, profiled.output_dir)
-    with_it, without = (json.loads((fold_folder(folder) / "metrics.json").read_text()) for folder in (profiled.output_dir, plain))
+    with_it, without = (
+        json.loads((fold_folder(folder) / "metrics.json").read_text()) for folder in (profiled.output_dir, plain)
+    )
     assert with_it["run"] == without["run"]  # so either can resume the other
     for name in ("test_loss", "confusion_matrix", "best_epoch"):
         assert with_it[name] == without[name]
     for ours, theirs in zip(with_it["history"], without["history"], strict=True):
-        assert [ours[name] for name in ("train_loss", "val_loss")] == [theirs[name] for name in ("train_loss", "val_loss")]
+        assert [ours[name] for name in ("train_loss", "val_loss")] == [
+            theirs[name] for name in ("train_loss", "val_loss")
+        ]
     assert not (fold_folder(plain) / "profile").exists()
 
 
@@ -224,11 +232,15 @@ def test_times_agree_with_another_clock(profiled: Profiled) -> None:
 
 def test_operators_agree_with_torchs_own_sums(profiled: Profiled) -> None:
     (tracer,) = profiled.tracers
-    averages = {row.key: row.self_cpu_time_total / 1e3 / len(TRACED) for row in tracer.key_averages() if "#" not in row.key}
+    averages = {
+        row.key: row.self_cpu_time_total / 1e3 / len(TRACED) for row in tracer.key_averages() if "#" not in row.key
+    }
     averages.pop("ProfilerStep*", None)
     table = re.findall(r"^(\S+) +(\d+\.\d+) ms +(\d+\.\d)%$", profiled.text, flags=re.MULTILINE)
     assert len(table) == 10
-    expected = sorted((name for name in averages if name.startswith("aten::") or "Backward" in name), key=averages.__getitem__)
+    expected = sorted(
+        (name for name in averages if name.startswith("aten::") or "Backward" in name), key=averages.__getitem__
+    )
     assert {name for name, *_ in table[:5]} == set(expected[-5:])
     for name, ms, _ in table:
         assert float(ms) == pytest.approx(averages[name], rel=0.01, abs=0.002)
@@ -267,7 +279,10 @@ def test_the_command_line(
     """With the output that a person sees; kineto's own messages are none of it."""
     monkeypatch.setattr(fold, "write_plots", lambda *_: [])
     paths = ["--csv_file", tree.csv_file, "--spectrograms_dir", tree.spectrograms_dir, "--output_dir", tmp_path]
-    flags = "--loader files --num_workers 0 --num_folds 3 --fold 1 --model_name mobilenet --image_size 32 --gradcam_per_class 0"
+    flags = (
+        "--loader files --num_workers 0 --num_folds 3 --fold 1 --model_name "
+        "mobilenet --image_size 32 --gradcam_per_class 0"
+    )
     for batch, files in ((12, 0), (8, 2)):
         more = ["--epochs", 1, "--batch_size", batch, "--profile"]
         assert cli.main([str(flag) for flag in (*paths, *flags.split(), *more)]) == 0
@@ -285,7 +300,9 @@ def test_the_command_line(
 class Bench:
     """Drives hooks as the engine does, with a step that is one operator."""
 
-    def __init__(self, folder: Path, world: World | None = None, hooks: Hooks | None = None, profile: bool = True) -> None:
+    def __init__(
+        self, folder: Path, world: World | None = None, hooks: Hooks | None = None, profile: bool = True
+    ) -> None:
         model, device = nn.Linear(2, 2), torch.device("cpu")
         self.config = TrainConfig(profile=profile)
         self.training = Training.begin(model, np.ones(2, np.float32), device, self.config)
@@ -409,7 +426,9 @@ def test_an_exception_stops_the_profiler(where: str, after: int, tmp_path: Path)
         epoch()
     assert not torch.autograd._profiler_enabled()
     whole = where == "between steps" and after == 12
-    assert [path.name for path in sorted(tmp_path.glob("profile/*"))] == (["trace.json.gz", "verdict.txt"] if whole else [])
+    assert [path.name for path in sorted(tmp_path.glob("profile/*"))] == (
+        ["trace.json.gz", "verdict.txt"] if whole else []
+    )
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):  # nobody else's is in the way
         pass
 
@@ -421,7 +440,9 @@ def test_only_rank_0_and_only_when_asked_for(tmp_path: Path) -> None:
             assert hooks is bench.hooks
         assert bench.log == []
     called: list[str] = []
-    bench = Bench(tmp_path, hooks=Hooks(step_meter=lambda phase, *_: lambda *_: called.append(phase), epoch_done=called.append))
+    bench = Bench(
+        tmp_path, hooks=Hooks(step_meter=lambda phase, *_: lambda *_: called.append(phase), epoch_done=called.append)
+    )
     with bench.profile() as hooks:
         assert hooks.epoch_done is bench.hooks.epoch_done
         bench.epoch(hooks, 1, 3)
@@ -456,12 +477,16 @@ def launch(name: str, ts: float, correlation: int, tid: int = 1) -> dict[str, An
     return event("cuda_runtime", name, ts, 2, tid, correlation=correlation)
 
 
-def work(cat: str, name: str, ts: float, dur: float, correlation: int, stream: int = 7, device: int = 0) -> dict[str, Any]:
+def work(
+    cat: str, name: str, ts: float, dur: float, correlation: int, stream: int = 7, device: int = 0
+) -> dict[str, Any]:
     return event(cat, name, ts, dur, stream, device=device, stream=stream, correlation=correlation)
 
 
 def gpu_events() -> list[dict[str, Any]]:
-    """Two steps, from 1000 to 2000 µs, on thread 1; thread 2 is a loader's. The device is busy for 250 + 100 + 50 + 30 = 430 µs."""
+    """Two steps, from 1000 to 2000 µs, on thread 1; thread 2 is a loader's. The device is busy for 250 + 100 + 50 + 30
+    = 430 µs.
+    """
     return [
         {"ph": "M", "name": "process_name", "pid": 9, "args": {"name": "python"}},
         event("user_annotation", "ProfilerStep#2", 1500, 500),
@@ -510,7 +535,11 @@ def test_what_a_gpu_trace_says() -> None:
         "cudaEventSynchronize in Python": 1,
     }
     assert list(trace.operators) == [
-        *(("aten::convolution", pytest.approx(200e-6)), ("render", pytest.approx(150e-6)), ("gemm", pytest.approx(150e-6))),
+        *(
+            ("aten::convolution", pytest.approx(200e-6)),
+            ("render", pytest.approx(150e-6)),
+            ("gemm", pytest.approx(150e-6)),
+        ),
         ("aten::_local_scalar_dense", pytest.approx(30e-6)),
     ]
     assert read_trace(gpu_events(), 1, device=0).device_s == pytest.approx(250e-6)
@@ -527,7 +556,14 @@ def test_what_a_gpu_trace_says() -> None:
 
 @pytest.mark.parametrize(
     ("intervals", "length"),
-    [([], 0), ([(1, 2)], 1), ([(5, 6), (1, 2)], 2), ([(1, 9), (2, 3), (4, 10)], 9), ([(1, 2), (2, 3)], 2), ([(3, 3)], 0)],
+    [
+        ([], 0),
+        ([(1, 2)], 1),
+        ([(5, 6), (1, 2)], 2),
+        ([(1, 9), (2, 3), (4, 10)], 9),
+        ([(1, 2), (2, 3)], 2),
+        ([(3, 3)], 0),
+    ],
 )
 def test_union(intervals: list[tuple[float, float]], length: float) -> None:
     assert union(intervals) == length
@@ -536,7 +572,10 @@ def test_union(intervals: list[tuple[float, float]], length: float) -> None:
 def steps_of(wall_ms: float, waited_ms: float = 0.0, samples: int = 32, count: int = 20) -> Steps:
     host = (wall_ms - waited_ms) / 1e3
     return Steps(
-        wall_s=[wall_ms / 1e3] * count, host_s=[host] * count, waited_s=[waited_ms / 1e3] * count, samples=[samples] * count
+        wall_s=[wall_ms / 1e3] * count,
+        host_s=[host] * count,
+        waited_s=[waited_ms / 1e3] * count,
+        samples=[samples] * count,
     )
 
 
@@ -592,7 +631,9 @@ def test_a_device_that_was_not_watched_is_not_called_idle(launches: int, lost: i
 
 def setting_of(loader: str = "mapped", processes: int = 1, **options: Any) -> Setting:
     config = TrainConfig(**options)
-    return Setting(config=config, loader=loader, processes=processes, device="cuda:0 (made up)", on_gpu=True, steps="Epoch 1")
+    return Setting(
+        config=config, loader=loader, processes=processes, device="cuda:0 (made up)", on_gpu=True, steps="Epoch 1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -663,7 +704,9 @@ def test_the_page_of_a_gpu() -> None:
 def test_a_profile_on_a_gpu(reads_back: bool, tree: PngTree, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
-    read: Callable[..., object] = (lambda batch, totals, waited_s: totals.sums[0].item()) if reads_back else (lambda *_: None)
+    read: Callable[..., object] = (
+        (lambda batch, totals, waited_s: totals.sums[0].item()) if reads_back else (lambda *_: None)
+    )
     hooks = Hooks(step_meter=lambda phase, *_: read if phase == "train" else lambda *_: None)
     (line,) = train(config_for(tree, tmp_path, device="cuda", profile=True), hooks)
     folder = fold_folder(tmp_path) / "profile"

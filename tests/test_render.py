@@ -29,11 +29,15 @@ SIZES = (64, 96, 224, 299)
 
 
 def random_layout(rng, height, width):
-    edges = [(0, *sorted(rng.permutation(np.arange(1, pixels))[: rng.integers(pixels)].tolist())) for pixels in (height, width)]
+    edges = [
+        (0, *sorted(rng.permutation(np.arange(1, pixels))[: rng.integers(pixels)].tolist()))
+        for pixels in (height, width)
+    ]
     return Layout(height=height, width=width, row_edges=edges[0], column_edges=edges[1])
 
 
-# Pillow 13 resizes these vertically first at some size of SIZES: tall ones, and such as shrink in height and grow in width.
+# Pillow 13 resizes these vertically first at some size of SIZES: tall ones, and such as shrink in height and grow in
+# width.
 TALL = ((300, 96), (2000, 3), (500, 250), (250, 100))
 
 
@@ -85,7 +89,9 @@ def pillow_levels(images, layouts, palettes, size):
 
 
 def torchvision_batch(levels):
-    steps = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    steps = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+    )
     return torch.stack([steps(one) for one in levels])
 
 
@@ -102,7 +108,9 @@ def assert_draws_as_pillow(draw, images, layouts, palettes, size, dtypes=RENDER_
         assert batch.dtype == dtype
         assert batch.is_contiguous(memory_format=torch.channels_last)
         wanted = torch.from_numpy(levels).permute(0, 3, 1, 2) if dtype == torch.uint8 else values.to(dtype)
-        assert torch.equal(batch, wanted), f"{int((batch != wanted).sum())} of {batch.numel()} {dtype} values differ at size {size}"
+        assert torch.equal(batch, wanted), (
+            f"{int((batch != wanted).sum())} of {batch.numel()} {dtype} values differ at size {size}"
+        )
 
 
 def test_the_order_of_passes_is_the_installed_pillows():
@@ -120,7 +128,9 @@ def test_the_order_of_passes_is_the_installed_pillows():
     ):
         layout = Layout(height=height, width=width, row_edges=tuple(range(height)), column_edges=tuple(range(width)))
         grid = rng.integers(0, 256, (height, width)).astype(np.uint8)
-        assert_draws_as_pillow(render_reference, [(grid, 0, 0)], [layout], [rng.integers(0, 256, (256, 3)).astype(np.uint8)], size)
+        assert_draws_as_pillow(
+            render_reference, [(grid, 0, 0)], [layout], [rng.integers(0, 256, (256, 3)).astype(np.uint8)], size
+        )
     assert vertical_first(1000, 400, 224) == (int(PIL.__version__.split(".")[0]) >= 13)
     assert not vertical_first(400, 1000, 224)
 
@@ -144,7 +154,11 @@ def check_interpreted_triton():
 
     rng = np.random.default_rng(1)
     layouts = [even_layout(400, 1000, 128, columns) for columns in (376, 469, 313)]
-    layouts += [random_layout(rng, 37, 53), even_layout(300, 96, 60, 24), even_layout(1, 1, 1, 1)]  # the fifth: vertically first
+    layouts += [
+        random_layout(rng, 37, 53),
+        even_layout(300, 96, 60, 24),
+        even_layout(1, 1, 1, 1),
+    ]  # the fifth: vertically first
     palettes = [rng.integers(0, 256, (colours, 3)).astype(np.uint8) for colours in (256, 9)]
     images = []
     for number, layout in enumerate(layouts):
@@ -152,7 +166,11 @@ def check_interpreted_triton():
         images.append((grid, number, number % 2))
     for size, dtypes in zip(SIZES, (RENDER_DTYPES, RENDER_DTYPES, (torch.float32,), (torch.float16,)), strict=True):
         assert_draws_as_pillow(render_triton, images, layouts, palettes, size, dtypes)
-    for size, rows, columns in ((64, 50, 33), (32, 40, 7), (12, 12, 12)):  # the knob: any tile, also one that overhangs the image
+    for size, rows, columns in (
+        (64, 50, 33),
+        (32, 40, 7),
+        (12, 12, 12),
+    ):  # the knob: any tile, also one that overhangs the image
         tile = choose_tile(RenderTables.build(layouts, palettes, size), rows, columns)
         assert (tile.rows, tile.columns) == (rows, columns)
         draw = functools.partial(render_triton, tile=tile)
@@ -276,7 +294,12 @@ def test_grids_are_drawn_from_a_memory_map(tmp_path):
 def test_grids_that_would_read_wild_memory_are_refused(change, message):
     tables = RenderTables.build([even_layout(4, 5, 4, 5)], [np.zeros((1, 3), np.uint8)], 8)
     zero = torch.zeros(1, dtype=torch.int32)
-    fields = {"flat": torch.zeros(20, dtype=torch.uint8), "offsets": torch.tensor([0]), "layouts": zero, "palettes": zero}
+    fields = {
+        "flat": torch.zeros(20, dtype=torch.uint8),
+        "offsets": torch.tensor([0]),
+        "layouts": zero,
+        "palettes": zero,
+    }
     check_grids(Grids(**fields), tables)
     with pytest.raises(ValueError, match=message):
         render(Grids(**fields | change), torch.tensor([0]), tables)
@@ -304,6 +327,9 @@ def test_without_numba_the_reference_draws_and_one_line_says_so(monkeypatch, cap
 
 
 def test_kernels_are_imported_only_when_used():
-    code = "import sys, quaclrs.imaging.kernels.dispatch; print([name for name in ('numba', 'triton.language') if name in sys.modules])"
+    code = (
+        "import sys, quaclrs.imaging.kernels.dispatch; print([name for name in "
+        "('numba', 'triton.language') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert "numba" not in done.stdout

@@ -68,7 +68,9 @@ def test_numbers_agree_with_counting() -> None:
 
 
 def test_areas_agree_with_counting_pairs() -> None:
-    """AUC is the share of (positive, negative) pairs in the right order, ties counting half (Hanley and McNeil 1982)."""
+    """AUC is the share of (positive, negative) pairs in the right order, ties counting half (Hanley and
+    McNeil 1982).
+    """
     labels, probabilities, _ = example()
     probabilities = probabilities.round(2)  # makes ties
     roc = roc_curves(labels, probabilities, CLASS_NAMES)
@@ -167,7 +169,13 @@ def test_plots_of_odd_runs(tmp_path: Path) -> None:
     """One epoch, values that are not there, and class names that matplotlib would read as something else."""
     names = ["_hidden", "$not math$", "犬", "b" * 60]
     metrics = compute_metrics([0, 1, 1, 3], np.eye(4)[[0, 1, 2, 3]], names)
-    odd: dict[str, Any] = {"epoch": 1, "train_loss": math.nan, "val_loss": None, "val_accuracy": None, "learning_rate": 0.0}
+    odd: dict[str, Any] = {
+        "epoch": 1,
+        "train_loss": math.nan,
+        "val_loss": None,
+        "val_accuracy": None,
+        "learning_rate": 0.0,
+    }
     for number, epochs in enumerate(([odd], history(1), [])):
         for path in plots.write_plots(tmp_path / str(number), epochs, metrics):
             check_png(path)
@@ -265,7 +273,9 @@ def test_gradcam_of_every_network(network: tuple[str, nn.Module], tmp_path: Path
 
 
 def test_gradcam_agrees_with_the_papers_formula() -> None:
-    """Channel weights are the mean gradients; the map is the rectified weighted sum (Selvaraju et al. 2017, eq. 1 and 2)."""
+    """Channel weights are the mean gradients; the map is the rectified weighted sum (Selvaraju et al. 2017, eq. 1 and
+    2).
+    """
     torch.manual_seed(0)
     model = models.build_model("resnet18", 3).eval()
     images, _ = image_batch(96)

@@ -1,4 +1,6 @@
-"""Contract of ``--resume``, ``--checkpoint_minutes`` and signals: whatever ends a training, going on leaves no trace in its results."""
+"""Contract of ``--resume``, ``--checkpoint_minutes`` and signals: whatever ends a training, going on leaves no trace in
+its results.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,11 @@ def what_counts(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     if isinstance(value, dict):
-        return {name: what_counts(part) for name, part in value.items() if not str(name).endswith(TIMES) and name not in FREE}
+        return {
+            name: what_counts(part)
+            for name, part in value.items()
+            if not str(name).endswith(TIMES) and name not in FREE
+        }
     if isinstance(value, list):
         return [what_counts(part) for part in value]
     return value
@@ -94,7 +100,9 @@ def assert_same_results(folder: Path, expected: dict[str, Any]) -> None:
     found = results(folder)
     assert sorted(found) == sorted(expected)
     differ = [name for name in found if found[name] != expected[name]]
-    assert not differ, {name: (found[name], expected[name]) for name in differ if not name.endswith((".pth", ".png"))} or differ
+    assert not differ, {
+        name: (found[name], expected[name]) for name in differ if not name.endswith((".pth", ".png"))
+    } or differ
 
 
 def assert_same_steps(steps: Sequence[Step], expected: Sequence[Step]) -> None:
@@ -157,7 +165,11 @@ def test_killed_at_every_flush_rename_and_deletion(whole: Whole, tmp_path: Path)
     for name in ("fold01-000000.tar", "manifest.json", "run_status.json", "summary.json", *in_fold):
         for kind in ("flush", "rename"):
             assert any(event.startswith(kind) and f"{name}.tmp " in event for event in events), (kind, name)
-    for event in ("rename plots/confusion_matrix.png.tmp", "delete fold/checkpoint_within_epoch.pth", "flush tiny/fold "):
+    for event in (
+        "rename plots/confusion_matrix.png.tmp",
+        "delete fold/checkpoint_within_epoch.pth",
+        "flush tiny/fold ",
+    ):
         assert any(known.startswith(event) for known in events), event
     assert_same_results(tmp_path / "results", whole.results)
     assert_same_steps(steps, whole.steps)
@@ -167,7 +179,9 @@ def test_killed_at_every_flush_rename_and_deletion(whole: Whole, tmp_path: Path)
     assert content_of(tree.csv_file.parent / "quaclrs_shards") == whole.shards
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 4], ids=["within epoch", "after its last step", "after the epoch", "best model"])
+@pytest.mark.parametrize(
+    "call", [1, 2, 3, 4], ids=["within epoch", "after its last step", "after the epoch", "best model"]
+)
 def test_killed_in_the_middle_of_a_file(call: int, whole: Whole, tree: PngTree, tmp_path: Path) -> None:
     arguments = flags(tree, tmp_path / "results", *EVERY_STEP)
     assert Job(tmp_path / "said", arguments, Disturbance(killed_in_save=call)).result().code == KILLED
@@ -201,7 +215,9 @@ def test_killed_at_random_moments(
         own_tree = make_tree(folder / "tree")
         arguments = flags(own_tree, folder / "results", *more)
 
-        def next_job(killed: int, folder: Path = folder, arguments: Sequence[object] = arguments, before: int = kills) -> Job:
+        def next_job(
+            killed: int, folder: Path = folder, arguments: Sequence[object] = arguments, before: int = kills
+        ) -> Job:
             job = Job(folder / "said", arguments, Disturbance(plots=plots))
             if before + killed < moments:
                 while not job.has_begun():
@@ -279,7 +295,9 @@ def test_a_signal_while_files_are_written(event: str, where: str, whole: Whole, 
     ("number", "code", "said"), [(signal.SIGTERM, -15, ""), (signal.SIGINT, 130, "quaclrs-train: interrupted\n")]
 )
 @pytest.mark.parametrize("event", ["rename fold01/", "load"])
-def test_what_has_nothing_to_save_ends_at_once(event: str, number: int, code: int, said: str, whole: Whole, tmp_path: Path) -> None:
+def test_what_has_nothing_to_save_ends_at_once(
+    event: str, number: int, code: int, said: str, whole: Whole, tmp_path: Path
+) -> None:
     """While packing, and while loading."""
     tree = make_tree(tmp_path / "tree")
     arguments = flags(tree, tmp_path / "results")
@@ -302,7 +320,9 @@ def test_a_second_signal_ends_at_once(whole: Whole, tree: PngTree, tmp_path: Pat
     expected = {signal.SIGTERM: (-15, ""), signal.SIGINT: (130, "quaclrs-train: interrupted\n")}
     arguments = {number: flags(tree, tmp_path / str(int(number))) for number in expected}
     jobs = {
-        number: Job(tmp_path / f"said {number}", arguments[number], Disturbance(signals={LAST: [(0, number), (2.05, number)]}))
+        number: Job(
+            tmp_path / f"said {number}", arguments[number], Disturbance(signals={LAST: [(0, number), (2.05, number)]})
+        )
         for number in expected
     }
     for number, job in jobs.items():
@@ -319,7 +339,12 @@ COMMAND = ("--model_name", "mobilenet", "--fold", 1, "--epochs", 9, "--loader", 
 
 
 def start(arguments: Sequence[object]) -> subprocess.Popen[str]:
-    warnings = ["-W", "error", "-W", "ignore:This process:DeprecationWarning"]  # of a fork beside threads, from Python 3.12
+    warnings = [
+        "-W",
+        "error",
+        "-W",
+        "ignore:This process:DeprecationWarning",
+    ]  # of a fork beside threads, from Python 3.12
     command = [sys.executable, *warnings, "-m", "quaclrs.cli", *map(str, arguments)]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -333,7 +358,9 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 def test_the_command_and_signals(tree: PngTree, tmp_path: Path) -> None:
-    """Ctrl-C, which reaches the workers of the loader too; and SIGTERM for torchrun's children, as a scheduler sends it."""
+    """Ctrl-C, which reaches the workers of the loader too; and SIGTERM for torchrun's children, as a scheduler sends
+    it.
+    """
     keyboard = flags(tree, tmp_path / "keyboard", *COMMAND, "--num_workers", 2)
     shared = flags(tree, tmp_path / "shared", *COMMAND, "--distributed", "--nproc", 2)
     with start(keyboard) as first, start(shared) as second:
@@ -361,7 +388,9 @@ def test_the_command_and_signals(tree: PngTree, tmp_path: Path) -> None:
     assert 0 < len(again.steps) < len(whole.steps)
     assert_same_results(tmp_path / "keyboard", results(tmp_path / "whole"))
     alone = finish(tmp_path / "said", flags(tree, tmp_path / "shared", *COMMAND))
-    assert {len(step.index) for step in alone.steps if step.phase == "train"} == {6}  # the batches of two processes together
+    assert {len(step.index) for step in alone.steps if step.phase == "train"} == {
+        6
+    }  # the batches of two processes together
 
 
 # --- on another number of processes ---
@@ -374,7 +403,9 @@ def even_tree(tmp_path_factory: pytest.TempPathFactory) -> PngTree:
 
 
 def shared_flags(tree: PngTree, output_dir: Path, batch_size: int, *more: object) -> list[object]:
-    return flags(tree, output_dir, "--loader", "files", "--num_folds", 4, "--fold", 3, "--batch_size", batch_size, *more)
+    return flags(
+        tree, output_dir, "--loader", "files", "--num_folds", 4, "--fold", 3, "--batch_size", batch_size, *more
+    )
 
 
 def together(
@@ -386,7 +417,9 @@ def together(
         return [Job(folder, arguments, disturbed.get(0, UNDISTURBED)).result()]
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    jobs = [Job(folder, arguments, disturbed.get(rank, UNDISTURBED), (rank, processes, port)) for rank in range(processes)]
+    jobs = [
+        Job(folder, arguments, disturbed.get(rank, UNDISTURBED), (rank, processes, port)) for rank in range(processes)
+    ]
     return [job.result() for job in jobs]
 
 
@@ -467,7 +500,8 @@ def test_another_number_of_processes_keeps_the_global_batches(
     assert global_batches([first, second]) == global_batches([whole])
     assert len(global_batches([whole])) == 2 * 4
     found, expected = (
-        json.loads((root / "plain" / "fold_3" / "metrics.json").read_text()) for root in (tmp_path / "results", promised)
+        json.loads((root / "plain" / "fold_3" / "metrics.json").read_text())
+        for root in (tmp_path / "results", promised)
     )
     assert found["global_batch"] == expected["global_batch"] == 4
     assert found["processes"] == after
@@ -532,13 +566,18 @@ def begun(even_tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--seed", 1], "seed was 42, now 1"),
         (["--tf32"], "tf32 was False, now True"),
         (["--use_amp"], "compute_dtype was 'torch.float32', now 'torch.bfloat16'; use_amp was False, now True"),
-        (["--use_amp", "--amp_dtype", "float16"], "compute_dtype was 'torch.float32', now 'torch.float16'; use_amp was False"),
+        (
+            ["--use_amp", "--amp_dtype", "float16"],
+            "compute_dtype was 'torch.float32', now 'torch.float16'; use_amp was False",
+        ),
         (["--freeze_features"], "freeze_features was False, now True"),
         (["--label_column", "augmentation"], "data was '"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_another_training_is_refused(more: list[object], difference: str, even_tree: PngTree, begun: Path, tmp_path: Path) -> None:
+def test_another_training_is_refused(
+    more: list[object], difference: str, even_tree: PngTree, begun: Path, tmp_path: Path
+) -> None:
     """Naming the difference; and nothing of what is there is touched."""
     shutil.copytree(begun, tmp_path / "results")
     result = Job(tmp_path / "said", shared_flags(even_tree, tmp_path / "results", 4, *more)).result()
@@ -548,7 +587,9 @@ def test_another_training_is_refused(more: list[object], difference: str, even_t
     assert difference in result.err
     assert result.err.endswith("); use the same settings, or another --output_dir\n")
     assert result.err.count("\n") == 1
-    assert (results(tmp_path / "results") | {"tiny/run_status.json": 0}) == (results(begun) | {"tiny/run_status.json": 0})
+    assert (results(tmp_path / "results") | {"tiny/run_status.json": 0}) == (
+        results(begun) | {"tiny/run_status.json": 0}
+    )
 
 
 def test_another_kind_of_amp_is_refused(even_tree: PngTree, tmp_path: Path) -> None:
@@ -563,7 +604,9 @@ def test_another_kind_of_amp_is_refused(even_tree: PngTree, tmp_path: Path) -> N
 
 
 def test_how_it_is_done_may_change(even_tree: PngTree, tmp_path: Path) -> None:
-    """Who reads the images, and how often it is saved: each time the training goes on another way, to the same weights."""
+    """Who reads the images, and how often it is saved: each time the training goes on another way, to
+    the same weights.
+    """
     pack_tree(even_tree, tmp_path / "shards", encoding="indexed")
     data: list[object] = ["--shards", tmp_path / "shards", "--csv_file", even_tree.csv_file]
     rest: list[object] = ["--num_folds", 4, "--fold", 3, "--batch_size", 4]
@@ -597,7 +640,10 @@ def test_how_it_is_done_may_change(even_tree: PngTree, tmp_path: Path) -> None:
 def test_nothing_to_resume(whole: Whole, tree: PngTree, tmp_path: Path) -> None:
     result = finish(tmp_path / "said", flags(tree, tmp_path / "results", *EVERY_STEP))
     for fold in (1, 2, 3):
-        assert f"{tmp_path}/results/tiny/fold_{fold}: no checkpoint to resume from; starting at the beginning\n" in result.out
+        assert (
+            f"{tmp_path}/results/tiny/fold_{fold}: no checkpoint to resume from; starting at the beginning\n"
+            in result.out
+        )
     assert_same_results(tmp_path / "results", whole.results)
 
 
@@ -641,7 +687,9 @@ def test_a_damaged_checkpoint_is_named(
 
 
 @pytest.mark.parametrize("version", [None, 1, 99])
-def test_another_version_is_refused(version: int | None, stopped_twice: tuple[Path, Path], tree: PngTree, tmp_path: Path) -> None:
+def test_another_version_is_refused(
+    version: int | None, stopped_twice: tuple[Path, Path], tree: PngTree, tmp_path: Path
+) -> None:
     path = stopped_twice[0] / "checkpoint_epoch_1.pth"
     content = torch.load(path, weights_only=True)
     content.pop("version") if version is None else content.update(version=version)

@@ -1,4 +1,6 @@
-"""Contract of order.py and folds.py: which sample comes when, held for every small world, and which folds train on what."""
+"""Contract of order.py and folds.py: which sample comes when, held for every small world, and which folds train on
+what.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def test_train_batches_are_the_epoch_in_order_and_wrap_only_at_its_end() -> None
         assert seen[:n] == order.tolist(), case
         surplus = len(seen) - n
         assert seen[n:] == list(itertools.islice(itertools.cycle(order.tolist()), surplus)), case
-        wanted = max(math.ceil((n - len(steps[0]) * (len(steps) - 1)) / world), 2 if global_batch > world else 1) * world
+        wanted = (
+            max(math.ceil((n - len(steps[0]) * (len(steps) - 1)) / world), 2 if global_batch > world else 1) * world
+        )
         assert len(steps[-1]) == wanted, case  # no more wrapping than dividing needs
 
 
@@ -281,7 +285,9 @@ def test_class_weights_are_scikit_learns(counts: tuple[int, ...]) -> None:
 
 
 def test_classes_without_training_rows_are_named() -> None:
-    with pytest.raises(TrainingError, match="no training rows for class cat, emu; add some, or take the class out of the CSV"):
+    with pytest.raises(
+        TrainingError, match="no training rows for class cat, emu; add some, or take the class out of the CSV"
+    ):
         class_weights(np.array([0, 2, 2]), ("ant", "cat", "dog", "emu"))
 
 
@@ -290,7 +296,9 @@ def test_classes_without_training_rows_are_named() -> None:
 
 @pytest.mark.parametrize("world", range(1, 7))
 def test_parts_are_permuted_side_by_side(world: int) -> None:
-    """Every rank sees each sample of its own part once, shorter parts a few of theirs twice; all batches are as long on every rank."""
+    """Every rank sees each sample of its own part once, shorter parts a few of theirs twice; all batches are as long on
+    every rank.
+    """
     samples = np.flatnonzero(np.arange(101) % 10 != 4)
     seen = []
     for epoch in (1, 2):
@@ -324,7 +332,12 @@ def test_parts_are_evaluated_once(world: int) -> None:
 @pytest.mark.parametrize("world", [1, 3])
 def test_step_seeds_belong_to_their_step(world: int) -> None:
     """The same however many steps are asked for; another one for each step, epoch, seed and rank."""
-    many = {(epoch, seed, rank): step_seeds(50, seed, epoch, rank) for epoch in (1, 2) for seed in (0, 1) for rank in range(world)}
+    many = {
+        (epoch, seed, rank): step_seeds(50, seed, epoch, rank)
+        for epoch in (1, 2)
+        for seed in (0, 1)
+        for rank in range(world)
+    }
     assert len({int(value) for seeds in many.values() for value in seeds}) == 50 * len(many)
     assert np.array_equal(step_seeds(7, 0, 1), many[1, 0, 0][:7])
     assert step_seeds(2, 42, 3, 1).tolist() == [14193243777150724812, 9438729582029806668]

@@ -307,7 +307,9 @@ def test_a_full_disk_is_one_line_with_the_path(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # no image fits: the kernel refuses as a full disk would
     try:
-        with pytest.raises(StorageError, match=rf"cannot write {tmp_path}.*\.png: File too large; free some space") as caught:
+        with pytest.raises(
+            StorageError, match=rf"cannot write {tmp_path}.*\.png: File too large; free some space"
+        ) as caught:
             make(tmp_path, samples_per_class=1, folds=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,4 +1,6 @@
-"""Contract of training: the original's protocol and result tree, the same numbers as a hand-written loop, and resuming without a trace."""
+"""Contract of training: the original's protocol and result tree, the same numbers as a hand-written loop, and resuming
+without a trace.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +38,23 @@ from quaclrs.training.loop import Hooks
 from quaclrs.training.progress import StepMeter, epoch_line
 from quaclrs.training.state import RunningMetrics, Training
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")  # from 3.12
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
+)  # from 3.12
 
 CLASSES = ("dog_bark", "drilling", "traffic")
-SIZES = {"alexnet": 63, "vgg16": 32, "resnet18": 32, "mobilenet": 32, "inception": 299, "efficientnet": 32, "convnext": 32}
+SIZES = {
+    "alexnet": 63,
+    "vgg16": 32,
+    "resnet18": 32,
+    "mobilenet": 32,
+    "inception": 299,
+    "efficientnet": 32,
+    "convnext": 32,
+}
 SMALL = 32
-"""Pixels of MobileNetV2's images where the network does not matter. Not fewer: torch's bfloat16 gradients on the CPU hold
-uninitialised memory for strided convolutions over a single pixel."""
+"""Pixels of MobileNetV2's images where the network does not matter. Not fewer: torch's bfloat16 gradients on the CPU
+hold uninitialised memory for strided convolutions over a single pixel."""
 
 HISTORY = {
     *("epoch", "learning_rate", "train_loss", "train_accuracy", "val_loss", "val_accuracy"),
@@ -50,19 +62,38 @@ HISTORY = {
 }
 TIMES = {name for name in HISTORY if name.endswith(("seconds", "per_s", "wait"))}
 METRICS = {
-    *("model_name", "fold", "test_accuracy", "test_loss", "test_accuracy_originals", "macro_f1", "confusion_matrix", "class_names"),
+    *(
+        "model_name",
+        "fold",
+        "test_accuracy",
+        "test_loss",
+        "test_accuracy_originals",
+        "macro_f1",
+        "confusion_matrix",
+        "class_names",
+    ),
     *("best_epoch", "best_val_accuracy", "best_val_loss", "epochs_run", "stopped_early", "history", "num_samples"),
     *("seconds", "train_images_per_s", "test_images_per_s", "config", "data", "environment", "loader", "image_size"),
 }
 SUMMARY = {
     *("model_name", "num_folds", "mean_test_accuracy", "std_test_accuracy", "fold_accuracies", "folds"),
-    *("mean_test_accuracy_originals", "mean_macro_f1", "seconds", "train_images_per_s", "config", "data", "environment"),
+    *(
+        "mean_test_accuracy_originals",
+        "mean_macro_f1",
+        "seconds",
+        "train_images_per_s",
+        "config",
+        "data",
+        "environment",
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> PngTree:
-    """Three classes, three folds of seven rows (two of each class, one more dog_bark that shares its file). Read only."""
+    """Three classes, three folds of seven rows (two of each class, one more dog_bark that shares its
+    file). Read only.
+    """
     return write_tree(tmp_path_factory.mktemp("train"), make_rows(CLASSES, (1, 2, 3)))
 
 
@@ -114,7 +145,9 @@ def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def files_below(folder: Path) -> set[str]:
     """Without the locks of those who share the folder."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")}
+    return {
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")
+    }
 
 
 # --- the whole road, for every architecture ---
@@ -131,9 +164,23 @@ def fold_files(per_class: dict[str, int], epochs: int) -> set[str]:
 
 @pytest.mark.parametrize("use_amp", [False, True], ids=["float32", "amp"])
 @pytest.mark.parametrize("name", SIZES)
-def test_every_architecture_leaves_the_full_result_tree(name: str, use_amp: bool, tree: PngTree, tmp_path: Path) -> None:
+def test_every_architecture_leaves_the_full_result_tree(
+    name: str, use_amp: bool, tree: PngTree, tmp_path: Path
+) -> None:
     amp = ["--use_amp"] if use_amp else []
-    more = ["--model_name", name, "--image_size", SIZES[name], "--fold", 1, "--epochs", 1, "--gradcam_per_class", 2, *amp]
+    more = [
+        "--model_name",
+        name,
+        "--image_size",
+        SIZES[name],
+        "--fold",
+        1,
+        "--epochs",
+        1,
+        "--gradcam_per_class",
+        2,
+        *amp,
+    ]
     assert main(flags(tree, tmp_path, *more)) == 0
     root = tmp_path / name
     expected = {f"fold_1/{file}" for file in fold_files(dict.fromkeys(CLASSES, 2), epochs=1)}
@@ -150,7 +197,10 @@ def test_every_architecture_leaves_the_full_result_tree(name: str, use_amp: bool
     assert {name: report[name]["support"] for name in CLASSES} == {"dog_bark": 3, "drilling": 2, "traffic": 2}
     weights = torch.load(root / "fold_1" / "best_model.pth", weights_only=True)
     assert all(isinstance(value, torch.Tensor) and not value.isnan().any() for value in weights.values())
-    assert {value.dtype for value in weights.values()} <= {torch.float32, torch.int64}  # AMP computes, but does not keep
+    assert {value.dtype for value in weights.values()} <= {
+        torch.float32,
+        torch.int64,
+    }  # AMP computes, but does not keep
     for image in root.rglob("*.png"):
         with Image.open(image) as opened:
             opened.verify()
@@ -224,7 +274,9 @@ def balanced_weights(labels: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.usefixtures("no_plots")
 def test_the_best_weights_give_the_reported_test_result(tree: PngTree, tmp_path: Path) -> None:
-    """``best_model.pth`` is a plain state dict of torchvision's network; a loop of a few lines finds the same numbers."""
+    """``best_model.pth`` is a plain state dict of torchvision's network; a loop of a few lines finds the
+    same numbers.
+    """
     metrics, _ = train(config_for(tree, tmp_path, epochs=4, batch_size=3, learning_rate=3e-3))
     state = torch.load(tmp_path / "mobilenet" / "fold_1" / "best_model.pth", weights_only=True)
     model = torchvision_models.mobilenet_v2(num_classes=3)
@@ -241,7 +293,9 @@ def test_the_best_weights_give_the_reported_test_result(tree: PngTree, tmp_path:
     original = np.array([row["augmentation"] == "original" for row in rows])
     assert metrics["test_loss"] == pytest.approx(expected_loss.item(), rel=1e-5)
     assert metrics["test_accuracy"] == pytest.approx(accuracy_score(labels, predictions), abs=1e-12)
-    assert metrics["test_accuracy_originals"] == pytest.approx(accuracy_score(labels[original], predictions[original]), abs=1e-12)
+    assert metrics["test_accuracy_originals"] == pytest.approx(
+        accuracy_score(labels[original], predictions[original]), abs=1e-12
+    )
     assert metrics["num_test_originals"] == original.sum() == 4
     assert metrics["macro_f1"] == pytest.approx(f1_score(labels, predictions, average="macro"), abs=1e-12)
     assert metrics["confusion_matrix"] == confusion_matrix(labels, predictions, labels=[0, 1, 2]).tolist()
@@ -258,7 +312,11 @@ def test_training_is_what_a_hand_written_loop_does(tree: PngTree, tmp_path: Path
     dataset = open_dataset(config, want_shards=False, log=print)
     paths = dataset.paths
     assert paths is not None
-    rows = {path: row for row in rows_of_folds(tree, 2) for path in [tree.spectrograms_dir / "fold2" / row["spec_file_name"]]}
+    rows = {
+        path: row
+        for row in rows_of_folds(tree, 2)
+        for path in [tree.spectrograms_dir / "fold2" / row["spec_file_name"]]
+    }
     numbers = np.array([number for number, path in enumerate(paths) if path in rows])
     torch.manual_seed(int(np.random.SeedSequence([config.seed, 1]).generate_state(1)[0]))
     model = torchvision_models.mobilenet_v2(weights=None)
@@ -279,7 +337,8 @@ def test_training_is_what_a_hand_written_loop_does(tree: PngTree, tmp_path: Path
             images, labels = load_rows(tree, [rows[paths[number]] for number in batch])
             optimizer.zero_grad()
             logits = model(images.contiguous(memory_format=torch.channels_last))
-            # the weighted mean, rounded as the engine does it: the last digit of a step is the second one of the next epoch
+            # the weighted mean, rounded as the engine does it: the last digit of a step is the second one of the next
+            # epoch
             loss = summed(logits, labels) * (1 / weights.double()[labels].sum()).float()
             torch.testing.assert_close(loss, criterion(logits, labels))
             loss.backward()
@@ -340,7 +399,10 @@ def test_the_auxiliary_loss_counts_two_fifths_in_training_only() -> None:
     model = _TwoHeads()
     criterion = nn.CrossEntropyLoss(weight=torch.from_numpy(weights))
     with torch.no_grad():
-        main_loss, aux_loss = criterion(model.main(images.flatten(1)), labels), criterion(model.aux(images.flatten(1)), labels)
+        main_loss, aux_loss = (
+            criterion(model.main(images.flatten(1)), labels),
+            criterion(model.aux(images.flatten(1)), labels),
+        )
     config = TrainConfig(learning_rate=1e-30, weight_decay=0.0)
     training = Training.begin(model, weights, torch.device("cpu"), config)
     loader, everything = _Given(images, labels), np.arange(8)
@@ -401,7 +463,10 @@ def test_early_stopping(tree: PngTree, tmp_path: Path) -> None:
     assert metrics["epochs_run"] == len(accuracies)
     best = metrics["best_epoch"]
     assert best == first_best(accuracies)
-    assert (metrics["best_val_accuracy"], metrics["best_val_loss"]) == (max(accuracies), metrics["history"][best - 1]["val_loss"])
+    assert (metrics["best_val_accuracy"], metrics["best_val_loss"]) == (
+        max(accuracies),
+        metrics["history"][best - 1]["val_loss"],
+    )
 
 
 # --- checkpoints, determinism, resuming ---
@@ -487,7 +552,9 @@ INTERRUPTIONS = {
 
 @pytest.fixture(scope="module")
 def uninterrupted(tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], Path]:
-    """The output folder of a run of 4 epochs with some options that was not interrupted; made once for equal options."""
+    """The output folder of a run of 4 epochs with some options that was not interrupted; made once for
+    equal options.
+    """
     made: dict[str, Path] = {}
 
     def output_dir(options: dict[str, Any]) -> Path:
@@ -526,7 +593,9 @@ def test_resume_leaves_no_trace(
         train(config_for(tree, tmp_path, **options), INTERRUPTIONS[where])
     torch.manual_seed(999)  # another process would not have this one's random state
     metrics, log = train(config_for(tree, tmp_path, **options, resume=True))
-    done = {"after epoch 1": 1, "after epoch 3": 3, "after the last epoch": 4, "in training": 2, "in validation": 1}[where]
+    done = {"after epoch 1": 1, "after epoch 3": 3, "after the last epoch": 4, "in training": 2, "in validation": 1}[
+        where
+    ]
     assert f"{tmp_path}/mobilenet/fold_1: resuming after epoch {done}" in log
     assert_same_run(tmp_path, uninterrupted(options))
     if run == "plateau until halved":
@@ -536,7 +605,11 @@ def test_resume_leaves_no_trace(
 @pytest.mark.parametrize("function", ["save_checkpoint", "save"])
 @pytest.mark.usefixtures("no_plots")
 def test_resume_after_a_disk_error(
-    function: str, tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Callable[[dict[str, Any]], Path]
+    function: str,
+    tree: PngTree,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uninterrupted: Callable[[dict[str, Any]], Path],
 ) -> None:
     """Between best_model.pth and the checkpoint of the same epoch, and within either."""
     options = RUNS["plateau"]
@@ -611,7 +684,9 @@ def test_a_damaged_checkpoint_is_named(tree: PngTree, tmp_path: Path) -> None:
         train(config_for(tree, tmp_path), interrupt_after_epoch(1))
     path = tmp_path / "mobilenet" / "fold_1" / "checkpoint_epoch_1.pth"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(TrainingError, match=r"checkpoint_epoch_1\.pth: cannot be loaded .*; delete it and run again") as error:
+    with pytest.raises(
+        TrainingError, match=r"checkpoint_epoch_1\.pth: cannot be loaded .*; delete it and run again"
+    ) as error:
         train(config_for(tree, tmp_path, resume=True))
     assert "\n" not in str(error.value)
 
@@ -622,7 +697,9 @@ def test_finished_folds_are_skipped(tree: PngTree, tmp_path: Path) -> None:
     folder = tmp_path / "mobilenet" / "fold_2"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     log: list[str] = []
-    summary = run_cross_validation(config_for(tree, tmp_path, epochs=1, fold=None, resume=True), log.append)["mobilenet"]
+    summary = run_cross_validation(config_for(tree, tmp_path, epochs=1, fold=None, resume=True), log.append)[
+        "mobilenet"
+    ]
     assert f"fold 2: finished before, test accuracy {metrics['test_accuracy']:.2%}" in log
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert list(summary["fold_accuracies"]) == ["fold_1", "fold_2", "fold_3"]
@@ -659,7 +736,9 @@ def test_an_earlier_run_is_set_aside(tree: PngTree, tmp_path: Path) -> None:
         (["--epochs", 1, "--batch_size", 3, "--use_amp"], "or train without --use_amp"),
     ],
 )
-def test_divergence(more: list[object], expected: str, tree: PngTree, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_divergence(
+    more: list[object], expected: str, tree: PngTree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(flags(tree, tmp_path, "--fold", 1, "--learning_rate", 1e30, *more)) == 2
     line = capsys.readouterr().err
     assert line.startswith("quaclrs-train: error: ")
@@ -727,7 +806,9 @@ def test_shards_and_tree_train_alike(tree: PngTree, tmp_path: Path) -> None:
     shards = open_dataset(config_for(tree, tmp_path), want_shards=True, log=lambda text: None).shards
     assert shards is not None
     try:
-        metrics, _ = train(config_for(tree, tmp_path / "shards", shards=shards.root, csv_file=None, spectrograms_dir=None))
+        metrics, _ = train(
+            config_for(tree, tmp_path / "shards", shards=shards.root, csv_file=None, spectrograms_dir=None)
+        )
     finally:
         shutil.rmtree(tree.csv_file.parent / "quaclrs_shards")
     assert metrics["data"]["encoding"] == "png"
@@ -753,10 +834,18 @@ def test_the_bar_shows_sums_of_one_moment(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_line_of_an_epoch() -> None:
     entry = {
-        **{"epoch": 3, "learning_rate": 5e-4, "train_loss": 1.25, "train_accuracy": 0.5, "val_loss": 1.5, "val_accuracy": 0.25},
+        **{
+            "epoch": 3,
+            "learning_rate": 5e-4,
+            "train_loss": 1.25,
+            "train_accuracy": 0.5,
+            "val_loss": 1.5,
+            "val_accuracy": 0.25,
+        },
         **{"train_images_per_s": 1234.4, "train_data_wait": 0.125},
     }
     assert epoch_line(entry, 30) == (
-        "epoch 3/30: train loss 1.2500, accuracy 50.00%; validation loss 1.5000, accuracy 25.00%; 1234 images/s, waiting for data 12.5%; "
+        "epoch 3/30: train loss 1.2500, accuracy 50.00%; validation loss 1.5000, accuracy 25.00%; 1234 images/s, "
+        "waiting for data 12.5%; "
         "learning rate 0.0005"
     )

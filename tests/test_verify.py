@@ -1,4 +1,6 @@
-"""Contract of reading, checking and exporting: nothing damaged passes for whole, and the way back gives the very files."""
+"""Contract of reading, checking and exporting: nothing damaged passes for whole, and the way back gives
+the very files.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,7 @@ def rewrite_samples(shards: Path, change: Callable[[np.ndarray], None]) -> None:
     edit_manifest(shards, samples_sha256=sha256(shards / "samples.npy"))
 
 
-# ---- good shards ----------------------------------------------------------------------------------------------------------------------
+# --- good shards ---
 
 
 def test_good_shards_pass(png_shards: Path, rgb_shards: Path) -> None:
@@ -109,13 +111,16 @@ def test_verify_reads_every_byte_but_changes_none(copy: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
 
 
-# ---- damage that a hash or a size shows -----------------------------------------------------------------------------------------------
+# --- damage that a hash or a size shows ---
 
 
 @pytest.mark.parametrize("place", [0.0, 0.3, 0.6, 0.999])
 def test_a_flipped_bit_in_a_tar(place: float, copy: Path) -> None:
     flip(copy / TAR, int((copy / TAR).stat().st_size * place))
-    assert complaint(copy) == f"{copy / TAR}: SHA-256 differs from the manifest's, the file has changed; restore it or pack anew"
+    assert (
+        complaint(copy)
+        == f"{copy / TAR}: SHA-256 differs from the manifest's, the file has changed; restore it or pack anew"
+    )
 
 
 def test_a_tar_that_was_cut(copy: Path) -> None:
@@ -157,7 +162,9 @@ def test_an_edited_csv(copy: Path) -> None:
     assert complaint(copy) == f"{path}: is not the CSV these shards were packed from; pack them anew"
 
 
-@pytest.mark.parametrize("name", ["fold02/notes.txt", "fold02/fold02-000099.tar", "fold02/fold02-000000.tar.tmp", "fold77/x.idx"])
+@pytest.mark.parametrize(
+    "name", ["fold02/notes.txt", "fold02/fold02-000099.tar", "fold02/fold02-000000.tar.tmp", "fold77/x.idx"]
+)
 def test_a_stray_file(name: str, copy: Path) -> None:
     (copy / name).parent.mkdir(exist_ok=True)
     (copy / name).write_bytes(b"")
@@ -169,7 +176,7 @@ def test_a_packing_that_was_stopped_here(copy: Path) -> None:
     assert complaint(copy).startswith(f"{copy / '.packing'}: a packing is running or was stopped here")
 
 
-# ---- manifests ------------------------------------------------------------------------------------------------------------------------
+# --- manifests ---
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"not json"])
@@ -183,7 +190,9 @@ def test_a_manifest_that_is_not_json(content: bytes, copy: Path) -> None:
 @pytest.mark.parametrize("content", ["{}", "[]", "null", '{"format": "webdataset"}'])
 def test_a_manifest_of_something_else(content: str, copy: Path) -> None:
     (copy / "manifest.json").write_text(content)
-    assert complaint(copy).startswith(f"{copy / 'manifest.json'}: not a manifest of quaclrs-shards; point --shards at a folder of")
+    assert complaint(copy).startswith(
+        f"{copy / 'manifest.json'}: not a manifest of quaclrs-shards; point --shards at a folder of"
+    )
 
 
 @pytest.mark.parametrize(
@@ -264,7 +273,7 @@ def test_a_shard_dropped_from_the_manifest(copy: Path) -> None:
     assert complaint(copy).startswith(f"{copy / 'samples.npy'}: sample counts per shard differ")
 
 
-# ---- damage with matching hashes: only a look at the content can tell -------------------------------------------------------------------
+# --- damage with matching hashes: only a look at the content can tell ---
 
 
 def test_a_changed_label_in_a_tar(copy: Path) -> None:
@@ -357,7 +366,7 @@ def test_rgb_pixels_of_another_shape(rgb_copy: Path) -> None:
     assert f"holds ({RGB_IMAGE_SIZE}, {RGB_IMAGE_SIZE}, 3) uint8, not (16, 16, 3) uint8" in complaint(rgb_copy)
 
 
-# ---- opening --------------------------------------------------------------------------------------------------------------------------
+# --- opening ---
 
 
 def test_a_folder_without_manifest(tmp_path: Path) -> None:
@@ -366,7 +375,10 @@ def test_a_folder_without_manifest(tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{tmp_path / 'manifest.json'}: no such file (a packing was begun here: run ")
     with pytest.raises(ShardError) as caught:
         ShardSet(tmp_path / "nowhere")
-    assert str(caught.value) == f"{tmp_path / 'nowhere' / 'manifest.json'}: no such file; make shards with tools/shard_dataset.py"
+    assert (
+        str(caught.value)
+        == f"{tmp_path / 'nowhere' / 'manifest.json'}: no such file; make shards with tools/shard_dataset.py"
+    )
 
 
 def test_shards_travel_to_worker_processes(png_shards: Path) -> None:
@@ -392,7 +404,7 @@ def test_payloads_cannot_be_written_to(png_shards: Path) -> None:
             shards.samples["row"][0] = 1
 
 
-# ---- export ---------------------------------------------------------------------------------------------------------------------------
+# --- export ---
 
 
 def test_export_restores_the_tree_byte_for_byte(png_shards: Path, png_tree: PngTree, tmp_path: Path) -> None:
@@ -402,7 +414,9 @@ def test_export_restores_the_tree_byte_for_byte(png_shards: Path, png_tree: PngT
 
 def test_exported_trees_pack_into_the_same_shards(png_shards: Path, png_tree: PngTree, tmp_path: Path) -> None:
     export(png_shards, tmp_path / "out")
-    pack_tree(PngTree(tmp_path / "out" / "data.csv", tmp_path / "out" / "spectrograms", png_tree.rows), tmp_path / "shards")
+    pack_tree(
+        PngTree(tmp_path / "out" / "data.csv", tmp_path / "out" / "spectrograms", png_tree.rows), tmp_path / "shards"
+    )
     assert content_of(tmp_path / "shards") == content_of(png_shards)
 
 
@@ -454,7 +468,7 @@ def test_export_to_a_place_that_cannot_be_written(png_shards: Path, tmp_path: Pa
         export(png_shards, tmp_path / "file")
 
 
-# ---- the tool -------------------------------------------------------------------------------------------------------------------------
+# --- the tool ---
 
 
 @dataclass(frozen=True)
@@ -510,7 +524,9 @@ def test_the_tool_as_a_process(png_shards: Path, png_tree: PngTree, tmp_path: Pa
 
 
 @pytest.mark.parametrize("action", ["info", "verify", "export"])
-def test_damage_is_one_line_and_exit_code_2(action: str, copy: Path, tmp_path: Path, inspect: Callable[..., Printed]) -> None:
+def test_damage_is_one_line_and_exit_code_2(
+    action: str, copy: Path, tmp_path: Path, inspect: Callable[..., Printed]
+) -> None:
     (copy / TAR).unlink()
     printed = inspect(action, copy, *([tmp_path / "out"] if action == "export" else []))
     assert (printed.code, printed.out) == (2, "")

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Pack a CSV and its PNG tree into per-fold WebDataset shards, once. The format is described in quaclrs/shards/format.py."""
+"""Pack a CSV and its PNG tree into per-fold WebDataset shards, once. The format is described in
+quaclrs/shards/format.py.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ _ENCODING_HELP = "png keeps the files' bytes; indexed keeps colour-mapped grids,
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="shard_dataset.py", description=__doc__)
     add_dataset_arguments(parser)
-    parser.add_argument("--from_shards", type=Path, metavar="SHARDS", help="png shards to pack from, in place of CSV and folder")
+    parser.add_argument(
+        "--from_shards", type=Path, metavar="SHARDS", help="png shards to pack from, in place of CSV and folder"
+    )
     parser.add_argument("--output_dir", type=Path, required=True, metavar="SHARDS", help="folder for the shards")
     parser.add_argument("--encoding", default="png", metavar="|".join(ENCODINGS), help=_ENCODING_HELP)
     parser.add_argument("--image_size", type=int, default=DEFAULT_IMAGE_SIZE, help="pixels, for --encoding rgb")
@@ -33,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the shuffling inside each fold")
     parser.add_argument("--num_workers", type=int, default=default_num_workers(), help="processes")
     parser.add_argument("--on_error", default="stop", metavar="|".join(ON_ERROR), help="what to do about a bad image")
-    parser.add_argument("--folds", metavar="1-3,7", help="pack only these; other calls, at the same time or later, pack the others")
+    parser.add_argument(
+        "--folds", metavar="1-3,7", help="pack only these; other calls, at the same time or later, pack the others"
+    )
     options = parser.parse_args(arguments)
 
     def command() -> None:
@@ -60,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
         if summary.missing_folds:
             missing = folds_text(summary.missing_folds)
             print(
-                f"{config.output_dir}: fold(s) {missing} are not there yet; the call that finds all folds there writes the manifest"
+                f"{config.output_dir}: fold(s) {missing} are not there yet; the call that finds all folds there writes "
+                "the manifest"
             )
             return
         with ShardSet(config.output_dir) as shards:

@@ -50,7 +50,8 @@ class PeerError(MissingDependencyError):
 class Peer:
     """One peer's process: ready once the context is entered, idle until :meth:`run`, ended with the context.
 
-    Raises :class:`PeerError` with the last line the process wrote when it ends early or lets us wait more than ``deadline_s``.
+    Raises :class:`PeerError` with the last line the process wrote when it ends early or lets us wait more than
+    ``deadline_s``.
     """
 
     def __init__(
@@ -78,7 +79,9 @@ class Peer:
         self._complaints = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed in close()
 
     def __enter__(self) -> Peer:
-        environment = self._variables | os.environ | {"PYTHONPATH": str(HERE.parent)}  # for `from peers...`; nothing else of ours
+        environment = (
+            self._variables | os.environ | {"PYTHONPATH": str(HERE.parent)}
+        )  # for `from peers...`; nothing else of ours
         try:
             self._process = subprocess.Popen(
                 self._command,
@@ -100,7 +103,9 @@ class Peer:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     @property
@@ -170,7 +175,9 @@ def make_environment(name: str, requirements: Sequence[str], folder: Path, *, ov
         return python
     _install(name, [sys.executable, "-m", "venv", "--clear", str(root)])
     if over_ours:
-        (_packages_of(python) / "ours.pth").write_text(f"{ours}\n")  # pip sees it too, and installs beside it what must differ
+        (_packages_of(python) / "ours.pth").write_text(
+            f"{ours}\n"
+        )  # pip sees it too, and installs beside it what must differ
     _install(name, [str(python), "-m", "pip", "install", "--disable-pip-version-check", *requirements])
     installed.write_text(wanted)
     return python
@@ -188,13 +195,17 @@ def read_requirements(path: Path) -> list[str]:
 
 
 def _install(name: str, command: list[str]) -> None:
-    finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False)
+    finished = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
+    )
     if finished.returncode != 0:
         raise PeerError(name, f"not installed: {_reason(finished.stdout)}")
 
 
 def _reason(output: str) -> str:
-    """The line of ``output`` that says most about why a program failed: Python's or the compiler's own before pip's summary."""
+    """The line of ``output`` that says most about why a program failed: Python's or the compiler's own before pip's
+    summary.
+    """
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     for pattern in (r"\w+Error: |.*\b(fatal )?error: (?!subprocess)", r"ERROR: "):
         for line in reversed(lines):

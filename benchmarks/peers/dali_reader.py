@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Peer: a bare DALI pipeline with DALI's own WebDataset reader on our png shards and their index files, as its manual has it.
+"""Peer: a bare DALI pipeline with DALI's own WebDataset reader on our png shards and their index files, as its manual
+has it.
 
-Decoding ("mixed" where there is a GPU), linear antialiased resize, normalisation in the pipeline; batches are handed over by DLPack,
-which copies nothing. DALI keeps two batches prepared, also between epochs. Threads are its workers: at least one. Compared: every
-value, which by DALI's resize may be up to 16 levels off Pillow's at an image's border, and in the mean half a level.
+Decoding ("mixed" where there is a GPU), linear antialiased resize, normalisation in the pipeline; batches are handed
+over by DLPack, which copies nothing. DALI keeps two batches prepared, also between epochs. Threads are its workers: at
+least one. Compared: every value, which by DALI's resize may be up to 16 levels off Pillow's at an image's border, and
+in the mean half a level.
 
 Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
 """
@@ -17,7 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
-from peers.serving import IMAGENET_MEAN, IMAGENET_STD, Tolerance, make_parser, on_gpu, parse, serve_epochs, shard_numbers
+from peers.serving import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Tolerance,
+    make_parser,
+    on_gpu,
+    parse,
+    serve_epochs,
+    shard_numbers,
+)
 
 TOLERANCE = Tolerance(most=16, mean=0.5)
 DALI_PACKAGE = "nvidia-dali-cuda120"
@@ -34,7 +45,9 @@ def main() -> None:
     def epoch() -> Iterator[tuple[torch.Tensor, Any]]:
         for start in range(0, samples, batch_size):
             output, _, sources = pipeline.run()
-            images = torch.from_dlpack(output.as_tensor())[: samples - start]  # the last batch repeats samples to be whole
+            images = torch.from_dlpack(output.as_tensor())[
+                : samples - start
+            ]  # the last batch repeats samples to be whole
             yield images.permute(0, 3, 1, 2), (sources, len(images))
 
     number = shard_numbers(tars)
@@ -43,7 +56,9 @@ def main() -> None:
         files, count = sources  # of each sample: its tar, its offset and its name there
         return [number[bytes(files.at(i)).decode().rpartition(":")[2].partition(".")[0]] for i in range(count)]
 
-    serve_epochs(epoch, options, (DALI_PACKAGE, "torch"), stored=map(Path, tars), tolerance=TOLERANCE, number_of=numbers_of)
+    serve_epochs(
+        epoch, options, (DALI_PACKAGE, "torch"), stored=map(Path, tars), tolerance=TOLERANCE, number_of=numbers_of
+    )
 
 
 def _pipeline(tars: list[str], options: Any, size: int) -> Any:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Peer: FFCV with images of the size asked for, raw or as JPEG, in its own environment (requirements-ffcv.txt).
 
-Raw (write_mode="raw") are ready pixels; compared: every value, equal to Pillow's. JPEG (write_mode="jpg") at FFCV's default quality of 90
-is how FFCV keeps large datasets small, and lossy; compared: every value, within what JPEG does to a spectrogram's hard edges. In both
-images are resized by Pillow before they are written: FFCV's resizing decoders crop squares, which this task does not do.
-os_cache, FFCV's own compiled pipeline and its threads, of which it needs at least one. On a GPU it sends uint8, and torch normalises
-there (FFCV's own way would need CuPy).
+Raw (write_mode="raw") are ready pixels; compared: every value, equal to Pillow's. JPEG (write_mode="jpg") at FFCV's
+default quality of 90 is how FFCV keeps large datasets small, and lossy; compared: every value, within what JPEG does to
+a spectrogram's hard edges. In both images are resized by Pillow before they are written: FFCV's resizing decoders crop
+squares, which this task does not do. os_cache, FFCV's own compiled pipeline and its threads, of which it needs at least
+one. On a GPU it sends uint8, and torch normalises there (FFCV's own way would need CuPy).
 
 Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
 """
@@ -17,7 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers.serving import EXACT, IMAGENET_MEAN, IMAGENET_STD, Delivery, Tolerance, cores, make_parser, on_gpu, parse, serve_epochs
+from peers.serving import (
+    EXACT,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Delivery,
+    Tolerance,
+    cores,
+    make_parser,
+    on_gpu,
+    parse,
+    serve_epochs,
+)
 
 PAGE_SIZE = 8 * 2**20
 """FFCV's default; it must hold a whole image."""
@@ -27,7 +38,9 @@ JPEG_TOLERANCE = Tolerance(most=160, mean=12)
 
 
 class Images:
-    """The .npy as FFCV's writer wants it: (image, label) by number. The number is the label, so that batches can be checked."""
+    """The .npy as FFCV's writer wants it: (image, label) by number. The number is the label, so that batches can be
+    checked.
+    """
 
     def __init__(self, pixels: np.ndarray) -> None:
         self.pixels = pixels
@@ -42,10 +55,13 @@ class Images:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--stored", choices=WRITE_MODES, default="raw")
-    # Measured on 2 shared cores, 2,080 images of 224 px, batch 64, 2 workers, images/s: median of several series (best pass).
-    # FFCV's NormalizeImage 5,200 to 7,000 (11,400); torch into a kept buffer 1,900 to 4,000 (12,700), its threads and FFCV's
-    # fighting for the cores; torch into fresh memory 1,150 (1,500). So FFCV's own is the default; race both where cores are quiet.
-    parser.add_argument("--normalise", choices=("ffcv", "torch"), default="ffcv", help="float32: in FFCV's pipeline, or behind it")
+    # Measured on 2 shared cores, 2,080 images of 224 px, batch 64, 2 workers, images/s: median of several series (best
+    # pass). FFCV's NormalizeImage 5,200 to 7,000 (11,400); torch into a kept buffer 1,900 to 4,000 (12,700), its
+    # threads and FFCV's fighting for the cores; torch into fresh memory 1,150 (1,500). So FFCV's own is the default;
+    # race both where cores are quiet.
+    parser.add_argument(
+        "--normalise", choices=("ffcv", "torch"), default="ffcv", help="float32: in FFCV's pipeline, or behind it"
+    )
     options = parse(parser)
     pixels = np.load(options.pixels, mmap_mode="r")
     beton = options.work_dir / f"{options.stored}_{len(pixels)}x{pixels.shape[1]}.beton"
@@ -71,7 +87,9 @@ def _write(beton: Path, pixels: np.ndarray, write_mode: str) -> None:
     beton.parent.mkdir(parents=True, exist_ok=True)
     unfinished = beton.with_suffix(".unfinished")
     page_size = max(PAGE_SIZE, 1 << int(pixels[0].nbytes).bit_length())
-    DatasetWriter(str(unfinished), fields, page_size=page_size, num_workers=cores()).from_indexed_dataset(Images(pixels))
+    DatasetWriter(str(unfinished), fields, page_size=page_size, num_workers=cores()).from_indexed_dataset(
+        Images(pixels)
+    )
     unfinished.rename(beton)
 
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Peer: Hugging Face datasets, an Arrow dataset on disk, in an environment over ours (requirements-litdata-datasets.txt).
+"""Peer: Hugging Face datasets, an Arrow dataset on disk, in an environment over ours
+(requirements-litdata-datasets.txt).
 
---stored png: the Image feature with the files' own bytes, decoded by Pillow, and the original's transforms in set_transform, as its
-manual has it. Compared: every value, equal to Pillow's.
---stored raw: the Array3D feature with ready pixels in the format "numpy" (uint8), asked for by whole batches with a BatchSampler, which
-is half as fast again as by samples. Compared: every value, equal to Pillow's.
-DataLoader over the memory-mapped dataset, shuffled by the sampler; workers stay.
+--stored png: the Image feature with the files' own bytes, decoded by Pillow, and the original's transforms in
+set_transform, as its manual has it. Compared: every value, equal to Pillow's.
+--stored raw: the Array3D feature with ready pixels in the format "numpy" (uint8), asked for by whole batches with a
+BatchSampler, which is half as fast again as by samples. Compared: every value, equal to Pillow's. DataLoader over the
+memory-mapped dataset, shuffled by the sampler; workers stay.
 
 Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
 """
@@ -81,7 +82,9 @@ def _write(store: Path, options: Any, png: bool) -> None:
     pixels = np.load(options.pixels, mmap_mode="r")
     image = datasets.Image() if png else datasets.Array3D(shape=pixels.shape[1:], dtype="uint8")
     features = datasets.Features({"image": image, "number": datasets.Value("int64")})
-    sources = {"images": str(options.images)} if png else {"pixels": str(options.pixels)}  # a list would be taken for shards
+    sources = (
+        {"images": str(options.images)} if png else {"pixels": str(options.pixels)}
+    )  # a list would be taken for shards
     dataset = datasets.Dataset.from_generator(_samples, features=features, cache_dir=str(cache), gen_kwargs=sources)
     dataset.save_to_disk(str(unfinished))
     del dataset

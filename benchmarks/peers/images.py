@@ -1,4 +1,6 @@
-"""What peers that decode do to an image, and how images become a batch. Needs torch and torchvision in the peer's environment."""
+"""What peers that decode do to an image, and how images become a batch. Needs torch and torchvision in the peer's
+environment.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ def pillow_transform(size: int, dtype: str) -> Any:
 def tensor_transform(size: int, dtype: str) -> Any:
     """The same by torchvision's v2 transforms: (3, H, W) uint8 to (3, S, S).
 
-    The resize is torch's own, on uint8 (its fast path, chosen by the tensor's channels-last memory); it differs from Pillow's in few
-    values, and there by one level.
+    The resize is torch's own, on uint8 (its fast path, chosen by the tensor's channels-last memory); it differs from
+    Pillow's in few values, and there by one level.
     """
     resize = v2.Resize((size, size), antialias=True)
     if dtype == "uint8":
@@ -31,6 +33,8 @@ def tensor_transform(size: int, dtype: str) -> Any:
 
 
 def collate(samples: list[tuple[torch.Tensor, Any]]) -> tuple[torch.Tensor, list[Any]]:
-    """Images (3, S, S) and whatever tells their numbers to a batch (B, 3, S, S) in channels_last memory, in the worker."""
+    """Images (3, S, S) and whatever tells their numbers to a batch (B, 3, S, S) in channels_last memory,
+    in the worker.
+    """
     images = torch.stack([image for image, _ in samples])
     return images.contiguous(memory_format=torch.channels_last), [number for _, number in samples]

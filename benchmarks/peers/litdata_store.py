@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Peer: LitData, optimize() and StreamingDataset, in an environment over ours (requirements-litdata-datasets.txt).
 
---stored png: litdata.Image(path=...), the files' own bytes, as its manual prefers; LitData decodes them with torchvision, and v2's
-transforms follow in the workers. Compared: every value, within v2's resize (one level, 0.05 in the mean).
+--stored png: litdata.Image(path=...), the files' own bytes, as its manual prefers; LitData decodes them with
+torchvision, and v2's transforms follow in the workers. Compared: every value, within v2's resize (one level, 0.05 in
+the mean).
 --stored raw: tensors of ready pixels, (S, S, 3) uint8; workers only collate. Compared: every value, equal to Pillow's.
-StreamingDataLoader with workers that stay, chunks of the default 64 MB, LitData's own shuffle. The folder is local and not copied.
+StreamingDataLoader with workers that stay, chunks of the default 64 MB, LitData's own shuffle. The folder is local and
+not copied.
 
 Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
 """
@@ -23,7 +25,17 @@ import litdata  # type: ignore[import-not-found, unused-ignore]
 import numpy as np
 import torch
 from peers.images import collate, tensor_transform
-from peers.serving import EXACT, Delivery, Tolerance, cores, loader_options, make_parser, parse, read_images, serve_epochs
+from peers.serving import (
+    EXACT,
+    Delivery,
+    Tolerance,
+    cores,
+    loader_options,
+    make_parser,
+    parse,
+    read_images,
+    serve_epochs,
+)
 
 CHUNK_BYTES = "64MB"
 RESIZE_TOLERANCE = Tolerance(most=1, mean=0.05)
@@ -64,7 +76,13 @@ def main() -> None:
 def _write(store: Path, samples: int, sample: Any) -> None:
     unfinished = store.with_name(store.name + ".unfinished")
     litdata.optimize(
-        sample, list(range(samples)), str(unfinished), chunk_bytes=CHUNK_BYTES, num_workers=cores(), mode="overwrite", verbose=False
+        sample,
+        list(range(samples)),
+        str(unfinished),
+        chunk_bytes=CHUNK_BYTES,
+        num_workers=cores(),
+        mode="overwrite",
+        verbose=False,
     )
     unfinished.rename(store)
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Peer: one memory-mapped array of all images, gathered by NumPy and normalised by torch. What a user writes in ten lines.
+"""Peer: one memory-mapped array of all images, gathered by NumPy and normalised by torch. What a user writes in ten
+lines.
 
-Its workers are torch's threads: at least one. With --keep_buffer float32 goes into one buffer that every batch overwrites, for those
-who know what fresh pages cost. Compared: every value, equal to Pillow's.
+Its workers are torch's threads: at least one. With --keep_buffer float32 goes into one buffer that every batch
+overwrites, for those who know what fresh pages cost. Compared: every value, equal to Pillow's.
 
 Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
 """

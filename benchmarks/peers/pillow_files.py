@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Peer: the original trainer's way. A PNG tree, Pillow and torchvision's transforms in DataLoader's workers.
 
-convert("RGB"), Resize, ToTensor and Normalize for each image; batches are collated in the worker, channels_last. Workers stay from
-epoch to epoch. Compared: every value, equal to Pillow's.
+convert("RGB"), Resize, ToTensor and Normalize for each image; batches are collated in the worker, channels_last.
+Workers stay from epoch to epoch. Compared: every value, equal to Pillow's.
 
 Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
 """

@@ -27,16 +27,21 @@ class Entry:
     least_workers: int = 0
     dtypes: tuple[str, ...] = ("float32", "uint8")
     waits_passively: bool = True
-    """OMP_WAIT_POLICY=passive: torch's threads sleep when they wait for one another. Spinning, as is their default, they fight other
-    processes, and the peer's own workers, for the cores. Measured in turn on 2 shared cores: LitData with 0 workers from 212 to 2,473
-    images/s spinning and from 7,535 to 9,073 sleeping; a memory map into one buffer 5,806 and 10,658. FFCV, which has threads of its
-    own, gains nothing (6,335 and 6,204) and keeps the default."""
+    """OMP_WAIT_POLICY=passive: torch's threads sleep when they wait for one another. Spinning, as is their default,
+    they fight other processes, and the peer's own workers, for the cores. Measured in turn on 2 shared cores: LitData
+    with 0 workers from 212 to 2,473 images/s spinning and from 7,535 to 9,073 sleeping; a memory map into one buffer
+    5,806 and 10,658. FFCV, which has threads of its own, gains nothing (6,335 and 6,204) and keeps the default."""
 
 
 PEERS = (
     Entry(key="dali", name="bare DALI, its own reader", script="dali_reader.py", group=DECODING, least_workers=1),
     Entry(key="pillow", name="Pillow + DataLoader, PNG tree", script="pillow_files.py", group=DECODING),
-    Entry(key="torchvision", name="torchvision decode_image + DataLoader, PNG tree", script="torchvision_files.py", group=DECODING),
+    Entry(
+        key="torchvision",
+        name="torchvision decode_image + DataLoader, PNG tree",
+        script="torchvision_files.py",
+        group=DECODING,
+    ),
     Entry(key="webdataset", name="webdataset, png shards", script="webdataset_png.py", group=DECODING),
     Entry(
         key="litdata-png",

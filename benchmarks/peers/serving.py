@@ -1,7 +1,9 @@
-"""What all peers' scripts share: arguments, the check of their pixels, and serving runs. Must import in any peer's environment.
+"""What all peers' scripts share: arguments, the check of their pixels, and serving runs. Must import in any peer's
+environment.
 
-{"ready": true, "versions": {...}, "check": {...}, "stored": {...}}    printed once all is made, checked and warm
-run  ->  {"images": n, "first_batch_s": ..., "device_s": ...}          for each such line of the input: one shuffled epoch over everything
+{"ready": true, "versions": {...}, "check": {...}, "stored": {...}}    printed once all is made, checked and warm run
+->  {"images": n, "first_batch_s": ..., "device_s": ...}          for each such line of the input: one shuffled epoch
+over everything
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ ROUNDING = 1e-5
 """How far normalised values may be from float64's where pixels have to be equal; a level of a pixel is 0.017."""
 
 Epoch = Callable[[], Iterator[tuple[Any, Any]]]
-"""Starts a shuffled epoch: (images, numbers) batches, images (B, 3, S, S) as :func:`check_batch` wants them, numbers of any kind."""
+"""Starts a shuffled epoch: (images, numbers) batches, images (B, 3, S, S) as :func:`check_batch` wants them, numbers of
+any kind.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,17 @@ EXACT = Tolerance()
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pixels", type=Path, required=True, help="(N, S, S, 3) uint8 .npy, all images as Pillow resizes them")
+    parser.add_argument(
+        "--pixels", type=Path, required=True, help="(N, S, S, 3) uint8 .npy, all images as Pillow resizes them"
+    )
     parser.add_argument("--images", type=Path, help="CSV of the PNG tree: number and file of each sample, in order")
     parser.add_argument("--shards", type=Path, help="png shards of the same samples in the same order")
     parser.add_argument("--work_dir", type=Path, required=True, help="for the peer's own files; kept from run to run")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=2)
-    parser.add_argument("--dtype", choices=("uint8", "float32"), default="float32", help="float32: with ImageNet normalisation")
+    parser.add_argument(
+        "--dtype", choices=("uint8", "float32"), default="float32", help="float32: with ImageNet normalisation"
+    )
     parser.add_argument("--device", default="cpu", help="where the batches have to be")
     parser.add_argument("--seed", type=int, default=0)
     return parser
@@ -104,7 +112,9 @@ def on_gpu(options: argparse.Namespace) -> bool:
 
 
 class DeviceClock:
-    """The seconds between two CUDA events recorded before and after a block, None on the CPU; asked for when the block is over."""
+    """The seconds between two CUDA events recorded before and after a block, None on the CPU; asked for when the block
+    is over.
+    """
 
     def __init__(self, device: Any) -> None:
         self._events: list[Any] = []
@@ -138,7 +148,8 @@ def bytes_on_disk(paths: Iterable[Path]) -> int:
 
 
 class KeptBuffer:
-    """ImageNet normalisation by torch into one buffer used again for every batch: each batch is overwritten by the next.
+    """ImageNet normalisation by torch into one buffer used again for every batch: each batch is overwritten by the
+    next.
 
     The fastest that plain torch has on a CPU: no fresh pages, and whole rows instead of three channels to broadcast.
     """
@@ -165,9 +176,11 @@ def scale_and_bias() -> tuple[list[float], list[float]]:
 
 
 class Delivery:
-    """The main process's part: a batch that workers made, on the device, in channels_last memory, normalised if float32.
+    """The main process's part: a batch that workers made, on the device, in channels_last memory, normalised if
+    float32.
 
-    Ready pixels are normalised here and not by the workers: these would send four times the bytes. On a GPU the GPU does it.
+    Ready pixels are normalised here and not by the workers: these would send four times the bytes. On a GPU the GPU
+    does it.
     """
 
     def __init__(self, options: argparse.Namespace, size: int) -> None:
@@ -176,7 +189,9 @@ class Delivery:
         self._device = torch.device(options.device)
         self._normalise = options.dtype == "float32"
         self._kept = KeptBuffer(options.batch_size, size) if self._normalise and not on_gpu(options) else None
-        self._scale, self._bias = (torch.tensor(values, device=self._device)[:, None, None] for values in scale_and_bias())
+        self._scale, self._bias = (
+            torch.tensor(values, device=self._device)[:, None, None] for values in scale_and_bias()
+        )
 
     def pixels(self, values: Any) -> Any:
         """(B, S, S, 3) uint8 on the CPU to (B, 3, S, S)."""
@@ -193,7 +208,8 @@ class Delivery:
 
 
 def check_batch(batch: Any, pixels: np.ndarray, dtype: str, tolerance: Tolerance = EXACT) -> tuple[float, float]:
-    """Exit unless ``batch``, a (B, 3, S, S) tensor in channels_last memory, holds ``pixels`` (B, S, S, 3), normalised if float32.
+    """Exit unless ``batch``, a (B, 3, S, S) tensor in channels_last memory, holds ``pixels`` (B, S, S, 3), normalised
+    if float32.
 
     Returns the largest and the mean difference, in levels.
     """
@@ -222,7 +238,9 @@ def check_batch(batch: Any, pixels: np.ndarray, dtype: str, tolerance: Tolerance
 def check_epoch(
     epoch: Epoch, pixels: np.ndarray, dtype: str, tolerance: Tolerance, number_of: Callable[[Any], Any]
 ) -> dict[str, float]:
-    """Exit unless an epoch has every sample of ``pixels`` once, and its first and last batch the pixels it should have."""
+    """Exit unless an epoch has every sample of ``pixels`` once, and its first and last batch the pixels
+    it should have.
+    """
     seen: list[np.ndarray] = []
     checked: list[tuple[float, float]] = []
     count = 0
@@ -234,7 +252,8 @@ def check_epoch(
     numbers = np.sort(np.concatenate(seen)) if seen else np.zeros(0, dtype=int)
     if not np.array_equal(numbers, np.arange(len(pixels))):
         sys.exit(
-            f"ValueError: an epoch has {count} samples, {len(np.unique(numbers))} of them different, where there are {len(pixels)}; "
+            f"ValueError: an epoch has {count} samples, {len(np.unique(numbers))} of them different, where there are "
+            f"{len(pixels)}; "
             "if a file in the work folder was written from other data, delete it"
         )
     return {
@@ -252,8 +271,8 @@ def serve_epochs(
     tolerance: Tolerance = EXACT,
     number_of: Callable[[Any], Any] = np.asarray,
 ) -> None:
-    """Check one epoch, then serve others; ``number_of`` makes sample numbers of what ``epoch`` gives beside the images, and
-    ``stored`` are the files and folders that it reads."""
+    """Check one epoch, then serve others; ``number_of`` makes sample numbers of what ``epoch`` gives beside the images,
+    and ``stored`` are the files and folders that it reads."""
     pixels = np.load(options.pixels, mmap_mode="r")
     check = check_epoch(epoch, pixels, options.dtype, tolerance, number_of)
 
@@ -264,7 +283,9 @@ def serve_epochs(
             for images, _ in epoch():
                 first = first or time.perf_counter()
                 count += len(images)
-                images[:, 0, 0, 0].sum()  # one value of each image: a loader that only promises its batches gains nothing
+                images[
+                    :, 0, 0, 0
+                ].sum()  # one value of each image: a loader that only promises its batches gains nothing
         return {"images": count, "first_batch_s": first and first - started, "device_s": clock.seconds()}
 
     serve(run, options, packages, check, {"bytes_per_image": bytes_on_disk(stored) / len(pixels)})
@@ -277,7 +298,9 @@ def serve(
     check: dict[str, float] | None = None,
     stored: dict[str, float] | None = None,
 ) -> None:
-    """Say that all is ready, then ``run`` for each line "run" until the input ends; ``packages``: whose versions to tell."""
+    """Say that all is ready, then ``run`` for each line "run" until the input ends; ``packages``: whose versions to
+    tell.
+    """
 
     def answer(**values: Any) -> None:
         print(json.dumps(values), file=options.answers, flush=True)

@@ -1,4 +1,6 @@
-"""From an entry of the registry to a contender: its environment, the best number of workers, a process that is ready."""
+"""From an entry of the registry to a contender: its environment, the best number of workers, a process
+that is ready.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Setting:
     """What all peers of a group are given alike."""
 
     pixels: Path
-    """(N, S, S, 3) uint8 .npy, all images as Pillow resizes them: what is served ready, and what all are checked against."""
+    """(N, S, S, 3) uint8 .npy, all images as Pillow resizes them: what is served ready, and what all are checked
+    against.
+    """
     images: Path
     """CSV: number and PNG file of each sample."""
     shards: Path
@@ -46,17 +50,25 @@ class Setting:
         return [*given, "--num_workers", num_workers, *entry.arguments]
 
 
-def open_peer(entry: Entry, setting: Setting, stack: contextlib.ExitStack, log: Callable[[str], None] = print) -> Contender:
-    """A contender whose process is ready and lives as long as ``stack``; one that says why it is left out where that fails."""
+def open_peer(
+    entry: Entry, setting: Setting, stack: contextlib.ExitStack, log: Callable[[str], None] = print
+) -> Contender:
+    """A contender whose process is ready and lives as long as ``stack``; one that says why it is left out where that
+    fails.
+    """
 
     def start(num_workers: int) -> Peer:
-        return Peer(entry.name, python, HERE / entry.script, setting.arguments(entry, num_workers), variables=_variables(entry))
+        return Peer(
+            entry.name, python, HERE / entry.script, setting.arguments(entry, num_workers), variables=_variables(entry)
+        )
 
     try:
         python = _python_of(entry, setting.environments)
         best, rates, peer = tune(start, worker_counts(entry.least_workers, setting.cores), stack)
         reset_peaks(process_tree(peer.pid))  # what it took to write its store and to check its pixels does not count
-        log(f"{entry.name}: {best} workers, of {', '.join(f'{count} ({rate:,.0f}/s)' for count, rate in rates.items())}")
+        log(
+            f"{entry.name}: {best} workers, of {', '.join(f'{count} ({rate:,.0f}/s)' for count, rate in rates.items())}"
+        )
     except PeerError as error:
         log(f"left out: {error}")
         return Contender(name=entry.name, run=_not_started, left_out=error.reason)
@@ -66,19 +78,25 @@ def open_peer(entry: Entry, setting: Setting, stack: contextlib.ExitStack, log: 
     def processes() -> list[int]:
         return process_tree(peer.pid)
 
-    return Contender(name=entry.name, run=peer.run, facts=facts, processes=processes, peak_bytes=lambda: peak_bytes(processes()))
+    return Contender(
+        name=entry.name, run=peer.run, facts=facts, processes=processes, peak_bytes=lambda: peak_bytes(processes())
+    )
 
 
 def worker_counts(least: int, cores: int) -> list[int]:
-    """The numbers of workers to try: all from ``least`` to ``cores``, and on larger machines powers of two in place of the middle."""
+    """The numbers of workers to try: all from ``least`` to ``cores``, and on larger machines powers of two in place of
+    the middle.
+    """
     powers = [1 << power for power in range(_EACH_COUNT_UP_TO.bit_length(), cores.bit_length())]
     counts = {*range(min(cores, _EACH_COUNT_UP_TO) + 1), *powers, cores}
     return sorted(count for count in counts if count >= least)
 
 
-def tune(start: Callable[[int], Peer], counts: Sequence[int], stack: contextlib.ExitStack) -> tuple[int, dict[int, float], Peer]:
-    """The best of ``counts`` by epochs of half a second in all, after the one that checks the peer; the images/s of each that worked; and
-    the best one's process, which lives as long as ``stack``.
+def tune(
+    start: Callable[[int], Peer], counts: Sequence[int], stack: contextlib.ExitStack
+) -> tuple[int, dict[int, float], Peer]:
+    """The best of ``counts`` by epochs of half a second in all, after the one that checks the peer; the images/s of
+    each that worked; and the best one's process, which lives as long as ``stack``.
 
     Raises the last :class:`PeerError` where none works.
     """

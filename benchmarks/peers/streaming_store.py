@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Peer: MosaicML Streaming, MDSWriter and StreamingDataset, in an environment over ours (requirements-streaming.txt).
 
---stored png: a column of bytes, the files' own (the "png" column would compress them anew, to the same pixels), opened by Pillow as
-that column does, and the original's transforms in __getitem__, as its manual has it. Compared: every value, equal to Pillow's.
---stored raw: a column "ndarray:uint8:S,S,3" of ready pixels; workers only collate. Compared: every value, equal to Pillow's.
-DataLoader over StreamingDataset(local=...), workers that stay, shards of the default 64 MiB uncompressed, the default shuffle (py1e).
+--stored png: a column of bytes, the files' own (the "png" column would compress them anew, to the same pixels), opened
+by Pillow as that column does, and the original's transforms in __getitem__, as its manual has it. Compared: every
+value, equal to Pillow's.
+--stored raw: a column "ndarray:uint8:S,S,3" of ready pixels; workers only collate. Compared: every value, equal to
+Pillow's. DataLoader over StreamingDataset(local=...), workers that stay, shards of the default 64 MiB uncompressed, the
+default shuffle (py1e).
 
 Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
 """
@@ -53,7 +55,12 @@ def main() -> None:
             _write(store, "bytes", (Path(file).read_bytes() for file in read_images(options.images)))
         else:
             _write(store, f"ndarray:uint8:{size},{size},3", map(np.array, pixels))
-    reading = {"local": str(store), "shuffle": True, "shuffle_seed": 9176 + options.seed, "batch_size": options.batch_size}
+    reading = {
+        "local": str(store),
+        "shuffle": True,
+        "shuffle_seed": 9176 + options.seed,
+        "batch_size": options.batch_size,
+    }
     dataset = Decoded(pillow_transform(size, options.dtype), **reading) if png else StreamingDataset(**reading)
     loader = DataLoader(dataset, collate_fn=collate if png else None, **loader_options(options))
     delivery = Delivery(options, size)

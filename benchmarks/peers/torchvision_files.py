@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Peer: torchvision alone. A PNG tree, decode_image and the v2 transforms in DataLoader's workers.
 
-decode_image(mode=RGB) gives channels-last memory, which v2's resize, antialiased on uint8, and all that follows keep: the batch is
-stacked without another layout. Compared: every value, which by v2's resize may be one level off Pillow's, and in the mean 0.05.
+decode_image(mode=RGB) gives channels-last memory, which v2's resize, antialiased on uint8, and all that follows keep:
+the batch is stacked without another layout. Compared: every value, which by v2's resize may be one level off Pillow's,
+and in the mean 0.05.
 
 Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
 """

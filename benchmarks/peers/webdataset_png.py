@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Peer: webdataset on our own png shards, with the pipeline of its manual.
 
-WebDataset(shardshuffle).shuffle(1000).decode("pil"), the original's transforms, batched in the workers; WebLoader over that, with
-workers that stay. Shards are shared out to the workers, so with more workers than shards some have nothing to do, and each worker ends
-an epoch with a smaller batch. Mixing the workers' samples once more in the main process, which the manual offers, would copy them, and
-is left out. Compared: every value, equal to Pillow's.
+WebDataset(shardshuffle).shuffle(1000).decode("pil"), the original's transforms, batched in the workers; WebLoader over
+that, with workers that stay. Shards are shared out to the workers, so with more workers than shards some have nothing
+to do, and each worker ends an epoch with a smaller batch. Mixing the workers' samples once more in the main process,
+which the manual offers, would copy them, and is left out. Compared: every value, equal to Pillow's.
 
 Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
 """

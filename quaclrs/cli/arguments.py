@@ -45,14 +45,20 @@ class Parser(argparse.ArgumentParser):
 def add_dataset_arguments(group: Any, *, show_defaults: bool = False) -> None:
     """``--csv_file --spectrograms_dir`` and the names of the CSV's columns.
 
-    They default to None: the caller decides what that means, knowing whether the user named them. ``show_defaults`` tells of
-    DEFAULT_CSV_FILE and DEFAULT_SPECTROGRAMS_DIR in the help.
+    They default to None: the caller decides what that means, knowing whether the user named them. ``show_defaults``
+    tells of DEFAULT_CSV_FILE and DEFAULT_SPECTROGRAMS_DIR in the help.
     """
-    csv_default, folder_default = (f" [{DEFAULT_CSV_FILE}]", f" [{DEFAULT_SPECTROGRAMS_DIR}]") if show_defaults else ("", "")
+    csv_default, folder_default = (
+        (f" [{DEFAULT_CSV_FILE}]", f" [{DEFAULT_SPECTROGRAMS_DIR}]") if show_defaults else ("", "")
+    )
     group.add_argument("--csv_file", type=Path, metavar="CSV", help=f"one row per sample{csv_default}")
-    group.add_argument("--spectrograms_dir", type=Path, metavar="DIR", help=f"holds fold1/, fold2/, ...{folder_default}")
+    group.add_argument(
+        "--spectrograms_dir", type=Path, metavar="DIR", help=f"holds fold1/, fold2/, ...{folder_default}"
+    )
     names = Columns()
-    group.add_argument("--file_column", default=names.file, metavar="NAME", help="CSV column with the image's file name")
+    group.add_argument(
+        "--file_column", default=names.file, metavar="NAME", help="CSV column with the image's file name"
+    )
     group.add_argument("--label_column", default=names.label, metavar="NAME", help="CSV column with the class name")
     group.add_argument("--fold_column", default=names.fold, metavar="NAME", help="CSV column with the fold, 1, 2, ...")
 

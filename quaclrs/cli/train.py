@@ -155,7 +155,9 @@ def _add_data_arguments(group: Any) -> None:
 
 def _add_model_arguments(group: Any) -> None:
     _add(
-        group, "model_name", "alexnet, vgg16, resnet18, mobilenet, inception, efficientnet or convnext; several with commas, or all"
+        group,
+        "model_name",
+        "alexnet, vgg16, resnet18, mobilenet, inception, efficientnet or convnext; several with commas, or all",
     )
     _add(group, "pretrained", "start from ImageNet weights", action="store_true")
     _add(group, "freeze_features", "train the head only", action="store_true")
@@ -167,7 +169,12 @@ def _add_training_arguments(group: Any) -> None:
     _add(group, "patience", "epochs without a better validation accuracy before stopping", type=int, metavar="N")
     _add(group, "learning_rate", "Adam's", type=float, metavar="LR")
     _add(group, "weight_decay", "Adam's", type=float, metavar="WD")
-    _add(group, "scheduler", "plateau halves the learning rate when validation stalls; cosine anneals it", choices=SCHEDULERS)
+    _add(
+        group,
+        "scheduler",
+        "plateau halves the learning rate when validation stalls; cosine anneals it",
+        choices=SCHEDULERS,
+    )
     _add(group, "use_amp", "automatic mixed precision", action="store_true")
     _add(
         group,
@@ -176,7 +183,12 @@ def _add_training_arguments(group: Any) -> None:
         choices=AMP_DTYPES,
     )
     _add(group, "tf32", "let float32 on a GPU round to TF32, which is faster", action="store_true")
-    _add(group, "compile", "inductor: torch.compile; cudagraph: capture each whole step, for small batches", choices=COMPILERS)
+    _add(
+        group,
+        "compile",
+        "inductor: torch.compile; cudagraph: capture each whole step, for small batches",
+        choices=COMPILERS,
+    )
     _add(group, "sync_bn", "BatchNorm over the batches of all GPUs", action="store_true")
     _add(group, "seed", "of weights and order", type=int)
 
@@ -196,7 +208,11 @@ def _add_run_arguments(group: Any) -> None:
         type=float,
         metavar="MIN",
     )
-    _add(group, "profile", "write a profile of some steps of the first epoch, and what bounds them", action="store_true")
-    group.add_argument("--distributed", action="store_true", help="each fold on all GPUs of this machine (elsewhere, use torchrun)")
+    _add(
+        group, "profile", "write a profile of some steps of the first epoch, and what bounds them", action="store_true"
+    )
+    group.add_argument(
+        "--distributed", action="store_true", help="each fold on all GPUs of this machine (elsewhere, use torchrun)"
+    )
     _add(group, "parallel", "folds: one process per GPU, each training whole folds", choices=PARALLEL)
     _add(group, "nproc", "processes of the two above; needed on the CPU", type=int, metavar="N")

@@ -55,7 +55,8 @@ def select(fold: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray, np.n
 def class_weights(labels: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
     """(classes,) float32: N / (classes · count), from the training ``labels`` (N,) int64.
 
-    The same as scikit-learn's ``compute_class_weight("balanced")``. Raises :class:`TrainingError` naming a class without rows.
+    The same as scikit-learn's ``compute_class_weight("balanced")``. Raises :class:`TrainingError` naming a class
+    without rows.
     """
     counts = np.bincount(labels, minlength=len(classes))
     if (counts == 0).any():

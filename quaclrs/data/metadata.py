@@ -1,7 +1,7 @@
 """The CSV: which images there are, their class and fold, and what is odd about them.
 
-Every row is one sample. Rows are not files: several slices of one recording may name the same image, and each still counts.
-Labels come from the class column alone, never from a file name (the names carry an older numbering).
+Every row is one sample. Rows are not files: several slices of one recording may name the same image, and each still
+counts. Labels come from the class column alone, never from a file name (the names carry an older numbering).
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ class Metadata:
         return f"fold{self.fold[row]}/{self.file[row]}"
 
     def path(self, row: int, spectrograms_dir: Path) -> Path:
-        """The image of row ``row``: ``fold{k}/{file}`` below ``spectrograms_dir``, or ``{file}`` where only that exists."""
+        """The image of row ``row``: ``fold{k}/{file}`` below ``spectrograms_dir``, or ``{file}`` where only that
+        exists.
+        """
         in_fold, flat = spectrograms_dir / self.relative_path(row), spectrograms_dir / self.file[row]
         # os.path.isfile, for Path.is_file raises OSError for a name that is too long
         return flat if not os.path.isfile(in_fold) and os.path.isfile(flat) else in_fold  # noqa: PTH113
@@ -126,8 +128,9 @@ class Metadata:
 def read_metadata(csv_file: Path, columns: Columns | None = None) -> Metadata:
     """Read and check ``csv_file``; a byte-order mark, CRLF line ends and extra columns are fine.
 
-    Raises :class:`DataError` naming the file, the row and the value when the file cannot be read, is empty, lacks a column, or
-    holds a fold that is not a positive integer, a missing value, or an image path that leaves the dataset's folder.
+    Raises :class:`DataError` naming the file, the row and the value when the file cannot be read, is empty, lacks a
+    column, or holds a fold that is not a positive integer, a missing value, or an image path that leaves the dataset's
+    folder.
     """
     try:
         raw = Path(csv_file).read_bytes()
@@ -143,7 +146,8 @@ def parse_metadata(raw: bytes, csv_file: Path, columns: Columns) -> Metadata:
         if column not in table.columns:
             found = ", ".join(map(str, table.columns))
             raise DataError(
-                f"{csv_file}: no column {column!r}; it has: {found}; name yours with --file_column, --label_column, --fold_column"
+                f"{csv_file}: no column {column!r}; it has: {found}; name yours with --file_column, --label_column, "
+                "--fold_column"
             )
         _refuse_missing_values(table[column], column, csv_file)
     if table.empty:
@@ -174,15 +178,20 @@ def _parse_table(raw: bytes, csv_file: Path) -> pd.DataFrame:
     except pd.errors.ParserError as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{csv_file}: not a CSV with one header ({reason}); mend that line") from None
-    if not isinstance(table.index, pd.RangeIndex):  # pandas took the surplus for row names: every value is in the wrong column
+    if not isinstance(
+        table.index, pd.RangeIndex
+    ):  # pandas took the surplus for row names: every value is in the wrong column
         raise DataError(
-            f"{csv_file}: row 1 has more values than the header has columns (a comma at its end?); mend the rows or the header"
+            f"{csv_file}: row 1 has more values than the header has columns (a comma at its end?); mend the rows or "
+            "the header"
         )
     return table
 
 
 def _refuse_missing_values(values: pd.Series, column: str, csv_file: Path) -> None:
-    text = values.fillna("").str.strip().str.lower()  # a row with too few fields is a gap even with keep_default_na=False
+    text = (
+        values.fillna("").str.strip().str.lower()
+    )  # a row with too few fields is a gap even with keep_default_na=False
     missing = np.flatnonzero(text.isin(["", "nan"]).to_numpy())
     if missing.size:
         raise DataError(
@@ -196,7 +205,8 @@ def _parse_folds(values: pd.Series, column: str, csv_file: Path) -> np.ndarray:
     if not is_positive.all():
         row = int(np.flatnonzero(~is_positive)[0])
         raise DataError(
-            f"{csv_file}: row {row + 1}: column {column!r} is {values.iloc[row]!r}, not a whole number from 1 to 9999; folds count from 1"
+            f"{csv_file}: row {row + 1}: column {column!r} is {values.iloc[row]!r}, not a whole number from 1 to 9999; "
+            "folds count from 1"
         )
     return values.astype(np.int64).to_numpy()
 
@@ -204,7 +214,14 @@ def _parse_folds(values: pd.Series, column: str, csv_file: Path) -> np.ndarray:
 def _refuse_unsafe_paths(files: pd.Series, csv_file: Path) -> None:
     for file in files.unique():
         posix, windows = PurePosixPath(file), PureWindowsPath(file)
-        if posix.is_absolute() or windows.drive or windows.root or ".." in posix.parts or ".." in windows.parts or "\0" in file:
+        if (
+            posix.is_absolute()
+            or windows.drive
+            or windows.root
+            or ".." in posix.parts
+            or ".." in windows.parts
+            or "\0" in file
+        ):
             row = int(np.flatnonzero((files == file).to_numpy())[0])
             raise DataError(
                 f"{csv_file}: row {row + 1}: the image {file!r} is absolute or climbs out with '..'; "

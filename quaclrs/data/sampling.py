@@ -1,7 +1,7 @@
 """Which sample comes when, by arithmetic alone: a pure function of (seed, epoch, step, world size, rank).
 
-No loader decides anything about order; each is handed the sample numbers of its batches. So all loaders agree, a resume is an
-(epoch, step) pair, and world sizes that divide the global batch see the same global batches.
+No loader decides anything about order; each is handed the sample numbers of its batches. So all loaders agree, a resume
+is an (epoch, step) pair, and world sizes that divide the global batch see the same global batches.
 
 A training epoch of 10 samples in global batches of 4 keeps its smaller last batch::
 
@@ -10,11 +10,12 @@ A training epoch of 10 samples in global batches of 4 keeps its smaller last bat
               | . . 9 0 | . . 8 3 | . . 7 2 |   rank 1      and the last batch wraps round to 7 2
 
 The last batch wraps round to the epoch's start only as far as its division needs (two samples a rank at least, because
-BatchNorm cannot train on one), and a last batch of a single sample joins its neighbour. Evaluation never wraps and never
-pads: each sample exactly once.
+BatchNorm cannot train on one), and a last batch of a single sample joins its neighbour. Evaluation never wraps and
+never pads: each sample exactly once.
 
-Where the data are shared out because no rank can hold them all, rank r of W has the samples whose number leaves r when divided by W,
-and permutes those alone: an epoch is then W permutations side by side, not one of everything (:func:`rank_shard_batches`).
+Where the data are shared out because no rank can hold them all, rank r of W has the samples whose number leaves r when
+divided by W, and permutes those alone: an epoch is then W permutations side by side, not one of everything
+(:func:`rank_shard_batches`).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _STORAGE_STREAM, _EPOCH_STREAM, _STEP_STREAM, _PART_STREAM = 0, 1, 2, 3
 def stable_permutation(n: int, *entropy: int) -> np.ndarray:
     """(n,) int64: a permutation of 0..n-1 that depends on ``entropy`` (non-negative integers) and nothing else.
 
-    The raw output of a NumPy bit generator is guaranteed never to change (NEP 19), which ``Generator.permutation`` is not; so the
-    keys are sorted here.
+    The raw output of a NumPy bit generator is guaranteed never to change (NEP 19), which ``Generator.permutation`` is
+    not; so the keys are sorted here.
     """
     keys = np.random.Philox(np.random.SeedSequence(entropy)).random_raw(n)
     return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
@@ -75,8 +76,11 @@ def train_batches(order: np.ndarray, global_batch: int, world: int = 1, rank: in
     return batches
 
 
-def rank_shard_batches(samples: np.ndarray, global_batch: int, seed: int, epoch: int, world: int) -> list[list[np.ndarray]]:
-    """For each rank its batches of ``epoch`` from its own part of ``samples`` (N,), equally many and equally long on all ranks.
+def rank_shard_batches(
+    samples: np.ndarray, global_batch: int, seed: int, epoch: int, world: int
+) -> list[list[np.ndarray]]:
+    """For each rank its batches of ``epoch`` from its own part of ``samples`` (N,), equally many and equally long on
+    all ranks.
 
     Parts differ by a few samples; shorter ones wrap round to their own start. Raises ValueError when a part is empty.
     """
@@ -99,7 +103,9 @@ def step_seeds(steps: int, seed: int, epoch: int, rank: int = 0) -> np.ndarray:
 
 
 def evaluation_batches(samples: np.ndarray, global_batch: int, world: int = 1, rank: int = 0) -> list[np.ndarray]:
-    """The batches of ``rank`` over ``samples`` (N,), each sample on exactly one rank exactly once; ranks may differ by a batch."""
+    """The batches of ``rank`` over ``samples`` (N,), each sample on exactly one rank exactly once; ranks may differ by
+    a batch.
+    """
     _check_world(world, rank)
     per_rank = max(global_batch // world, 1)
     starts = range(rank * per_rank, len(samples), per_rank * world)

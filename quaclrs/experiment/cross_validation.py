@@ -12,7 +12,16 @@ import torch
 
 from quaclrs.config import TrainConfig, default_num_workers
 from quaclrs.errors import UsageError, told_once
-from quaclrs.experiment.fold import METRICS_FILE, Log, Run, agreed_global_batch, fold_samples, provenance, read_document, run_fold
+from quaclrs.experiment.fold import (
+    METRICS_FILE,
+    Log,
+    Run,
+    agreed_global_batch,
+    fold_samples,
+    provenance,
+    read_document,
+    run_fold,
+)
 from quaclrs.loaders import MemoryEstimate, build_loader, choose_loader
 from quaclrs.loaders.base import Loader, LoaderConfig
 from quaclrs.loaders.dataset import Dataset, open_dataset
@@ -32,7 +41,8 @@ SUMMARY_FILE = "summary.json"
 def run_cross_validation(
     config: TrainConfig, log: Log = print, hooks: loop.Hooks | None = None, world: World | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Train and test the fold(s) of ``config``'s model(s); returns by model the summary that is also written to ``summary.json``.
+    """Train and test the fold(s) of ``config``'s model(s); returns by model the summary that is also written to
+    ``summary.json``.
 
     Everything that can be refused is refused before the first fold starts. Raises the errors of quaclrs.errors.
     """
@@ -56,7 +66,9 @@ def tasks(config: TrainConfig) -> list[tuple[str, int]]:
 
 
 def model_names(text: str) -> list[str]:
-    """The models of ``--model_name``: one, several with commas, or ``all``. Raises :class:`UsageError` for one that there is not."""
+    """The models of ``--model_name``: one, several with commas, or ``all``. Raises :class:`UsageError` for one that
+    there is not.
+    """
     names = list(ARCHITECTURES) if text == "all" else [name.strip() for name in text.split(",")]
     unknown = [name for name in names if name not in ARCHITECTURES]
     if unknown:
@@ -115,7 +127,8 @@ class FoldRunner:
         highest, config = int(self._dataset.fold.max()), self._config
         if highest > config.num_folds:
             raise UsageError(
-                f"{self._dataset.name}: has a fold {highest}, but the protocol has {config.num_folds}; give --num_folds {highest} or mend "
+                f"{self._dataset.name}: has a fold {highest}, but the protocol has {config.num_folds}; give "
+                f"--num_folds {highest} or mend "
                 "the CSV"
             )
         for fold in dict.fromkeys(fold for _, fold in tasks(config)):
@@ -169,7 +182,9 @@ class FoldRunner:
         return dataset
 
     def _loader_for(self, image_size: int) -> Loader:
-        """The loader of ``image_size``: the one there is, rendering its data at that size if it can, or else a new one in its place."""
+        """The loader of ``image_size``: the one there is, rendering its data at that size if it can, or else a new one
+        in its place.
+        """
         if self._loader is not None and self._loader_size != image_size:
             config = self._loader_config(image_size, self._parts)
             if not (isinstance(self._loader, ResidentLoader) and self._loader.resize(config)):
@@ -186,7 +201,8 @@ class FoldRunner:
         choice = choose_loader(config.loader, encoding, self._fit(image_size))
         if config.compile == "cudagraph" and choice.name != "resident":
             raise UsageError(
-                f"--compile cudagraph: takes its images from device memory, and --loader {choice.name} does not keep them there; "
+                f"--compile cudagraph: takes its images from device memory, and --loader {choice.name} does not keep "
+                "them there; "
                 "use --loader resident"
             )
         self._log(f"loader: {choice.name} on {self._device} ({choice.reason})")
@@ -194,7 +210,9 @@ class FoldRunner:
         return build_loader(choice, dataset, self._loader_config(image_size, choice.parts))
 
     def _fit(self, image_size: int) -> MemoryEstimate | None:
-        """The data against the memory of the fullest device; None on the CPU, where the page cache keeps them anyway, unless asked for."""
+        """The data against the memory of the fullest device; None on the CPU, where the page cache keeps them anyway,
+        unless asked for.
+        """
         shards, on_gpu = self._dataset.shards, self._device.type == "cuda"
         if shards is None or not (on_gpu or self._config.loader == "resident"):
             return None
@@ -232,7 +250,9 @@ def pick_device(wanted: str, world: World | None = None) -> torch.device:
 
 
 def find_device(wanted: str, world: World | None = None) -> torch.device:
-    """``auto`` is the GPU where there is one, of several processes each its own. Raises :class:`UsageError` for one that is not there."""
+    """``auto`` is the GPU where there is one, of several processes each its own. Raises :class:`UsageError` for one
+    that is not there.
+    """
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -244,7 +264,8 @@ def find_device(wanted: str, world: World | None = None) -> torch.device:
     if device.type == "cuda":
         if device.index is not None and world and world.size > 1:
             raise UsageError(
-                f"--device {wanted}: names one GPU, and {world.size} processes take one each; use --device cuda, and CUDA_VISIBLE_DEVICES "
+                f"--device {wanted}: names one GPU, and {world.size} processes take one each; use --device cuda, and "
+                "CUDA_VISIBLE_DEVICES "
                 "to choose among them"
             )
         index = device.index if device.index is not None else world.local_rank if world else 0
@@ -262,13 +283,16 @@ def refuse_for_device(config: TrainConfig, device: torch.device, world: World) -
     if config.compile == "cudagraph" and (device.type != "cuda" or world.size > 1):
         where = f"{world.size} processes" if world.size > 1 else str(device)
         raise UsageError(
-            f"--compile cudagraph: captures the work of one GPU, and this is {where}; for several GPUs use --parallel folds, or --compile "
+            f"--compile cudagraph: captures the work of one GPU, and this is {where}; for several GPUs use --parallel "
+            "folds, or --compile "
             "inductor"
         )
 
 
 def write_summary(run: Run, result: dict[str, Any]) -> dict[str, Any]:
-    """Write ``summary.json`` over all folds that have results in the run's folder, those of other processes included."""
+    """Write ``summary.json`` over all folds that have results in the run's folder, those of other
+    processes included.
+    """
     with folder_lock(run.folder):
         return _write_summary(run, result)
 

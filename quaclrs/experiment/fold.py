@@ -99,7 +99,8 @@ def fold_folder(config: TrainConfig, fold: int) -> Path:
 def agreed_global_batch(config: TrainConfig, world: World) -> int:
     """Samples of one optimizer step: ``--batch_size`` × processes.
 
-    A run that is resumed on another number of processes keeps its own. Raises :class:`TrainingError` when those cannot share it.
+    A run that is resumed on another number of processes keeps its own. Raises :class:`TrainingError` when those cannot
+    share it.
     """
     now = config.batch_size * world.size
     if not config.resume:
@@ -112,14 +113,17 @@ def agreed_global_batch(config: TrainConfig, world: World) -> int:
         if saved["batch_size"] == config.batch_size and before != now:
             if before % world.size or before // world.size < 2:
                 raise TrainingError(
-                    f"{path}: its global batch of {before} samples cannot be shared by {world.size} processes; use a number that divides it"
+                    f"{path}: its global batch of {before} samples cannot be shared by {world.size} processes; use a "
+                    "number that divides it"
                 )
             return before
     return now
 
 
 def fold_samples(dataset: Dataset, fold: int, num_folds: int) -> loop.FoldSamples:
-    """The sample numbers of test fold ``fold``. Raises :class:`TrainingError` when a part, or a class in training, is empty."""
+    """The sample numbers of test fold ``fold``. Raises :class:`TrainingError` when a part, or a class in training, is
+    empty.
+    """
     train, validation, test = select(dataset.fold, split_for(fold, num_folds))
     class_weights(dataset.label[train], dataset.classes)
     if len(train) < 2:
@@ -128,7 +132,8 @@ def fold_samples(dataset: Dataset, fold: int, num_folds: int) -> loop.FoldSample
 
 
 def run_fold(run: Run, fold: int) -> dict[str, Any]:
-    """Train and test one fold and write its results; returns its metrics. With ``--resume``, a finished fold is only read.
+    """Train and test one fold and write its results; returns its metrics. With ``--resume``, a finished fold is only
+    read.
 
     On several processes each calls it; rank 0 alone reads and writes files.
     """
@@ -150,7 +155,8 @@ def _train_and_test(run: Run, fold: int) -> dict[str, Any]:
     config, folder, identity = run.config, fold_folder(run.config, fold), run.identity(fold)
     samples = fold_samples(run.dataset, fold, config.num_folds)
     run.log(
-        f"fold {fold}: training on {len(samples.train)} samples, validating on {len(samples.validation)}, testing on {len(samples.test)}"
+        f"fold {fold}: training on {len(samples.train)} samples, validating on {len(samples.validation)}, testing on "
+        f"{len(samples.test)}"
     )
     started = time.monotonic()
     training = _begin(run, samples, fold)
@@ -161,7 +167,9 @@ def _train_and_test(run: Run, fold: int) -> dict[str, Any]:
     if run.world.is_main:
         write_json(folder / RUN_FILE, {"run": identity, "batch_size": config.batch_size, "processes": run.world.size})
     with with_profile(run.hooks, config, training, run.loader.name, folder, run.log) as hooks:
-        fitting = loop.Trainer(training, run.loader, samples, config, run.global_batch, folder, identity, run.watch, hooks)
+        fitting = loop.Trainer(
+            training, run.loader, samples, config, run.global_batch, folder, identity, run.watch, hooks
+        )
         stopped_early = fitting.fit()
         tested = fitting.test()
     if not run.world.is_main:
@@ -182,7 +190,10 @@ def _begin(run: Run, samples: loop.FoldSamples, fold: int) -> Training:
     # each fold starts from its own seed, so its result does not depend on which folds ran before it in this process
     torch.manual_seed(int(np.random.SeedSequence([config.seed, fold]).generate_state(1)[0]))
     model = build_model(
-        config.model_name, len(run.dataset.classes), pretrained=config.pretrained, freeze_features=config.freeze_features
+        config.model_name,
+        len(run.dataset.classes),
+        pretrained=config.pretrained,
+        freeze_features=config.freeze_features,
     )
     weights = class_weights(run.dataset.label[samples.train], run.dataset.classes)
     return Training.begin(model, weights, run.device, config, run.world)
@@ -240,7 +251,9 @@ def _set_aside(folder: Path, log: Log) -> None:
     log(f"{folder}: holds an earlier run, which is now {previous} (--resume would have continued it)")
 
 
-def _report(run: Run, training: Training, samples: loop.FoldSamples, tested: loop.Evaluation, folder: Path) -> dict[str, Any]:
+def _report(
+    run: Run, training: Training, samples: loop.FoldSamples, tested: loop.Evaluation, folder: Path
+) -> dict[str, Any]:
     """Write plots, report and Grad-CAMs of the test; returns the content of metrics.json."""
     dataset, config = run.dataset, run.config
     labels = dataset.label[tested.index]
@@ -277,7 +290,9 @@ def provenance(run: Run) -> dict[str, Any]:
     """What a result was made from and with."""
     shards = run.dataset.shards
     return {
-        "config": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(run.config).items()},
+        "config": {
+            name: str(value) if isinstance(value, Path) else value for name, value in asdict(run.config).items()
+        },
         "processes": run.world.size,
         "global_batch": run.global_batch,
         "loader": run.loader.name,
@@ -301,4 +316,6 @@ def _write_gradcams(run: Run, training: Training, tested: loop.Evaluation, folde
         return
     batches = evaluation_batches(tested.index[picked], run.global_batch // run.world.size)
     images = torch.cat([batch.images.float() for batch in run.loader.load(batches)])
-    write_gradcams(training.model, run.config.model_name, images, labels[picked], predictions[picked], dataset.classes, folder)
+    write_gradcams(
+        training.model, run.config.model_name, images, labels[picked], predictions[picked], dataset.classes, folder
+    )

@@ -1,7 +1,9 @@
-"""``--parallel folds``: one process per GPU, each training whole folds from one queue; nothing is exchanged between them.
+"""``--parallel folds``: one process per GPU, each training whole folds from one queue; nothing is exchanged between
+them.
 
-A fold that fails, or whose process dies, costs that fold alone: the others go on, a new process takes the dead one's place, and the
-end of the run names what is missing. What a process and its libraries print goes to the log of the fold that it was working on.
+A fold that fails, or whose process dies, costs that fold alone: the others go on, a new process takes the dead one's
+place, and the end of the run names what is missing. What a process and its libraries print goes to the log of the fold
+that it was working on.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ def log_file(config: TrainConfig, fold: int) -> Path:
 def run_in_parallel(config: TrainConfig, processes: int, log: Log = print) -> dict[str, dict[str, Any]]:
     """Train the fold(s) of ``config``'s model(s) in ``processes`` processes; returns the summaries by model.
 
-    Raises :class:`TrainingError` at the end when folds failed, naming each with its log; :class:`Interrupted` after a signal, once every
-    process has saved its training; and what keeps every process from training anything.
+    Raises :class:`TrainingError` at the end when folds failed, naming each with its log; :class:`Interrupted` after a
+    signal, once every process has saved its training; and what keeps every process from training anything.
     """
     config = dataclasses.replace(config, nproc=processes)
     to_do = tasks(config)
@@ -63,7 +65,9 @@ def run_in_parallel(config: TrainConfig, processes: int, log: Log = print) -> di
 
 
 def _prepare_data(config: TrainConfig, log: Log) -> None:
-    """Pack, where that is to be done, and see that the data can be opened, before there are processes that would all do it."""
+    """Pack, where that is to be done, and see that the data can be opened, before there are processes that would all do
+    it.
+    """
     wants_shards = config.shards is None and choose_loader(config.loader, "png").name != "files"
     open_dataset(config, want_shards=wants_shards, log=log).close()
 
@@ -109,7 +113,8 @@ class _Pool:
             while self.workers:
                 self._pass_signals_on()
                 for source in wait(
-                    [source for worker in self.workers for source in (worker.connection, worker.process.sentinel)], _POLL_S
+                    [source for worker in self.workers for source in (worker.connection, worker.process.sentinel)],
+                    _POLL_S,
                 ):
                     self._hear(source)
         finally:
@@ -144,7 +149,9 @@ class _Pool:
             worker.process.terminate()
 
     def _hear(self, source: Any) -> None:
-        worker = next((worker for worker in self.workers if source in (worker.connection, worker.process.sentinel)), None)
+        worker = next(
+            (worker for worker in self.workers if source in (worker.connection, worker.process.sentinel)), None
+        )
         if worker is None:  # both of its sources spoke, and it was dealt with
             return
         try:
@@ -182,9 +189,15 @@ class _Pool:
         if self.watch.signal is not None:
             return
         code = worker.process.exitcode
-        how = f"its process was killed by {signal.Signals(-code).name}" if code < 0 else f"its process ended with exit code {code}"
+        how = (
+            f"its process was killed by {signal.Signals(-code).name}"
+            if code < 0
+            else f"its process ended with exit code {code}"
+        )
         if not worker.ready:
-            self.problem = worker.problem or f"a process on {worker.device} could not start: {how}; its own messages are above"
+            self.problem = (
+                worker.problem or f"a process on {worker.device} could not start: {how}; its own messages are above"
+            )
             self.untold.append(self.problem)
             self._tell_problems()
             return
@@ -267,7 +280,9 @@ def _train(place: FoldRunner, config: TrainConfig, name: str, fold: int) -> str 
 
 @contextlib.contextmanager
 def _printing_to(path: Path) -> Iterator[None]:
-    """Send all that this process prints, its libraries and a crash of the interpreter included, to the end of ``path``."""
+    """Send all that this process prints, its libraries and a crash of the interpreter included, to the
+    end of ``path``.
+    """
     make_folder(path.parent)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,7 +1,8 @@
 """Which folds of a model are running, done, failed or were interrupted: on disk, for whoever shares the output folder.
 
-``run_status.json`` is for people and for the report at the end of a run; what is done is decided by each fold's ``metrics.json``. A fold
-belongs to the process that holds the lock of ``.fold_{k}.lock``, which the system frees when that process ends, however it ends.
+``run_status.json`` is for people and for the report at the end of a run; what is done is decided by each fold's
+``metrics.json``. A fold belongs to the process that holds the lock of ``.fold_{k}.lock``, which the system frees when
+that process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ RUN_STATUS_FILE = "run_status.json"
 
 
 def read_run_status(folder: Path) -> dict[str, dict[str, Any]]:
-    """``fold_{k}`` → its entry, for the model whose results are in ``folder``; empty where there is none that can be read."""
+    """``fold_{k}`` → its entry, for the model whose results are in ``folder``; empty where there is none that can be
+    read.
+    """
     try:
         return dict(json.loads((folder / RUN_STATUS_FILE).read_bytes()))
     except (OSError, ValueError):
@@ -35,7 +38,9 @@ def note(folder: Path, fold: int, **entry: Any) -> None:
     with folder_lock(folder):
         ledger = read_run_status(folder)
         ledger[f"fold_{fold}"] = ledger.get(f"fold_{fold}", {}) | entry
-        write_json(folder / RUN_STATUS_FILE, dict(sorted(ledger.items(), key=lambda item: int(item[0].removeprefix("fold_")))))
+        write_json(
+            folder / RUN_STATUS_FILE, dict(sorted(ledger.items(), key=lambda item: int(item[0].removeprefix("fold_"))))
+        )
 
 
 def note_done(folder: Path, fold: int) -> None:
@@ -55,10 +60,20 @@ def claimed(folder: Path, fold: int) -> Iterator[None]:
         if not held:
             holder = read_run_status(folder).get(f"fold_{fold}", {})
             raise UsageError(
-                f"{folder}: fold {fold} is being trained by process {holder.get('pid', '?')} on {holder.get('host', '?')}; wait for it, "
+                f"{folder}: fold {fold} is being trained by process {holder.get('pid', '?')} on "
+                f"{holder.get('host', '?')}; wait for it, "
                 "or choose another --fold or --output_dir"
             )
-        note(folder, fold, state="running", host=socket.gethostname(), pid=os.getpid(), since=_now(), until=None, error=None)
+        note(
+            folder,
+            fold,
+            state="running",
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            since=_now(),
+            until=None,
+            error=None,
+        )
         try:
             yield
         except BaseException as error:

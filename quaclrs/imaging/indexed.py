@@ -1,9 +1,11 @@
 """RGB image ↔ (grid of palette indices, palette, layout): exact, or :class:`NotIndexable` with the reason.
 
-A colour-mapped matrix drawn as an image is its grid enlarged by repeating pixels. Equal neighbouring pixel rows (columns) belong to
-one row (column) of cells, so the grid is found by comparison alone; nothing is assumed about how the image was drawn. Cells
-that happen to equal their neighbour in every row stay merged: what is *seen* may be coarser than the grid that was drawn.
-:mod:`quaclrs.imaging.shared_layouts` finds layouts and palettes that many images share; :func:`recode` moves an image onto them.
+A colour-mapped matrix drawn as an image is its grid enlarged by repeating pixels. Equal neighbouring pixel rows
+(columns) belong to one row (column) of cells, so the grid is found by comparison alone; nothing is assumed about how
+the image was drawn. Cells that happen to equal their neighbour in every row stay merged: what is *seen* may be coarser
+than the grid that was drawn.
+:mod:`quaclrs.imaging.shared_layouts` finds layouts and palettes that many images share; :func:`recode` moves an image
+onto them.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ MAX_COLOURS = 256
 
 
 class NotIndexable(DataError):
-    """The image is no grid of at most 256 colours, or does not fit the given layout or palette; says which and by how much."""
+    """The image is no grid of at most 256 colours, or does not fit the given layout or palette; says which and by how
+    much.
+    """
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +44,8 @@ class IndexedImage:
 def find_cells(rgb: NDArray[np.uint8]) -> IndexedImage:
     """The coarsest grid of ``rgb`` (H, W, 3) uint8 and its colours, in ascending RGB order.
 
-    Raises :class:`NotIndexable` for more than 256 colours (with their number) or a side above 16384 pixels, ``ValueError`` for
-    another shape or dtype.
+    Raises :class:`NotIndexable` for more than 256 colours (with their number) or a side above 16384 pixels,
+    ``ValueError`` for another shape or dtype.
     """
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or 0 in rgb.shape:
         raise ValueError(f"an image must be (H, W, 3) uint8, not {rgb.shape} {rgb.dtype}")
@@ -56,19 +60,26 @@ def find_cells(rgb: NDArray[np.uint8]) -> IndexedImage:
     palette_codes = _distinct(codes)
     if len(palette_codes) > MAX_COLOURS:
         raise NotIndexable(f"the image has {len(palette_codes):,} colours; an indexed image has at most {MAX_COLOURS}")
-    layout = Layout(height=height, width=width, row_edges=tuple(row_edges.tolist()), column_edges=tuple(column_edges.tolist()))
+    layout = Layout(
+        height=height, width=width, row_edges=tuple(row_edges.tolist()), column_edges=tuple(column_edges.tolist())
+    )
     return IndexedImage(_positions(codes, palette_codes), unpack_colours(palette_codes), layout)
 
 
-def encode(rgb: NDArray[np.uint8], layout: Layout | None = None, palette: NDArray[np.uint8] | None = None) -> IndexedImage:
-    """Index ``rgb`` (H, W, 3) uint8, on a known ``layout`` and ``palette`` if given, and prove it by rendering every pixel.
+def encode(
+    rgb: NDArray[np.uint8], layout: Layout | None = None, palette: NDArray[np.uint8] | None = None
+) -> IndexedImage:
+    """Index ``rgb`` (H, W, 3) uint8, on a known ``layout`` and ``palette`` if given, and prove it by rendering every
+    pixel.
 
     Raises :class:`NotIndexable` as :func:`find_cells`, and where the image does not fit the layout or the palette.
     """
     image = find_cells(rgb)
     image = recode(image, layout or image.layout, image.palette if palette is None else palette)
     if not np.array_equal(decode(image), rgb):
-        raise RuntimeError("an indexed image differs from its pixels: a bug in quaclrs.imaging.indexed; please report it")
+        raise RuntimeError(
+            "an indexed image differs from its pixels: a bug in quaclrs.imaging.indexed; please report it"
+        )
     return image
 
 
@@ -84,7 +95,8 @@ def decode(image: IndexedImage) -> NDArray[np.uint8]:
 def recode(image: IndexedImage, layout: Layout, palette: NDArray[np.uint8]) -> IndexedImage:
     """The same pixels on a finer ``layout`` (equal cells repeated) and a larger ``palette`` (1..256, 3) uint8.
 
-    Raises :class:`NotIndexable` when the sizes differ, an edge of the image is none of the layout or a colour is not in the palette.
+    Raises :class:`NotIndexable` when the sizes differ, an edge of the image is none of the layout or a colour is not in
+    the palette.
     """
     if layout == image.layout:
         grid = image.grid
@@ -117,12 +129,16 @@ def unpack_colours(codes: NDArray[np.uint32]) -> NDArray[np.uint8]:
 def _widest_words(rgb: NDArray[np.uint8]) -> NDArray[np.generic]:
     """(H, n) view of whole pixel rows in the largest words that divide a row: an eighth of the comparisons."""
     lines = np.ascontiguousarray(rgb).reshape(len(rgb), -1)
-    word = next(word for word in (np.uint64, np.uint32, np.uint16, np.uint8) if lines.shape[1] % np.dtype(word).itemsize == 0)
+    word = next(
+        word for word in (np.uint64, np.uint32, np.uint16, np.uint8) if lines.shape[1] % np.dtype(word).itemsize == 0
+    )
     return lines.view(word)
 
 
 def _run_starts(changed: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """First positions of runs, given for positions 1, 2, ... whether each differs from the one before; 0 always is one."""
+    """First positions of runs, given for positions 1, 2, ... whether each differs from the one before; 0
+    always is one.
+    """
     return np.flatnonzero(np.concatenate([[True], changed]))
 
 
@@ -151,7 +167,9 @@ def _palette_positions(source: NDArray[np.uint8], target: NDArray[np.uint8]) -> 
     source_codes, target_codes = pack_colours(source), pack_colours(target)
     missing = np.setdiff1d(source_codes, target_codes)
     if missing.size:
-        raise NotIndexable(f"{missing.size} of the image's {len(source)} colours are not in the palette, e.g. #{missing[0]:06x}")
+        raise NotIndexable(
+            f"{missing.size} of the image's {len(source)} colours are not in the palette, e.g. #{missing[0]:06x}"
+        )
     order = np.argsort(target_codes, kind="stable")
     return order[np.searchsorted(target_codes[order], source_codes)].astype(np.uint8)
 
@@ -160,7 +178,9 @@ def _cells_of(axis: str, seen: tuple[int, ...], finer: tuple[int, ...]) -> NDArr
     """(len(finer),) the seen cell that each finer cell lies in."""
     strangers = sorted(set(seen).difference(finer))
     if strangers:
-        raise NotIndexable(f"{len(strangers)} of the image's {axis} edges are not in the layout, e.g. pixel {strangers[0]}")
+        raise NotIndexable(
+            f"{len(strangers)} of the image's {axis} edges are not in the layout, e.g. pixel {strangers[0]}"
+        )
     return np.searchsorted(seen, finer, side="right") - 1
 
 

@@ -67,9 +67,11 @@ class Layout:
 
 
 def even_edges(cells: int, pixels: int) -> tuple[int, ...]:
-    """First pixels of ``cells`` even cells on ``pixels``: ``floor(i * pixels / cells + 0.5)``, in exact integer arithmetic.
+    """First pixels of ``cells`` even cells on ``pixels``: ``floor(i * pixels / cells + 0.5)``, in exact integer
+    arithmetic.
 
-    This is where matplotlib's Agg renderer starts the i-th of n cells without antialiasing. ``cells`` is at most ``pixels``.
+    This is where matplotlib's Agg renderer starts the i-th of n cells without antialiasing. ``cells`` is at most
+    ``pixels``.
     """
     if not 1 <= cells <= pixels:
         raise ValueError(f"cannot draw {cells} cells on {pixels} pixels")
@@ -78,7 +80,9 @@ def even_edges(cells: int, pixels: int) -> tuple[int, ...]:
 
 def even_layout(height: int, width: int, rows: int, columns: int) -> Layout:
     """A ``height`` × ``width`` image of ``rows`` × ``columns`` even cells, as matplotlib draws them."""
-    return Layout(height=height, width=width, row_edges=even_edges(rows, height), column_edges=even_edges(columns, width))
+    return Layout(
+        height=height, width=width, row_edges=even_edges(rows, height), column_edges=even_edges(columns, width)
+    )
 
 
 def _check_edges(axis: str, edges: Iterable[int], pixels: int) -> None:

@@ -19,7 +19,9 @@ def batch_bytes(images: int, size: int, dtype: torch.dtype) -> int:
 
 
 def host_bytes(images: int, size: int, dtype: torch.dtype) -> NDArray[np.uint8]:
-    """Memory of undefined content that :func:`as_batch` can make a batch of. NumPy asks the kernel for huge pages, torch does not."""
+    """Memory of undefined content that :func:`as_batch` can make a batch of. NumPy asks the kernel for huge pages,
+    torch does not.
+    """
     return np.empty(batch_bytes(images, size, dtype), np.uint8)
 
 
@@ -27,5 +29,7 @@ def as_batch(memory: NDArray[np.uint8], images: int, size: int, dtype: torch.dty
     """(images, 3, size, size) ``dtype``, channels_last, in ``memory``, beginning on a cache line."""
     shape = (images, size, size, 3)
     start = -memory.ctypes.data % _ALIGNMENT
-    values = memory[start : start + math.prod(shape) * dtype.itemsize].view(_INTEGER_OF_SIZE[dtype.itemsize]).reshape(shape)
+    values = (
+        memory[start : start + math.prod(shape) * dtype.itemsize].view(_INTEGER_OF_SIZE[dtype.itemsize]).reshape(shape)
+    )
     return torch.from_numpy(values).view(dtype).permute(0, 3, 1, 2)  # NumPy has no bfloat16

@@ -1,6 +1,7 @@
 """ImageNet normalisation, with the same float32 bits on every device.
 
-Source of the constants: torchvision's model weights (``weights.transforms()``), trained on inputs scaled to [0, 1] and then normalised.
+Source of the constants: torchvision's model weights (``weights.transforms()``), trained on inputs scaled to [0, 1] and
+then normalised.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def normalisation_table() -> torch.Tensor:
     """(3, 256) float32 on the CPU: what ToTensor + Normalize make of each channel's 256 possible values.
 
-    Computed by torchvision itself, so that a look-up gives its very bits on a GPU too, where torch divides by multiplying
-    with the reciprocal. The one tensor is shared: do not write to it.
+    Computed by torchvision itself, so that a look-up gives its very bits on a GPU too, where torch divides by
+    multiplying with the reciprocal. The one tensor is shared: do not write to it.
     """
     levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 256, 3)  # an image one pixel high
     scaled = transforms.to_tensor(levels)  # (3, 1, 256) float32 in [0, 1]
@@ -29,7 +30,9 @@ def normalisation_table() -> torch.Tensor:
 
 @functools.cache
 def _table_on(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The table, flat, and where each channel's part begins; sent once, since a copy from the host would be waited for."""
+    """The table, flat, and where each channel's part begins; sent once, since a copy from the host would
+    be waited for.
+    """
     return normalisation_table().flatten().to(device), torch.arange(0, 3 * 256, 256, dtype=torch.int32, device=device)
 
 

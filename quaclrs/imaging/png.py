@@ -1,6 +1,7 @@
 """PNG bytes to RGB pixels, with every way a file can be bad told apart.
 
-Pillow decodes, and says what is wrong with a file. Only that a file is good can be proven without it, in a third of its time.
+Pillow decodes, and says what is wrong with a file. Only that a file is good can be proven without it, in a third of its
+time.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class PngFacts:
 def decode_png(data: bytes, name: str) -> tuple[Image.Image, PngFacts]:
     """Check and decode one PNG: the RGB image as Pillow's ``convert("RGB")`` makes it, and its facts.
 
-    ``name`` names the image in messages. Raises :class:`DataError` when the bytes are not a PNG, a chunk's CRC is wrong, the file
-    is cut short or its pixels are not all there, or it is a decompression bomb.
+    ``name`` names the image in messages. Raises :class:`DataError` when the bytes are not a PNG, a chunk's CRC is
+    wrong, the file is cut short or its pixels are not all there, or it is a decompression bomb.
     """
     image = _checked(data, name)
     return _guarded(lambda: image.convert("RGB"), name), _facts(image, data)
@@ -139,7 +140,9 @@ def _open(data: bytes) -> Image.Image:
 def _guarded(decode: Callable[[], Image.Image], name: str) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)  # dropping it is what is asked for
+        warnings.filterwarnings(
+            "ignore", "Palette images with Transparency", UserWarning
+        )  # dropping it is what is asked for
         try:
             return decode()
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -167,7 +170,9 @@ def _guess_kind(data: bytes) -> str:
 def _is_transparent(image: Image.Image) -> bool:
     if "A" not in image.getbands() and "transparency" not in image.info:
         return False
-    if image.mode != "RGBA":  # a tRNS chunk counts only when some pixel uses it; grey with alpha cannot be taken apart below
+    if (
+        image.mode != "RGBA"
+    ):  # a tRNS chunk counts only when some pixel uses it; grey with alpha cannot be taken apart below
         image = image.convert("RGBA")
     alpha = np.frombuffer(image.tobytes("raw", "A"), np.uint8)  # getextrema would take twice as long
     return bool(alpha.min() < 255)

@@ -1,8 +1,10 @@
-"""What the bytes of a PNG prove without a pixel being decoded: every CRC, every pixel row there, some pixel transparent or none.
+"""What the bytes of a PNG prove without a pixel being decoded: every CRC, every pixel row there, some pixel transparent
+or none.
 
-PNG stores each pixel row filtered: as its difference, byte by byte and modulo 256, from a guess by the pixels to the left and above.
-That is a bijection, so once the deflated stream is unpacked nothing can be wrong with the pixels but a filter type that does not exist.
-Undoing the filters is what takes a decoder most of its time, and none of the answers above needs it.
+PNG stores each pixel row filtered: as its difference, byte by byte and modulo 256, from a guess by the pixels to the
+left and above. That is a bijection, so once the deflated stream is unpacked nothing can be wrong with the pixels but a
+filter type that does not exist. Undoing the filters is what takes a decoder most of its time, and none of the answers
+above needs it.
 """
 
 from __future__ import annotations
@@ -32,13 +34,18 @@ _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 """First column, first row, column step and row step of the passes of an interlaced image."""
 _RGB, _RGBA = 2, 6
-_HARMLESS = frozenset([b"pHYs", b"tEXt", b"zTXt", b"iTXt", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"sBIT", b"bKGD", b"tIME", b"eXIf"])
+_HARMLESS = frozenset(
+    [b"pHYs", b"tEXt", b"zTXt", b"iTXt", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"sBIT", b"bKGD", b"tIME", b"eXIf"]
+)
 """Chunks that have no say in what the pixels are, nor in which of them are transparent."""
 _LAST_FILTER = 4
 _OPAQUE = 255
-# how an alpha of 255 is stored, for filters 0 to 4 (none, left, above, average, Paeth), where its neighbours are 255 too ...
+# how an alpha of 255 is stored, for filters 0 to 4 (none, left, above, average, Paeth), where its neighbours are 255
+# too ...
 _OPAQUE_IN_FIRST_COLUMN = np.array([255, 255, 0, 128, 0], np.uint8)  # ... with 0 to the left of it
-_OPAQUE_IN_TOP_ROW = np.array([255, 0, 255, 128, 0], np.uint8)  # ... with 0 above it; in the corner it is 255 under each filter
+_OPAQUE_IN_TOP_ROW = np.array(
+    [255, 0, 255, 128, 0], np.uint8
+)  # ... with 0 above it; in the corner it is 255 under each filter
 # everywhere else it is 255 unfiltered, and 0 under each filter
 _PIECE_BYTES = 1 << 18
 """Unpacked at a time: what the processor's cache holds. A whole image at once takes half as long again."""
@@ -78,7 +85,8 @@ class Stream:
 
 
 def read_stream(data: bytes) -> Stream | None:
-    """The stream of a PNG whose chunks are in order up to an empty IEND, each with the right CRC; None for any other bytes.
+    """The stream of a PNG whose chunks are in order up to an empty IEND, each with the right CRC; None for any other
+    bytes.
 
     The pixels in it may still be damaged, or too few.
     """
@@ -92,7 +100,12 @@ def read_stream(data: bytes) -> Stream | None:
     except (struct.error, ValueError, IndexError):
         return None
     behind = first + kinds.count(b"IDAT")
-    if kinds[0] != b"IHDR" or kinds.count(b"IHDR") > 1 or set(kinds[first:behind]) != {b"IDAT"} or len(contents[-1]) > 0:
+    if (
+        kinds[0] != b"IHDR"
+        or kinds.count(b"IHDR") > 1
+        or set(kinds[first:behind]) != {b"IDAT"}
+        or len(contents[-1]) > 0
+    ):
         return None
     if colour_type not in _CHANNELS or (deflate, filters) != (0, 0) or interlaced > 1:
         return None
@@ -111,8 +124,9 @@ def read_stream(data: bytes) -> Stream | None:
 def is_transparent(stream: Stream) -> bool | None:
     """Whether some pixel is not opaque, where it is proven that every pixel is there and can be decoded.
 
-    None where nothing is proven: the stream is damaged, short or goes on behind the last row, or it is of a kind that is not looked
-    into here (other than 8-bit RGB and RGBA, interlaced, with a transparent colour, animated, with chunks behind the pixels).
+    None where nothing is proven: the stream is damaged, short or goes on behind the last row, or it is of a kind that
+    is not looked into here (other than 8-bit RGB and RGBA, interlaced, with a transparent colour, animated, with chunks
+    behind the pixels).
     """
     if stream.bits != 8 or stream.colour_type not in (_RGB, _RGBA) or stream.interlaced:
         return None
@@ -125,7 +139,9 @@ def is_transparent(stream: Stream) -> bool | None:
 
 
 def has_all_rows(stream: Stream) -> bool:
-    """Whether the stream unpacks to as many bytes as there are in all pixel rows; bytes behind those are not looked at."""
+    """Whether the stream unpacks to as many bytes as there are in all pixel rows; bytes behind those are
+    not looked at.
+    """
     inflate, packed, missing = inflating.decompressobj(-zlib.MAX_WBITS), stream.zlib_stream[2:], stream.unpacked_bytes
     try:
         while missing > 0 and (piece := inflate.decompress(packed, min(missing, _PIECE_BYTES))):
@@ -137,7 +153,9 @@ def has_all_rows(stream: Stream) -> bool:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """Kind and content of each chunk up to IEND. Raises ``struct.error`` or ``ValueError`` for a file that ends before, a wrong CRC."""
+    """Kind and content of each chunk up to IEND. Raises ``struct.error`` or ``ValueError`` for a file that ends before,
+    a wrong CRC.
+    """
     view, at, kind = memoryview(data), len(PNG_SIGNATURE), b""
     while kind != b"IEND":
         (length,) = struct.unpack_from(">I", data, at)
@@ -156,7 +174,9 @@ def _look_through(stream: Stream) -> bool:
         wanted = min(rows_at_once, stream.height - row) * stream.row_bytes
         piece = inflate.decompress(packed, wanted)
         packed = inflate.unconsumed_tail
-        rows = np.frombuffer(piece, np.uint8).reshape(-1, stream.row_bytes)  # (rows, row_bytes): filter type, filtered pixels
+        rows = np.frombuffer(piece, np.uint8).reshape(
+            -1, stream.row_bytes
+        )  # (rows, row_bytes): filter type, filtered pixels
         if len(piece) != wanted or rows[:, 0].max() > _LAST_FILTER:
             raise ValueError("too few bytes, or a filter that does not exist")
         # once one row is not opaque, what the rows below it hold depends on it; but then the answer is known
@@ -167,7 +187,8 @@ def _look_through(stream: Stream) -> bool:
 
 
 def _opaque(rows: np.ndarray, *, is_top: bool) -> bool:
-    """Whether all alphas in ``rows`` (N, 1 + 4 W) are 255, given that those of the row above are; ``is_top``: there is no row above.
+    """Whether all alphas in ``rows`` (N, 1 + 4 W) are 255, given that those of the row above are; ``is_top``: there is
+    no row above.
 
     Filters work on each channel by itself, so alphas of 255 are stored as what the tables say, and no others are.
     """
@@ -182,4 +203,6 @@ def _opaque(rows: np.ndarray, *, is_top: bool) -> bool:
         if (rows[unfiltered, 8::4] != _OPAQUE).any():
             return False
         rows = rows[~unfiltered]
-    return not np.bitwise_or.reduce(rows, axis=0)[8::4].any()  # whole rows: reading every fourth byte takes four times as long
+    return not np.bitwise_or.reduce(rows, axis=0)[
+        8::4
+    ].any()  # whole rows: reading every fourth byte takes four times as long

@@ -1,8 +1,9 @@
-"""Grids → resized, normalised batch, with the bits of Pillow's resize and torchvision's ToTensor + Normalize: the reference.
+"""Grids → resized, normalised batch, with the bits of Pillow's resize and torchvision's ToTensor + Normalize: the
+reference.
 
 Written to be read, in plain torch, for any device. :mod:`~quaclrs.imaging.kernels.render_cpu` and
-:mod:`~quaclrs.imaging.kernels.render_triton` do the same faster and are tested against it; :mod:`~quaclrs.imaging.kernels.dispatch`
-picks one of the three.
+:mod:`~quaclrs.imaging.kernels.render_triton` do the same faster and are tested against it;
+:mod:`~quaclrs.imaging.kernels.dispatch` picks one of the three.
 """
 
 from __future__ import annotations
@@ -46,12 +47,20 @@ class Grids:
         wanted = {"flat": torch.uint8, "offsets": torch.int64, "layouts": torch.int32, "palettes": torch.int32}
         for name, dtype in wanted.items():
             tensor: torch.Tensor = getattr(self, name)
-            if tensor.dtype != dtype or tensor.ndim != 1 or not tensor.is_contiguous() or tensor.device != self.flat.device:
+            if (
+                tensor.dtype != dtype
+                or tensor.ndim != 1
+                or not tensor.is_contiguous()
+                or tensor.device != self.flat.device
+            ):
                 found = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-                raise ValueError(f"{name} must be one-dimensional, contiguous {dtype} on {self.flat.device}, not {found}")
+                raise ValueError(
+                    f"{name} must be one-dimensional, contiguous {dtype} on {self.flat.device}, not {found}"
+                )
         if not len(self.offsets) == len(self.layouts) == len(self.palettes):
             raise ValueError(
-                f"{len(self.offsets)} offsets need as many layouts ({len(self.layouts)}) and palettes ({len(self.palettes)})"
+                f"{len(self.offsets)} offsets need as many layouts ({len(self.layouts)}) and palettes "
+                f"({len(self.palettes)})"
             )
 
     def __len__(self) -> int:
@@ -78,10 +87,12 @@ class Passes(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RenderTables:
-    """All that rendering needs besides the grids, for L layouts, P palettes and one output size S; a few 100 KB on one device.
+    """All that rendering needs besides the grids, for L layouts, P palettes and one output size S; a few 100 KB on one
+    device.
 
-    Each layout's taps (:func:`quaclrs.imaging.resample.cell_filter_weights`) are padded with weights of 0 to the most taps of any layout;
-    a padded tap may point beyond the last cell. Tap-major, so that neighbouring output values read neighbouring weights.
+    Each layout's taps (:func:`quaclrs.imaging.resample.cell_filter_weights`) are padded with weights of 0 to the most
+    taps of any layout; a padded tap may point beyond the last cell. Tap-major, so that neighbouring output values read
+    neighbouring weights.
     """
 
     size: int
@@ -109,7 +120,11 @@ class RenderTables:
 
     @classmethod
     def build(
-        cls, layouts: Sequence[Layout], palettes: Sequence[NDArray[np.uint8]], size: int, device: torch.device | str = "cpu"
+        cls,
+        layouts: Sequence[Layout],
+        palettes: Sequence[NDArray[np.uint8]],
+        size: int,
+        device: torch.device | str = "cpu",
     ) -> RenderTables:
         """Tables for ``layouts`` and ``palettes`` (each (1..256, 3) uint8) at ``size`` pixels a side, on ``device``."""
         if size < 1 or not layouts or not palettes:
@@ -117,7 +132,10 @@ class RenderTables:
         passes = [Passes.of(layout, size) for layout in layouts]
         cell_first, cell_weights = _stack([cell_filter_weights(*one.cells, size) for one in passes])
         line_first, line_weights = _stack([cell_filter_weights(*one.lines, size) for one in passes])
-        strides = [(1, layout.columns) if one.turned else (layout.columns, 1) for layout, one in zip(layouts, passes, strict=True)]
+        strides = [
+            (1, layout.columns) if one.turned else (layout.columns, 1)
+            for layout, one in zip(layouts, passes, strict=True)
+        ]
         tables = cls(
             size=size,
             layouts=tuple(layouts),
@@ -141,7 +159,9 @@ class RenderTables:
 
     def to(self, device: torch.device | str) -> RenderTables:
         """The same on ``device``."""
-        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -154,7 +174,10 @@ def check_grids(grids: Grids, tables: RenderTables) -> None:
         raise ValueError(f"the grids are on {grids.flat.device}, their tables on {tables.device}")
     if not len(grids):
         return
-    for name, ids, known in (("layout", grids.layouts, len(tables.layouts)), ("palette", grids.palettes, len(tables.palettes))):
+    for name, ids, known in (
+        ("layout", grids.layouts, len(tables.layouts)),
+        ("palette", grids.palettes, len(tables.palettes)),
+    ):
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= known:
             raise ValueError(f"a grid has {name} {low if low < 0 else high}, there are {known}")
@@ -165,12 +188,16 @@ def check_grids(grids: Grids, tables: RenderTables) -> None:
 
 
 def render_reference(
-    grids: Grids, index: torch.Tensor, tables: RenderTables, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+    grids: Grids,
+    index: torch.Tensor,
+    tables: RenderTables,
+    dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Draw the images ``index`` (B,) int64 of ``grids``: (B, 3, S, S) ``dtype``, channels_last, on their device.
 
-    float32 values are bit-identical to torchvision's ToTensor + Normalize of Pillow's ``resize((S, S), BILINEAR)``; float16 and
-    bfloat16 are those, rounded; uint8 are Pillow's levels. ``out``, if given, is such a batch to write to.
+    float32 values are bit-identical to torchvision's ToTensor + Normalize of Pillow's ``resize((S, S), BILINEAR)``;
+    float16 and bfloat16 are those, rounded; uint8 are Pillow's levels. ``out``, if given, is such a batch to write to.
     """
     check_grids(grids, tables)
     out = checked_out(out, len(index), tables, dtype)
@@ -202,7 +229,9 @@ def _new_batch(images: int, tables: RenderTables, dtype: torch.dtype) -> torch.T
 
 
 def _first_pass(grids: Grids, index: torch.Tensor, layouts: torch.Tensor, tables: RenderTables) -> torch.Tensor:
-    """Every line at S values: (B, most lines, S, 3) int32 levels. Lines that a smaller grid lacks repeat its last one."""
+    """Every line at S values: (B, most lines, S, 3) int32 levels. Lines that a smaller grid lacks repeat
+    its last one.
+    """
     last_line, last_cell = tables.lines[layouts][:, None] - 1, tables.cells[layouts][:, None] - 1  # (B, 1)
     line = torch.arange(int(tables.lines.max()), device=tables.device).minimum(last_line)  # (B, N)
     line_start = grids.offsets[index][:, None] + line * tables.line_stride[layouts][:, None]
@@ -212,7 +241,9 @@ def _first_pass(grids: Grids, index: torch.Tensor, layouts: torch.Tensor, tables
 
     sums = torch.full((*line.shape, tables.size, 3), HALF, dtype=torch.int32, device=tables.device)
     for k in range(weights.shape[1]):
-        cell = (first + k).minimum(last_cell) * tables.cell_stride[layouts][:, None]  # beyond the last cell the weight is 0
+        cell = (first + k).minimum(last_cell) * tables.cell_stride[layouts][
+            :, None
+        ]  # beyond the last cell the weight is 0
         indices = grids.flat[line_start[:, :, None] + cell[:, None, :]].long()  # (B, N, S)
         colour = palettes[image, indices]
         channels = torch.stack([colour & 255, colour >> 8 & 255, colour >> 16], dim=-1)  # (B, N, S, 3)
@@ -242,7 +273,9 @@ def _stack(taps: list[FilterWeights]) -> tuple[torch.Tensor, torch.Tensor]:
     most = max(one.weights.shape[1] for one in taps)
     weights = [np.pad(one.weights, ((0, 0), (0, most - one.weights.shape[1]))).T for one in taps]
     # stack() alone would keep the transposed memory order, which the kernels do not expect
-    return torch.from_numpy(np.stack([one.first for one in taps])), torch.from_numpy(np.ascontiguousarray(np.stack(weights)))
+    return torch.from_numpy(np.stack([one.first for one in taps])), torch.from_numpy(
+        np.ascontiguousarray(np.stack(weights))
+    )
 
 
 def _packed(palette: NDArray[np.uint8]) -> torch.Tensor:

@@ -1,16 +1,17 @@
 """Antialiased bilinear taps, exactly as Pillow computes them, and the same taps for cells instead of pixels.
 
-Source of the formulas: Pillow's ``libImaging/Resample.c`` (``precompute_coeffs``, ``normalize_coeffs_8bpc``, ``ImagingResample``).
-A resize is two passes of integer arithmetic on 8-bit channels, horizontal and vertical; each makes its values as
-``(Σ weight · source + 2^21) >> 22``. Equal neighbouring pixels share their value, so the integer weights of a cell's pixels can be
-summed beforehand, exactly. The first pass rounds, so their order matters: see :func:`vertical_first`.
+Source of the formulas: Pillow's ``libImaging/Resample.c`` (``precompute_coeffs``, ``normalize_coeffs_8bpc``,
+``ImagingResample``). A resize is two passes of integer arithmetic on 8-bit channels, horizontal and vertical; each
+makes its values as ``(Σ weight · source + 2^21) >> 22``. Equal neighbouring pixels share their value, so the integer
+weights of a cell's pixels can be summed beforehand, exactly. The first pass rounds, so their order matters: see
+:func:`vertical_first`.
 
-Two details of Pillow need no code here. It skips a pass whose size does not change: the taps are then one weight of 2^22, which
-returns its value unchanged. Its horizontal pass covers only the rows that the vertical one will read: a saving, without an effect
-on any value.
+Two details of Pillow need no code here. It skips a pass whose size does not change: the taps are then one weight of
+2^22, which returns its value unchanged. Its horizontal pass covers only the rows that the vertical one will read: a
+saving, without an effect on any value.
 
-The float steps are IEEE doubles in Pillow's order, so the integers are equal wherever Pillow's compiler did not fuse multiply and
-add: all of x86-64, where the tests compare every value.
+The float steps are IEEE doubles in Pillow's order, so the integers are equal wherever Pillow's compiler did not fuse
+multiply and add: all of x86-64, where the tests compare every value.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ HALF = 1 << (WEIGHT_BITS - 1)
 MAX_SIDE = 16384
 """Longest side of a source in pixels.
 
-Rounding lets the weights of one output value sum to 2^22 + e, where e is at most half the number of pixels. A value needs Pillow's clip
-to 255 only if 255·e ≥ 2^21, that is e > 8224. Sides up to 16384 never get there, so no render clips, and every sum fits an int32.
+Rounding lets the weights of one output value sum to 2^22 + e, where e is at most half the number of pixels. A value
+needs Pillow's clip to 255 only if 255·e ≥ 2^21, that is e > 8224. Sides up to 16384 never get there, so no render
+clips, and every sum fits an int32.
 """
 
 
@@ -43,8 +45,9 @@ _PILLOW_CHOOSES_ORDER = int(PIL.__version__.partition(".")[0]) >= 13
 def vertical_first(height: int, width: int, size: int) -> bool:
     """Whether the installed Pillow resizes an image to ``size`` × ``size`` vertically first.
 
-    It does since version 13 (its pull request 9549) where the height shrinks by more than twice the pixels that the width does; the
-    rule is found by comparing pixels with both orders, at 400 sizes. Before, and for all images lying on their side: horizontally.
+    It does since version 13 (its pull request 9549) where the height shrinks by more than twice the pixels that the
+    width does; the rule is found by comparing pixels with both orders, at 400 sizes. Before, and for all images lying
+    on their side: horizontally.
     """
     return _PILLOW_CHOOSES_ORDER and height - size > 2 * max(width - size, 0)
 
@@ -63,7 +66,9 @@ class FilterWeights:
 
 
 def pixel_taps(source: int, target: int) -> FilterWeights:
-    """Taps of a resize from ``source`` to ``target`` pixels, up or down. Raises ``ValueError`` for sizes below 1 or above MAX_SIDE."""
+    """Taps of a resize from ``source`` to ``target`` pixels, up or down. Raises ``ValueError`` for sizes below 1 or
+    above MAX_SIDE.
+    """
     if not (1 <= source <= MAX_SIDE and target >= 1):
         raise ValueError(f"cannot resize {source} to {target} pixels: sizes are at least 1, sources at most {MAX_SIDE}")
     scale = source / target
@@ -81,12 +86,15 @@ def pixel_taps(source: int, target: int) -> FilterWeights:
 
 @functools.lru_cache(maxsize=256)
 def cell_filter_weights(edges: tuple[int, ...], source: int, target: int) -> FilterWeights:
-    """Taps over cells: ``edges[i]`` is the first pixel of cell i on an axis of ``source`` pixels, resized to ``target``.
+    """Taps over cells: ``edges[i]`` is the first pixel of cell i on an axis of ``source`` pixels, resized to
+    ``target``.
 
     The arrays are shared between callers and read-only.
     """
     pixels = pixel_taps(source, target)
-    position = np.minimum(pixels.first[:, None] + np.arange(pixels.weights.shape[1]), source - 1)  # (S, K) pixel of each weight
+    position = np.minimum(
+        pixels.first[:, None] + np.arange(pixels.weights.shape[1]), source - 1
+    )  # (S, K) pixel of each weight
     cell = cell_of_pixel(edges, source)[position]
     # Pixels of weight 0 at either end would widen the window for nothing.
     heavy = pixels.weights != 0

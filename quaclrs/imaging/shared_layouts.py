@@ -1,27 +1,30 @@
 """The few layouts and palettes that a whole dataset shares, whatever order its images came in.
 
-What one image shows is only part of the truth: equal neighbouring cells merge, and no image uses all colours. So each image
-gives :class:`Facts`, and :func:`plan` chooses from the *set* of all facts. Every step below works on sorted sets, so the result depends
-neither on the order of the images nor on how workers shared them out.
+What one image shows is only part of the truth: equal neighbouring cells merge, and no image uses all colours. So each
+image gives :class:`Facts`, and :func:`plan` chooses from the *set* of all facts. Every step below works on sorted sets,
+so the result depends neither on the order of the images nor on how workers shared them out.
 
-**Layouts.** A layout *covers* an image of its size if its edges include all edges the image shows. Facts are taken by the number of
-cells they show, most first (ties: the edges themselves), for the richest image knows most about the true grid:
+**Layouts.** A layout *covers* an image of its size if its edges include all edges the image shows. Facts are taken by
+the number of cells they show, most first (ties: the edges themselves), for the richest image knows most about the true
+grid:
 
 1. If a layout chosen so far covers it, nothing is needed.
-2. Else, on each axis, the smallest n whose even edges ``floor(i·pixels/n + 0.5)`` include the seen ones, as matplotlib draws them.
+2. Else, on each axis, the smallest n whose even edges ``floor(i·pixels/n + 0.5)`` include the seen ones, as matplotlib
+   draws them.
    n may be at most twice the seen cells: some n always fits (n = pixels), and with few edges that proves nothing.
-3. If an axis has no such n, the grid is another kind, and only images tell its edges. The seen edges join those of the first
-   such layout of the same size with which they share at least half of their inner edges on both axes; if there is none, they
-   are a layout of their own.
+3. If an axis has no such n, the grid is another kind, and only images tell its edges. The seen edges join those of the
+   first
+   such layout of the same size with which they share at least half of their inner edges on both axes; if there is none,
+   they are a layout of their own.
 
-An image is then drawn on the covering layout with the fewest cells (ties: the smaller edges in order); layouts that no image
-uses are dropped. A dataset of 376-, 469- and 313-column grids has exactly those three, however many cells are merged in however
-many images, provided that of each kind one image shows half of its edges.
+An image is then drawn on the covering layout with the fewest cells (ties: the smaller edges in order); layouts that no
+image uses are dropped. A dataset of 376-, 469- and 313-column grids has exactly those three, however many cells are
+merged in however many images, provided that of each kind one image shows half of its edges.
 
-**Palettes.** If all images together have at most 256 colours, these are the one palette. Else colour sets are taken largest
-first; each joins the palette with which it shares most colours, if they fit in 256 together; then palettes that fit together are
-joined, largest first. An image uses the smallest palette that holds its colours (ties: the smaller colours in order). Colours
-ascend in a palette.
+**Palettes.** If all images together have at most 256 colours, these are the one palette. Else colour sets are taken
+largest first; each joins the palette with which it shares most colours, if they fit in 256 together; then palettes that
+fit together are joined, largest first. An image uses the smallest palette that holds its colours (ties: the smaller
+colours in order). Colours ascend in a palette.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ from quaclrs.imaging.indexed import MAX_COLOURS, IndexedImage, NotIndexable, pac
 from quaclrs.imaging.layout import Layout, even_edges
 
 MAX_SHARED = 1024
-"""Of layouts, and of palettes. A dataset that needs more is no set of drawn matrices; their tables would crowd a GPU's cache."""
+"""Of layouts, and of palettes. A dataset that needs more is no set of drawn matrices; their tables would crowd a GPU's
+cache.
+"""
 
 
 class Facts(NamedTuple):
@@ -71,7 +76,9 @@ class Plan:
     """Each (1..256, 3) uint8, ascending."""
 
     def choose(self, facts: Facts) -> tuple[int, int]:
-        """(layout, palette): positions of the first of each that fits an image. Raises :class:`NotIndexable` if none does."""
+        """(layout, palette): positions of the first of each that fits an image. Raises :class:`NotIndexable` if none
+        does.
+        """
         seen = _Seen.of(facts)
         layout = next((i for i, candidate in enumerate(self._layout_sets) if candidate.covers(seen)), None)
         colours = _codes(facts.colours)
@@ -113,14 +120,21 @@ class _Seen(NamedTuple):
 
     @classmethod
     def of(cls, facts: Facts) -> _Seen:
-        return cls(facts.height, facts.width, int.from_bytes(facts.row_bits, "little"), int.from_bytes(facts.column_bits, "little"))
+        return cls(
+            facts.height,
+            facts.width,
+            int.from_bytes(facts.row_bits, "little"),
+            int.from_bytes(facts.column_bits, "little"),
+        )
 
     @classmethod
     def of_layout(cls, layout: Layout) -> _Seen:
         return cls(layout.height, layout.width, _bit_set(layout.row_edges), _bit_set(layout.column_edges))
 
     def layout(self) -> Layout:
-        return Layout(height=self.height, width=self.width, row_edges=_edges(self.rows), column_edges=_edges(self.columns))
+        return Layout(
+            height=self.height, width=self.width, row_edges=_edges(self.rows), column_edges=_edges(self.columns)
+        )
 
     def covers(self, other: _Seen) -> bool:
         same_size = self[:2] == other[:2]
@@ -147,7 +161,9 @@ def _choose_layouts(seen: list[_Seen]) -> list[_Seen]:
             even.append(_Seen(one.height, one.width, rows, columns))
             _check_number("layouts", len(even) + len(other))
             continue
-        one = one._replace(rows=rows or one.rows, columns=columns or one.columns)  # the axis that is even is known at least
+        one = one._replace(
+            rows=rows or one.rows, columns=columns or one.columns
+        )  # the axis that is even is known at least
         for i, layout in enumerate(other):
             if _akin(layout, one):
                 other[i] = layout._replace(rows=layout.rows | one.rows, columns=layout.columns | one.columns)
@@ -166,7 +182,9 @@ def _used_layouts(seen: list[_Seen], chosen: list[_Seen]) -> tuple[Layout, ...]:
 
 
 def _smallest_even(seen: int, pixels: int) -> int:
-    """The bit set of the smallest even grid that has all ``seen`` edges and at most twice as many; 0 if there is none."""
+    """The bit set of the smallest even grid that has all ``seen`` edges and at most twice as many; 0 if
+    there is none.
+    """
     edges = np.array(_edges(seen))  # (k,)
     cells = np.arange(len(edges), min(2 * len(edges), pixels) + 1)[:, None]  # (m, 1) candidates
     nearest = (2 * edges * cells + pixels) // (2 * pixels)  # (m, k): the only cell that could start at the edge
@@ -175,7 +193,9 @@ def _smallest_even(seen: int, pixels: int) -> int:
 
 
 def _akin(layout: _Seen, one: _Seen) -> bool:
-    """Whether ``one`` shares half of its inner edges with ``layout``, on both axes: two parts of the same grid do, strangers do not."""
+    """Whether ``one`` shares half of its inner edges with ``layout``, on both axes: two parts of the same grid do,
+    strangers do not.
+    """
     if layout[:2] != one[:2]:
         return False
     axes = ((layout.rows, one.rows), (layout.columns, one.columns))

@@ -35,7 +35,9 @@ class MemoryEstimate:
     ranks: int = 1
 
     def parts(self, share: float) -> int:
-        """Into how many parts the data must be shared out to take ``share`` of what is free: 1, or one for each rank; 0 if that fails."""
+        """Into how many parts the data must be shared out to take ``share`` of what is free: 1, or one for each rank; 0
+        if that fails.
+        """
         return next((parts for parts in sorted({1, self.ranks}) if self.needed / parts <= share * self.free), 0)
 
     def __str__(self) -> str:
@@ -48,11 +50,12 @@ _SHARED_OUT = "shared out over {} processes, each of which shuffles its own part
 
 
 def choose_loader(wanted: str, encoding: str | None, resident: MemoryEstimate | None = None) -> Choice:
-    """Pick a loader for shards of ``encoding``, or for a PNG tree (None); ``wanted`` is ``auto`` or a name of :data:`LOADERS`.
+    """Pick a loader for shards of ``encoding``, or for a PNG tree (None); ``wanted`` is ``auto`` or a name of
+    :data:`LOADERS`.
 
-    ``resident`` says what the data would take in device memory, None that they shall not be kept there. Raises :class:`UsageError`
-    for an unknown name or a loader that cannot read the encoding, :class:`MissingDependencyError` for ``dali`` where it is not
-    installed.
+    ``resident`` says what the data would take in device memory, None that they shall not be kept there. Raises
+    :class:`UsageError` for an unknown name or a loader that cannot read the encoding, :class:`MissingDependencyError`
+    for ``dali`` where it is not installed.
     """
     from quaclrs.loaders.dali import dali_missing, require_dali
     from quaclrs.loaders.resident import FREE_SHARE
@@ -86,7 +89,9 @@ def choose_loader(wanted: str, encoding: str | None, resident: MemoryEstimate | 
 
 
 def _resident(reason: str, parts: int) -> Choice:
-    return Choice(name="resident", reason=f"{reason}, {_SHARED_OUT.format(parts)}" if parts > 1 else reason, parts=parts)
+    return Choice(
+        name="resident", reason=f"{reason}, {_SHARED_OUT.format(parts)}" if parts > 1 else reason, parts=parts
+    )
 
 
 def build_loader(choice: Choice, dataset: Dataset, config: LoaderConfig) -> Loader:

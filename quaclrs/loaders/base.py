@@ -60,8 +60,8 @@ class Loader(Protocol):
     def load(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
         """One :class:`Batch` for each array of sample numbers, in that order.
 
-        The iterator may be dropped at any point and ``load`` called again; only one is in use at a time. Errors of background work
-        are raised by the ``next`` that would have returned their batch.
+        The iterator may be dropped at any point and ``load`` called again; only one is in use at a time. Errors of
+        background work are raised by the ``next`` that would have returned their batch.
         """
         ...
 
@@ -102,7 +102,9 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def prefetch_to_device(make: Callable[[np.ndarray], Batch], batches: Sequence[np.ndarray], device: torch.device) -> Iterator[Batch]:
+def prefetch_to_device(
+    make: Callable[[np.ndarray], Batch], batches: Sequence[np.ndarray], device: torch.device
+) -> Iterator[Batch]:
     """``make`` each batch; on a GPU on a stream of its own, the next one while the last one is in use."""
     if device.type != "cuda":
         yield from map(make, batches)

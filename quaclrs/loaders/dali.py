@@ -1,7 +1,9 @@
-"""NVIDIA DALI: encoded PNG records → decode, drop alpha, antialiased resize, normalise. The only file that imports ``nvidia.dali``.
+"""NVIDIA DALI: encoded PNG records → decode, drop alpha, antialiased resize, normalise. The only file that imports
+``nvidia.dali``.
 
-DALI gets its samples through ``external_source`` in our order. One pipeline is built per run and serves every fold, epoch and phase.
-On a GPU everything after the entropy decoding runs there; without one (``device_id=None``) the same graph runs on the CPU.
+DALI gets its samples through ``external_source`` in our order. One pipeline is built per run and serves every fold,
+epoch and phase. On a GPU everything after the entropy decoding runs there; without one (``device_id=None``) the same
+graph runs on the CPU.
 """
 
 from __future__ import annotations
@@ -41,15 +43,17 @@ def require_dali() -> None:
     """Raise :class:`MissingDependencyError` saying what to install where DALI cannot be used."""
     reason = dali_missing()
     if reason is not None:
-        raise MissingDependencyError(f"--loader dali: {reason}; pip install nvidia-dali-cuda120 (Linux), or use --loader files")
+        raise MissingDependencyError(
+            f"--loader dali: {reason}; pip install nvidia-dali-cuda120 (Linux), or use --loader files"
+        )
 
 
 class DaliLoader:
     """Batches made by DALI from ``png`` shards.
 
-    Its resize is not Pillow's: single values may differ by up to 12/255 (before normalisation; measured on the synthetic set), by 0.5/255
-    in the mean.
-    Raises :class:`MissingDependencyError` without DALI, :class:`UsageError` for shards of another encoding.
+    Its resize is not Pillow's: single values may differ by up to 12/255 (before normalisation; measured on the
+    synthetic set), by 0.5/255 in the mean. Raises :class:`MissingDependencyError` without DALI, :class:`UsageError` for
+    shards of another encoding.
     """
 
     name = "dali"
@@ -60,7 +64,8 @@ class DaliLoader:
         require_dali()
         if shards.encoding != "png":
             raise UsageError(
-                f"--loader dali: {shards.root} is encoded {shards.encoding}, which needs no decoder; use --loader mapped"
+                f"--loader dali: {shards.root} is encoded {shards.encoding}, which needs no decoder; use --loader "
+                "mapped"
             )
         self._shards = shards
         self._config = config
@@ -96,7 +101,8 @@ class DaliLoader:
         except RuntimeError as error:  # DALI calls its pipeline invalid after such an error
             self._pipeline = None
             failure = ShardError(
-                f"{self._guilty(numbers)}: DALI cannot decode it ({_gist(error)}); check with tools/inspect_shards.py verify"
+                f"{self._guilty(numbers)}: DALI cannot decode it ({_gist(error)}); check with tools/inspect_shards.py "
+                "verify"
             )
         raise failure  # out here: DALI's own error in its context would keep the pipeline and its threads alive
 
@@ -128,7 +134,9 @@ class DaliLoader:
 
 
 class _ReadAhead:
-    """Reads the encoded records of the next batches in threads, so that a slow disk does not hold up the training thread."""
+    """Reads the encoded records of the next batches in threads, so that a slow disk does not hold up the training
+    thread.
+    """
 
     def __init__(self, shards: ShardSet, num_threads: int, ahead: int) -> None:
         self._shards = shards
@@ -203,7 +211,9 @@ def _build_pipeline(config: LoaderConfig, source: Any) -> Any:
     def images() -> Any:
         encoded = fn.external_source(source=source, dtype=types.UINT8, ndim=1, batch=True)
         # output_type RGB drops alpha as Pillow's convert("RGB") does: no blending
-        decoded = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False)
+        decoded = fn.decoders.image(
+            encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False
+        )
         size = (config.image_size, config.image_size)
         resized = fn.resize(decoded, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
         if config.dtype == torch.uint8:

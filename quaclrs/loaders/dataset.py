@@ -1,4 +1,6 @@
-"""The samples of a run, wherever they lie: shards that were given, shards packed into a cache, or the PNG tree itself."""
+"""The samples of a run, wherever they lie: shards that were given, shards packed into a cache, or the
+PNG tree itself.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class Dataset:
 
     @property
     def identity(self) -> str:
-        """Of what is learned: the CSV, and the class and fold of each sample, which other columns or skipped images change."""
+        """Of what is learned: the CSV, and the class and fold of each sample, which other columns or skipped images
+        change.
+        """
         digest = hashlib.sha256("\0".join([self.fingerprint, *self.classes]).encode())
         digest.update(self.label.tobytes())
         digest.update(self.fold.tobytes())
@@ -59,7 +63,8 @@ class Dataset:
 
 
 def open_dataset(config: TrainConfig, *, want_shards: bool, log: Callable[[str], None]) -> Dataset:
-    """Open what ``config`` names; with ``want_shards`` and no ``--shards``, pack the tree once into a cache beside the CSV.
+    """Open what ``config`` names; with ``want_shards`` and no ``--shards``, pack the tree once into a cache beside the
+    CSV.
 
     Raises :class:`DataError` for the CSV or an image, :class:`ShardError` for the shards.
     """
@@ -93,7 +98,9 @@ def open_dataset(config: TrainConfig, *, want_shards: bool, log: Callable[[str],
 
 
 def cache_folder(metadata: Metadata) -> Path:
-    """Where the shards of ``metadata``'s CSV are kept: beside it, one folder per content of the CSV and columns used."""
+    """Where the shards of ``metadata``'s CSV are kept: beside it, one folder per content of the CSV and
+    columns used.
+    """
     content = hashlib.sha256("\0".join([metadata.fingerprint, *metadata.columns]).encode()).hexdigest()
     return metadata.csv_file.parent / CACHE_FOLDER / f"{metadata.csv_file.stem}-{content[:12]}-png"
 
@@ -113,12 +120,18 @@ def _from_tree(metadata: Metadata, spectrograms_dir: Path) -> Dataset:
     paths = tuple(metadata.path(int(row), spectrograms_dir) for row in rows)
     for row, path in zip(rows, paths, strict=True):
         if not path.is_file():
-            raise DataError(f"{metadata.csv_file}: row {row + 1}: no image at {path}; check --spectrograms_dir or restore the file")
+            raise DataError(
+                f"{metadata.csv_file}: row {row + 1}: no image at {path}; check --spectrograms_dir or restore the file"
+            )
     return _dataset(metadata, rows, str(metadata.csv_file), paths=paths)
 
 
 def _dataset(
-    metadata: Metadata, rows: np.ndarray, name: str, shards: ShardSet | None = None, paths: tuple[Path, ...] | None = None
+    metadata: Metadata,
+    rows: np.ndarray,
+    name: str,
+    shards: ShardSet | None = None,
+    paths: tuple[Path, ...] | None = None,
 ) -> Dataset:
     return Dataset(
         name=name,

@@ -31,7 +31,9 @@ class Images(Protocol):
 
 
 class TreeImages:
-    """The PNG tree. ``paths[number]`` is sample ``number``'s file; nothing has checked it before, so it is checked in full here."""
+    """The PNG tree. ``paths[number]`` is sample ``number``'s file; nothing has checked it before, so it is checked in
+    full here.
+    """
 
     def __init__(self, paths: Sequence[Path], image_size: int) -> None:
         self._paths = paths
@@ -43,7 +45,9 @@ class TreeImages:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: cannot read the file ({error.strerror}); restore it or take its row out of the CSV") from None
+            raise DataError(
+                f"{path}: cannot read the file ({error.strerror}); restore it or take its row out of the CSV"
+            ) from None
         image, _ = decode_png(data, str(path))
         return resize_rgb(image, self._size)
 
@@ -87,7 +91,8 @@ class FilesLoader:
             persistent_workers=config.num_workers > 0,
             prefetch_factor=config.prefetch if config.num_workers > 0 else None,  # of each worker
             pin_memory=config.device.type == "cuda",
-            generator=torch.Generator(),  # it draws a seed for its workers, which must not come out of the training's random numbers
+            # it draws a seed for its workers, which must not come out of the training's random numbers
+            generator=torch.Generator(),
         )
 
     def load(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
@@ -114,7 +119,8 @@ class FilesLoader:
                 raise
             self.close()
             raise QuaclrsError(
-                f"a process that reads images died (out of memory?): {reason}; run the same command again, with fewer --num_workers"
+                f"a process that reads images died (out of memory?): {reason}; run the same command again, with fewer "
+                "--num_workers"
             ) from None
         if isinstance(images, QuaclrsError):
             raise images
@@ -148,7 +154,9 @@ class _ImageBatches(Dataset["torch.Tensor | QuaclrsError"]):
         self._images = images
 
     def __getitem__(self, numbers: np.ndarray) -> torch.Tensor | QuaclrsError:
-        """(B, S, S, 3) uint8; an error of the data is returned, since DataLoader would wrap a raised one in a traceback's text."""
+        """(B, S, S, 3) uint8; an error of the data is returned, since DataLoader would wrap a raised one in a
+        traceback's text.
+        """
         try:
             return torch.from_numpy(np.stack([self._images.image(int(number)) for number in numbers]))
         except QuaclrsError as error:

@@ -1,8 +1,9 @@
 """``indexed`` or ``rgb`` shards of any size: records are read where they lie when their batch comes, nothing is kept.
 
-Records are read by position (``preadv``), which like a memory map is a copy out of the page cache, but lets the process's memory stay
-the same however much of the data it has seen. On a GPU, threads read the next batches into pinned memory while the device works, and
-copy and render run on a stream of their own; on the CPU a batch is read and drawn when it is asked for.
+Records are read by position (``preadv``), which like a memory map is a copy out of the page cache, but lets the
+process's memory stay the same however much of the data it has seen. On a GPU, threads read the next batches into pinned
+memory while the device works, and copy and render run on a stream of their own; on the CPU a batch is read and drawn
+when it is asked for.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def refuse_encoded(encoding: str | None, where: str) -> None:
     """Raise :class:`UsageError` for images that must be decoded (``png`` shards or a PNG tree) at ``where``."""
     if encoding not in ("indexed", "rgb"):
         raise UsageError(
-            f"--loader mapped: {where} holds PNGs, which must be decoded; use --loader dali or files, or pack with --encoding indexed"
+            f"--loader mapped: {where} holds PNGs, which must be decoded; use --loader dali or files, or pack with "
+            "--encoding indexed"
         )
 
 
@@ -77,9 +79,12 @@ class MappedLoader:
         self._ahead = config.prefetch + 1  # read, or being read, while one is copied to the GPU
         most = int(self._bytes.max()) * config.max_batch
         self._buffers = deque(
-            _Buffer(torch.empty(most, dtype=torch.uint8, pin_memory=on_gpu)) for _ in range(self._ahead + 2 if on_gpu else 1)
+            _Buffer(torch.empty(most, dtype=torch.uint8, pin_memory=on_gpu))
+            for _ in range(self._ahead + 2 if on_gpu else 1)
         )
-        self._threads: ThreadPoolExecutor | None = ThreadPoolExecutor(max(config.num_workers, 1), thread_name_prefix="quaclrs-read")
+        self._threads: ThreadPoolExecutor | None = ThreadPoolExecutor(
+            max(config.num_workers, 1), thread_name_prefix="quaclrs-read"
+        )
         self._batch_thread = ThreadPoolExecutor(1, thread_name_prefix="quaclrs-batch") if on_gpu else None
 
     def load(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
@@ -89,7 +94,9 @@ class MappedLoader:
         if self._batch_thread is None:
             return map(self._make_on_cpu, batches)
         records = self._read_ahead(batches)
-        return prefetch_to_device(lambda numbers: self._make_on_gpu(next(records), numbers), batches, self._config.device)
+        return prefetch_to_device(
+            lambda numbers: self._make_on_gpu(next(records), numbers), batches, self._config.device
+        )
 
     def close(self) -> None:
         """As :class:`~quaclrs.loaders.base.Loader`."""

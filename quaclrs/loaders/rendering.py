@@ -1,4 +1,6 @@
-"""From what ``indexed`` and ``rgb`` shards hold to images: shared by the loaders that keep such records in memory or read them raw."""
+"""From what ``indexed`` and ``rgb`` shards hold to images: shared by the loaders that keep such records in memory or
+read them raw.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ def check_image_size(shards: ShardSet, image_size: int) -> None:
     if stored is not None and stored != image_size:
         raise UsageError(
             f"--image_size {image_size}: {shards.root} holds images already resized to {stored}; "
-            f"use --image_size {stored}, or pack anew with --image_size {image_size} (or --encoding indexed or png, which serve all sizes)"
+            f"use --image_size {stored}, or pack anew with --image_size {image_size} (or --encoding indexed or png, "
+            "which serve all sizes)"
         )
 
 

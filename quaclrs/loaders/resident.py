@@ -1,7 +1,9 @@
-"""All samples in device memory, once for all folds and epochs: a batch is a gather and a render, the host sends only sample numbers.
+"""All samples in device memory, once for all folds and epochs: a batch is a gather and a render, the host sends only
+sample numbers.
 
-``indexed`` shards are kept as grids (2.8 GB for 57,918 spectrograms), ``rgb`` shards as pixels. ``png`` shards can be decoded once
-through another loader and are then kept as pixels of one size. Several ranks can share the data out, each with a part of its own.
+``indexed`` shards are kept as grids (2.8 GB for 57,918 spectrograms), ``rgb`` shards as pixels. ``png`` shards can be
+decoded once through another loader and are then kept as pixels of one size. Several ranks can share the data out, each
+with a part of its own.
 """
 
 from __future__ import annotations
@@ -37,13 +39,16 @@ def resident_bytes(shards: ShardSet, image_size: int) -> int:
 class ResidentLoader:
     """Batches from device memory, with the bits of Pillow's path (from ``png``: with those of ``decoder``).
 
-    ``decoder`` makes uint8 batches of ``png`` shards; it is used while loading, and closed. Raises :class:`UsageError` when the
-    data do not fit in the device's free memory, :class:`ShardError` when a shard is not what the manifest says.
+    ``decoder`` makes uint8 batches of ``png`` shards; it is used while loading, and closed. Raises :class:`UsageError`
+    when the data do not fit in the device's free memory, :class:`ShardError` when a shard is not what the manifest
+    says.
     """
 
     name = "resident"
 
-    def __init__(self, shards: ShardSet, labels: np.ndarray, config: LoaderConfig, decoder: Loader | None = None) -> None:
+    def __init__(
+        self, shards: ShardSet, labels: np.ndarray, config: LoaderConfig, decoder: Loader | None = None
+    ) -> None:
         check_image_size(shards, config.image_size)
         self.pixels = "Pillow" if decoder is None else decoder.pixels
         self._config = config
@@ -73,13 +78,17 @@ class ResidentLoader:
             raise ValueError("the loader is closed")
         rank, ranks = self._config.part
         if any((numbers % ranks != rank).any() for numbers in batches):
-            raise ValueError(f"this loader holds the samples whose number leaves {rank} when divided by {ranks}, and no others")
+            raise ValueError(
+                f"this loader holds the samples whose number leaves {rank} when divided by {ranks}, and no others"
+            )
         return prefetch_to_device(self._make, batches, self._config.device)
 
     def close(self) -> None:
         """As :class:`~quaclrs.loaders.base.Loader`."""
         if self._config.device.type == "cuda":
-            torch.cuda.synchronize(self._config.device)  # a batch that was begun and never taken may still read the data
+            torch.cuda.synchronize(
+                self._config.device
+            )  # a batch that was begun and never taken may still read the data
         self._grids = self._decoded = self._renderer = None
 
     def _load_grids(self, shards: ShardSet, held: np.ndarray) -> None:
@@ -93,7 +102,8 @@ class ResidentLoader:
         check_grids(self._grids, self._renderer.tables)  # once, so that no batch has to
 
     def resize(self, config: LoaderConfig) -> bool:
-        """Draw images of ``config``'s size from now on, with the data that are there; False where those are pixels of one size.
+        """Draw images of ``config``'s size from now on, with the data that are there; False where those are pixels of
+        one size.
 
         Everything else in ``config`` must be as before. No iterator of the old size may be in use.
         """
@@ -136,7 +146,8 @@ def _refuse_too_little_memory(needed: int, encoding: str, device: torch.device) 
     if free is not None and needed > FREE_SHARE * free:
         other = "dali" if encoding == "png" else "mapped"
         raise UsageError(
-            f"--loader resident: the data take {needed / 1e9:.2f} GB and {device} has {free / 1e9:.2f} GB free; use --loader {other}"
+            f"--loader resident: the data take {needed / 1e9:.2f} GB and {device} has {free / 1e9:.2f} GB free; use "
+            f"--loader {other}"
         )
 
 
@@ -154,7 +165,11 @@ def _load_all(shards: ShardSet, held: np.ndarray, config: LoaderConfig) -> torch
         places = slice(int(first[shard]), int(first[shard + 1]))
         stop = int(ends[places.stop - 1]) if places.stop else 0
         start = stop - int(sizes[places].sum())
-        target = flat[start:stop] if config.device.type == "cpu" else torch.empty(stop - start, dtype=torch.uint8, pin_memory=True)
+        target = (
+            flat[start:stop]
+            if config.device.type == "cpu"
+            else torch.empty(stop - start, dtype=torch.uint8, pin_memory=True)
+        )
         _read_shard(shards, shard, held[places], sizes[places], target.numpy())
         if config.device.type != "cpu":
             flat[start:stop].copy_(target)
@@ -168,7 +183,9 @@ def _load_all(shards: ShardSet, held: np.ndarray, config: LoaderConfig) -> torch
 
 
 def _read_shard(shards: ShardSet, shard: int, numbers: np.ndarray, sizes: np.ndarray, target: np.ndarray) -> None:
-    """Copy the arrays of the samples ``numbers`` of ``shard``, of ``sizes`` bytes, into ``target`` (bytes,) uint8; check the tar's hash."""
+    """Copy the arrays of the samples ``numbers`` of ``shard``, of ``sizes`` bytes, into ``target`` (bytes,) uint8;
+    check the tar's hash.
+    """
     entry = shards.manifest.shards[shard]
     path = shards.root / entry.file
     try:

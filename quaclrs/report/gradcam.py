@@ -45,8 +45,8 @@ def pick_samples(
 ) -> npt.NDArray[np.int64]:
     """Positions of up to ``per_class`` samples of each class, by class; the same ones for the same arguments.
 
-    ``labels``, ``predictions`` (N,) int and ``is_original`` (N,) bool. Within a class: originals before augmented copies,
-    then right and wrong predictions by turns, then in the order given.
+    ``labels``, ``predictions`` (N,) int and ``is_original`` (N,) bool. Within a class: originals before augmented
+    copies, then right and wrong predictions by turns, then in the order given.
     """
     truth = np.asarray(labels, dtype=np.int64)
     wrong = np.zeros(len(truth), bool) if predictions is None else np.asarray(predictions) != truth
@@ -65,9 +65,10 @@ def pick_samples(
 def heat_maps(model: nn.Module, name: str, images: torch.Tensor, targets: torch.Tensor) -> npt.NDArray[np.float32]:
     """Grad-CAM of ``targets`` (B,) int64 for ``images`` (B, 3, S, S), normalised and on ``model``'s device.
 
-    Returns (B, S, S) float32 on the CPU, each map scaled so that its highest value is 1; a map in which nothing speaks for
-    the target is 0 everywhere. ``model``, an instance of the architecture ``name`` (not wrapped in DDP or torch.compile),
-    is used in evaluation mode and left as it was: training flags, ``requires_grad``, gradients and hooks.
+    Returns (B, S, S) float32 on the CPU, each map scaled so that its highest value is 1; a map in which nothing speaks
+    for the target is 0 everywhere. ``model``, an instance of the architecture ``name`` (not wrapped in DDP or
+    torch.compile), is used in evaluation mode and left as it was: training flags, ``requires_grad``, gradients and
+    hooks.
     """
     if len(images) == 0:
         return np.zeros((0, *images.shape[2:]), np.float32)
@@ -91,10 +92,10 @@ def write_gradcams(
 ) -> list[Path]:
     """Write ``gradcam_{class}_{i}.png`` into ``directory`` for each image: the image beside its heat map.
 
-    ``images`` (B, 3, S, S) normalised, on ``model``'s device; ``labels`` and ``predictions`` (B,) int; ``pixels``
-    (B, S, S, 3) uint8 RGB, by default undone from ``images``. Explained is the prediction; the file's class is the label,
-    its i counts that class's images from 0. Characters of a class name that file systems refuse become ``_``.
-    Raises :class:`StorageError` naming the file that cannot be written. Returns the paths, in the images' order.
+    ``images`` (B, 3, S, S) normalised, on ``model``'s device; ``labels`` and ``predictions`` (B,) int; ``pixels`` (B,
+    S, S, 3) uint8 RGB, by default undone from ``images``. Explained is the prediction; the file's class is the label,
+    its i counts that class's images from 0. Characters of a class name that file systems refuse become ``_``. Raises
+    :class:`StorageError` naming the file that cannot be written. Returns the paths, in the images' order.
     """
     truth, predicted = np.asarray(labels, dtype=np.int64), np.asarray(predictions, dtype=np.int64)
     shown = to_pixels(images) if pixels is None else pixels
@@ -121,7 +122,9 @@ def to_pixels(images: torch.Tensor) -> npt.NDArray[np.uint8]:
 
 
 def safe_file_stems(class_names: Sequence[str]) -> list[str]:
-    """One name per class, all different even where case does not count, made of letters, digits, ``_``, ``-`` and ``.``."""
+    """One name per class, all different even where case does not count, made of letters, digits, ``_``, ``-`` and
+    ``.``.
+    """
     stems: list[str] = []
     taken: set[str] = set()
     for label, class_name in enumerate(class_names):
@@ -137,8 +140,8 @@ def safe_file_stems(class_names: Sequence[str]) -> list[str]:
 def _set_aside(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with frozen parameters, undone at the end.
 
-    Frozen, the network keeps no activations before the explained layer, whose output captum makes the graph's only leaf;
-    so a model trained with frozen features and any other take one and the same path.
+    Frozen, the network keeps no activations before the explained layer, whose output captum makes the graph's only
+    leaf; so a model trained with frozen features and any other take one and the same path.
     """
     was_training = [(module, module.training) for module in model.modules()]
     did_require = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -181,4 +184,6 @@ def _draw(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.float32], true: str
 def _enlarged(panel: Image.Image) -> Image.Image:
     """``panel``, enlarged by a whole factor to at least MIN_PANEL pixels."""
     factor = -(-MIN_PANEL // panel.width)
-    return panel if factor == 1 else panel.resize((factor * panel.width, factor * panel.height), Image.Resampling.NEAREST)
+    return (
+        panel if factor == 1 else panel.resize((factor * panel.width, factor * panel.height), Image.Resampling.NEAREST)
+    )

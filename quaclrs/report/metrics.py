@@ -16,7 +16,8 @@ from sklearn.metrics import accuracy_score, auc, classification_report, confusio
 from quaclrs.errors import TrainingError
 
 MAX_CURVE_POINTS = 201
-"""Most points kept of a ROC curve: more cannot be seen, and 13 curves of some thousand points swell ``metrics.json``."""
+"""Most points kept of a ROC curve: more cannot be seen, and 13 curves of some thousand points swell ``metrics.json``.
+"""
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -30,8 +31,8 @@ def compute_metrics(
 ) -> dict[str, Any]:
     """Everything that the report says about an evaluation's predictions.
 
-    ``labels`` (N,) int in 0..C-1; ``probabilities`` (N, C), each row's largest value is the prediction (the first of equal
-    ones); ``is_original`` (N,) bool marks the rows that are no augmented copies, None if that is not known.
+    ``labels`` (N,) int in 0..C-1; ``probabilities`` (N, C), each row's largest value is the prediction (the first of
+    equal ones); ``is_original`` (N,) bool marks the rows that are no augmented copies, None if that is not known.
 
     Returns a dict that ``json.dump(..., allow_nan=False)`` accepts:
 
@@ -42,8 +43,8 @@ def compute_metrics(
     - ``classification_report``: scikit-learn's, with every class; undefined values are 0
     - ``roc``: see :func:`roc_curves`
 
-    Raises ``ValueError`` for arrays that do not fit each other and :class:`TrainingError` for probabilities that are not
-    finite.
+    Raises ``ValueError`` for arrays that do not fit each other and :class:`TrainingError` for probabilities that are
+    not finite.
     """
     truth, scores = _checked(labels, probabilities, len(class_names))
     predictions = scores.argmax(axis=1)
@@ -76,10 +77,10 @@ def roc_curves(labels: npt.ArrayLike, probabilities: npt.ArrayLike, class_names:
     """One-vs-rest ROC curves: ``{"classes": {name: curve}, "micro": curve, "macro": curve}``, fit for JSON.
 
     A curve is ``{"auc": float | None, "fpr": list, "tpr": list}``. A class that has no positive or no negative rows has
-    no curve: empty lists, ``auc`` None, and it does not count in the macro average. ``micro`` pools all (row, class) pairs.
-    ``macro`` is the mean curve of the classes and its ``auc`` the mean of theirs, as ``roc_auc_score(average="macro",
-    multi_class="ovr")`` has it. Method: scikit-learn's example "Multiclass Receiver Operating Characteristic".
-    The points are a subset of the exact curve's corners; ``auc`` is that of the exact curve.
+    no curve: empty lists, ``auc`` None, and it does not count in the macro average. ``micro`` pools all (row, class)
+    pairs. ``macro`` is the mean curve of the classes and its ``auc`` the mean of theirs, as
+    ``roc_auc_score(average="macro", multi_class="ovr")`` has it. Method: scikit-learn's example "Multiclass Receiver
+    Operating Characteristic". The points are a subset of the exact curve's corners; ``auc`` is that of the exact curve.
     """
     truth, scores = _checked(labels, probabilities, len(class_names))
     positives = truth[:, np.newaxis] == np.arange(len(class_names))  # (N, C) bool

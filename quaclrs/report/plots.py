@@ -124,13 +124,17 @@ def draw_roc_curves(metrics: Mapping[str, Any]) -> Figure:
 
 @functools.cache
 def heat_colours() -> npt.NDArray[np.uint8]:
-    """(256, 3) uint8: matplotlib's ``turbo``, from cold blue to hot red. The one array is shared: do not write to it."""
+    """(256, 3) uint8: matplotlib's ``turbo``, from cold blue to hot red. The one array is shared: do not
+    write to it.
+    """
     table = matplotlib.colormaps["turbo"](np.arange(256), bytes=True)
     return np.ascontiguousarray(table[:, :3])
 
 
 def font_path() -> Path:
-    """matplotlib's own DejaVu Sans, which is there on every machine and knows more scripts than Pillow's default font."""
+    """matplotlib's own DejaVu Sans, which is there on every machine and knows more scripts than Pillow's
+    default font.
+    """
     return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
@@ -151,7 +155,9 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _label(name: str) -> str:
-    """A class name fit to be drawn: not too long, on one line, and with no ``$`` that matplotlib takes for a formula."""
+    """A class name fit to be drawn: not too long, on one line, and with no ``$`` that matplotlib takes
+    for a formula.
+    """
     line = " ".join(name.split())
     if len(line) > MAX_NAME_LENGTH:
         half = MAX_NAME_LENGTH // 2
@@ -170,7 +176,9 @@ def _draw_pair(axes: Axes, history: History, quantity: str) -> None:
     epochs = _column(history, "epoch")
     validation = _column(history, f"val_{quantity}")
     marker = "o" if len(epochs) <= 40 else None
-    axes.plot(epochs, _column(history, f"train_{quantity}"), color=TRAIN_COLOUR, marker=marker, ms=3.5, label="training")
+    axes.plot(
+        epochs, _column(history, f"train_{quantity}"), color=TRAIN_COLOUR, marker=marker, ms=3.5, label="training"
+    )
     axes.plot(epochs, validation, color=VALIDATION_COLOUR, marker=marker, ms=3.5, label="validation")
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -2,11 +2,11 @@
 
 A shard folder holds::
 
-    manifest.json               what this is: version, encoding, classes, folds, every shard's size and SHA-256. Written last
-    metadata.csv                the CSV it was packed from, byte for byte
-    samples.npy                 one SAMPLE_DTYPE record per sample: where its payload lies, its CSV row, fold and label
-    fold01/fold01-000000.tar    plain USTAR; per sample KEY.png or KEY.npy, KEY.cls, KEY.json, in this order
-    fold01/fold01-000000.idx    the same offsets for DALI's own WebDataset reader (wds2idx, version v1.2)
+    manifest.json               what this is: version, encoding, classes, folds, every shard's size and SHA-256. Written
+    last metadata.csv                the CSV it was packed from, byte for byte samples.npy                 one
+    SAMPLE_DTYPE record per sample: where its payload lies, its CSV row, fold and label fold01/fold01-000000.tar
+    plain USTAR; per sample KEY.png or KEY.npy, KEY.cls, KEY.json, in this order fold01/fold01-000000.idx    the same
+    offsets for DALI's own WebDataset reader (wds2idx, version v1.2)
 
 KEY is ``fold01-000123``: the fold and the position inside it; unique, without a dot. A *sample number* is a position in
 samples.npy: fold by fold, shuffled inside each fold. The tars hold the samples in that order.
@@ -38,12 +38,14 @@ PAYLOAD_EXTENSION = {"png": "png", "indexed": "npy", "rgb": "npy"}
 """Encoding to the payload's file extension.
 
 - ``png``: the original bytes.
-- ``indexed``: a (rows, columns) uint8 .npy, the image's grid of palette indices; palettes and layouts are in the manifest.
+- ``indexed``: a (rows, columns) uint8 .npy, the image's grid of palette indices; palettes and layouts are in the
+  manifest.
 - ``rgb``: an (S, S, 3) uint8 .npy, resized as Pillow does.
 """
 
 FLAG_NOT_PLAIN = 1
-"""The image is not 8-bit RGB or RGBA (palette, grey, 16 bit): decode it with Pillow, other decoders convert otherwise."""
+"""The image is not 8-bit RGB or RGBA (palette, grey, 16 bit): decode it with Pillow, other decoders convert otherwise.
+"""
 FLAG_TRANSPARENT = 2
 """Some pixel is not opaque; its alpha is dropped."""
 FLAG_ALPHA = 4
@@ -137,7 +139,9 @@ class Manifest:
         except ValueError as error:
             raise ShardError(f"{name}: not JSON ({error}); pack the shards anew") from None
         if not isinstance(document, dict) or document.pop("format", None) != FORMAT_NAME:
-            raise ShardError(f"{name}: not a manifest of {FORMAT_NAME}; point --shards at a folder of tools/shard_dataset.py")
+            raise ShardError(
+                f"{name}: not a manifest of {FORMAT_NAME}; point --shards at a folder of tools/shard_dataset.py"
+            )
         version = document.pop("version", None)
         if version != FORMAT_VERSION:
             newer = isinstance(version, int) and version > FORMAT_VERSION
@@ -145,7 +149,9 @@ class Manifest:
             raise ShardError(f"{name}: format version {version!r}, this quaclrs reads version {FORMAT_VERSION}; {step}")
         if document.get("encoding") not in ENCODINGS:
             known = ", ".join(ENCODINGS)
-            raise ShardError(f"{name}: unknown encoding {document.get('encoding')!r} (known: {known}); update quaclrs or pack anew")
+            raise ShardError(
+                f"{name}: unknown encoding {document.get('encoding')!r} (known: {known}); update quaclrs or pack anew"
+            )
         try:
             document["shards"] = tuple(ShardEntry(**entry) for entry in document["shards"])
             document["skipped"] = tuple(SkippedRow(**entry) for entry in document["skipped"])
@@ -210,7 +216,8 @@ def _tar_header(name: bytes, size: int) -> bytes:
 class ShardWriter:
     """Writes members to an open binary file as a USTAR tar, without times or owners, and knows what it wrote.
 
-    A tar is complete only after :meth:`finish`; an exception on the way must leave it unfinished and unnamed (see pack.py).
+    A tar is complete only after :meth:`finish`; an exception on the way must leave it unfinished and unnamed (see
+    pack.py).
     """
 
     def __init__(self, file: BinaryIO) -> None:

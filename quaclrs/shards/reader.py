@@ -24,7 +24,8 @@ from quaclrs.shards.packing.coordination import folds_not_there
 
 
 class ShardSet:
-    """One shard folder. Tars are mapped when first read; pickling (for worker processes) carries the path, not the maps.
+    """One shard folder. Tars are mapped when first read; pickling (for worker processes) carries the path, not the
+    maps.
 
     Raises :class:`ShardError` naming the file when the folder is not one, is incomplete, damaged or of another version.
     """
@@ -58,7 +59,9 @@ class ShardSet:
         return np.frombuffer(self._map(int(record["shard"])), np.uint8, int(record["size"]), int(record["offset"]))
 
     def array(self, number: int) -> np.ndarray:
-        """The .npy payload of sample ``number`` as an array, nothing copied: ``rgb`` (S, S, 3), ``indexed`` (rows, columns) uint8."""
+        """The .npy payload of sample ``number`` as an array, nothing copied: ``rgb`` (S, S, 3), ``indexed`` (rows,
+        columns) uint8.
+        """
         shape = self.shape(number)
         return self.payload(number)[-math.prod(shape) :].reshape(shape)
 
@@ -76,12 +79,16 @@ class ShardSet:
         try:
             return tuple(Layout.from_dict(layout) for layout in self.manifest.layouts)
         except ValueError as error:
-            raise ShardError(f"{self.root / fmt.MANIFEST_FILE}: damaged layouts ({error}); pack the shards anew") from None
+            raise ShardError(
+                f"{self.root / fmt.MANIFEST_FILE}: damaged layouts ({error}); pack the shards anew"
+            ) from None
 
     @cached_property
     def palettes(self) -> tuple[np.ndarray, ...]:
         """``indexed``: (1..256, 3) uint8 each, by the ``palette`` of :attr:`samples`."""
-        return tuple(np.frombuffer(bytes.fromhex(palette), np.uint8).reshape(-1, 3) for palette in self.manifest.palettes)
+        return tuple(
+            np.frombuffer(bytes.fromhex(palette), np.uint8).reshape(-1, 3) for palette in self.manifest.palettes
+        )
 
     def image(self, number: int) -> np.ndarray:
         """``indexed``: the original image of sample ``number``, (H, W, 3) uint8."""
@@ -90,9 +97,11 @@ class ShardSet:
         return decode(IndexedImage(self.array(number), palette, layout))
 
     def read_arrays_into(self, numbers: list[int], buffer: memoryview, ends: list[int]) -> None:
-        """Read the arrays of the samples ``numbers`` into ``buffer``, one after another; ``ends`` says where each one ends.
+        """Read the arrays of the samples ``numbers`` into ``buffer``, one after another; ``ends`` says where each one
+        ends.
 
-        Unlike :meth:`array` it maps nothing: memory does not grow with the data that were read, and threads can read side by side.
+        Unlike :meth:`array` it maps nothing: memory does not grow with the data that were read, and threads can read
+        side by side.
         """
         shard_of, array_end = self._places
         start = 0
@@ -100,7 +109,12 @@ class ShardSet:
             shard = shard_of[number]
             size = end - start
             # a numpy record would cost more to look at than a record to read
-            if os.preadv(self._descriptors.get(shard) or self._open(shard), [buffer[start:end]], array_end[number] - size) != size:
+            if (
+                os.preadv(
+                    self._descriptors.get(shard) or self._open(shard), [buffer[start:end]], array_end[number] - size
+                )
+                != size
+            ):
                 raise ShardError(f"{self.name(number)}: cannot be read whole; the file was cut after it was opened")
             start = end
 
@@ -129,7 +143,9 @@ class ShardSet:
     def __enter__(self) -> ShardSet:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __getstate__(self) -> dict[str, object]:
@@ -163,7 +179,9 @@ class ShardSet:
             raise ShardError(f"{path}: does not match the manifest (SHA-256 differs); pack the shards anew")
         samples = np.load(io.BytesIO(raw), allow_pickle=False)
         if samples.dtype != fmt.SAMPLE_DTYPE or samples.shape != (self.manifest.num_samples,):
-            raise ShardError(f"{path}: has {samples.shape} records of {samples.dtype}, not what version {fmt.FORMAT_VERSION} has")
+            raise ShardError(
+                f"{path}: has {samples.shape} records of {samples.dtype}, not what version {fmt.FORMAT_VERSION} has"
+            )
         samples.flags.writeable = False
         return samples
 
@@ -174,7 +192,9 @@ class ShardSet:
         except OSError:
             raise ShardError(f"{path}: missing; restore it or pack the shards anew") from None
         if size != entry.bytes:
-            raise ShardError(f"{path}: has {size} bytes, the manifest says {entry.bytes}; restore it or pack the shards anew")
+            raise ShardError(
+                f"{path}: has {size} bytes, the manifest says {entry.bytes}; restore it or pack the shards anew"
+            )
 
 
 def read_manifest(root: Path) -> fmt.Manifest:

@@ -27,7 +27,8 @@ _CHUNK_BYTES = 1 << 20
 def verify(root: Path, *, progress: bool = False) -> int:
     """Check hashes, sizes, members, labels, rows, payloads and the DALI index of the shard folder ``root``.
 
-    Returns the number of samples. Raises :class:`ShardError` naming the file and the promise that is broken, at the first one.
+    Returns the number of samples. Raises :class:`ShardError` naming the file and the promise that is broken, at the
+    first one.
     """
     with ShardSet(root) as shards:
         metadata = shards.metadata()
@@ -43,9 +44,9 @@ def verify(root: Path, *, progress: bool = False) -> int:
 def export(root: Path, output_dir: Path, *, progress: bool = False) -> int:
     """Restore the CSV and the images below ``output_dir``; returns the number of files written.
 
-    ``png``: the original files, byte for byte. ``indexed``: PNGs with the original pixels (of a transparent one, its colours).
-    ``rgb``: the resized images as PNG. Rows that share a file restore one file. Files that
-    exist are left alone when they are equal, and refused (:class:`DataError`) when not.
+    ``png``: the original files, byte for byte. ``indexed``: PNGs with the original pixels (of a transparent one, its
+    colours). ``rgb``: the resized images as PNG. Rows that share a file restore one file. Files that exist are left
+    alone when they are equal, and refused (:class:`DataError`) when not.
     """
     written = 0
     with ShardSet(root) as shards:
@@ -84,7 +85,8 @@ def _verify_tables(shards: ShardSet, metadata: Metadata) -> None:
     order = storage_order(metadata.fold, manifest.seed)
     if not np.array_equal(rows, order[~np.isin(order, [skipped.row for skipped in manifest.skipped])]):
         raise ShardError(
-            f"{path}: does not hold every row of {fmt.METADATA_FILE} exactly once, in the order of seed {manifest.seed}; "
+            f"{path}: does not hold every row of {fmt.METADATA_FILE} exactly once, in the order of seed "
+            f"{manifest.seed}; "
             "pack the shards anew"
         )
     if metadata.classes != manifest.classes or not np.array_equal(samples["label"], metadata.label[rows]):
@@ -101,7 +103,9 @@ def _verify_tables(shards: ShardSet, metadata: Metadata) -> None:
             f"{shards.root / min(found - listed)}: not in the manifest; delete it (left by hand or by another packing)"
         )
     if (shards.root / PACKING_FOLDER).is_dir():
-        raise ShardError(f"{shards.root / PACKING_FOLDER}: a packing is running or was stopped here; run it again to finish it")
+        raise ShardError(
+            f"{shards.root / PACKING_FOLDER}: a packing is running or was stopped here; run it again to finish it"
+        )
 
 
 def _verify_hashes(shards: ShardSet, entry: fmt.ShardEntry) -> None:
@@ -114,16 +118,22 @@ def _verify_hashes(shards: ShardSet, entry: fmt.ShardEntry) -> None:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
         if digest.hexdigest() != sha256:
-            raise ShardError(f"{path}: SHA-256 differs from the manifest's, the file has changed; restore it or pack anew")
+            raise ShardError(
+                f"{path}: SHA-256 differs from the manifest's, the file has changed; restore it or pack anew"
+            )
 
 
 def _verify_members(shards: ShardSet, metadata: Metadata, number: int, entry: fmt.ShardEntry) -> Iterator[None]:
-    """Read the tar by the standard library, as a stranger would, and compare with samples.npy, the CSV and the index."""
+    """Read the tar by the standard library, as a stranger would, and compare with samples.npy, the CSV
+    and the index.
+    """
     path = shards.root / entry.file
     numbers = np.flatnonzero(shards.samples["shard"] == number)
     index = (shards.root / fmt.index_file(entry.file)).read_text().splitlines()
     if index[:1] != [f"{fmt.INDEX_VERSION} {len(numbers)}"] or len(index) != len(numbers) + 1:
-        raise ShardError(f"{shards.root / fmt.index_file(entry.file)}: not an index of {len(numbers)} samples; pack anew")
+        raise ShardError(
+            f"{shards.root / fmt.index_file(entry.file)}: not an index of {len(numbers)} samples; pack anew"
+        )
     keys = set()
     with tarfile.open(path, "r:") as archive:
         for sample, line in zip(numbers, index[1:], strict=True):
@@ -168,9 +178,13 @@ def _verify_payload(shards: ShardSet, sample: int, payload: bytes, where: str) -
     if shards.encoding == "png":
         facts = check_png(payload, where)
         if (facts.width, facts.height) != (int(record["width"]), int(record["height"])):
-            raise ShardError(f"{where}: is {facts.width}x{facts.height}, not {record['width']}x{record['height']}; pack anew")
+            raise ShardError(
+                f"{where}: is {facts.width}x{facts.height}, not {record['width']}x{record['height']}; pack anew"
+            )
         if flags_of(facts) != int(record["flags"]):
-            raise ShardError(f"{where}: mode {facts.mode} or its transparency is not what {fmt.SAMPLES_FILE} says; pack anew")
+            raise ShardError(
+                f"{where}: mode {facts.mode} or its transparency is not what {fmt.SAMPLES_FILE} says; pack anew"
+            )
         return
     array, shape = _load_npy(payload), shards.shape(sample)
     if array is None or array.shape != shape or array.dtype != np.uint8:

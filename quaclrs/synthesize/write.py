@@ -113,7 +113,9 @@ def synthesize_dataset(config: SynthesisConfig, *, progress: bool = False) -> Sy
         write_bytes(root / STARTED_NAME, _json(config.parameters()))
         total = _draw_all(config, progress)
         write_bytes(root / CSV_NAME, _csv(config))
-        write_bytes(root / RECORD_NAME, _json({**config.parameters(), "files": total.files, "bytes": total.total_bytes}))
+        write_bytes(
+            root / RECORD_NAME, _json({**config.parameters(), "files": total.files, "bytes": total.total_bytes})
+        )
         (root / STARTED_NAME).unlink(missing_ok=True)
     return SynthesisSummary(
         csv_file=root / CSV_NAME,
@@ -231,7 +233,9 @@ def _csv(config: SynthesisConfig) -> bytes:
     writer.writerow(COLUMNS)
     for row in plan_rows(config.samples_per_class, config.folds):
         name = CLASSES[row.class_id]
-        writer.writerow((row.spec_file_name, row.orig_file_name, row.fs_id, row.fold, row.class_id, name, row.augmentation))
+        writer.writerow(
+            (row.spec_file_name, row.orig_file_name, row.fs_id, row.fold, row.class_id, name, row.augmentation)
+        )
     return text.getvalue().encode()
 
 

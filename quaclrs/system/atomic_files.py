@@ -17,7 +17,8 @@ TEMPORARY_SUFFIX = ".tmp"
 
 @contextlib.contextmanager
 def atomic_writer(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """Open a file that takes ``path``'s name only when the block ends without an exception; its folder is made if needed.
+    """Open a file that takes ``path``'s name only when the block ends without an exception; its folder is made if
+    needed.
 
     ``durable`` also waits until it would survive a power cut; without, many small files are written much faster.
     Raises :class:`StorageError` naming the path when the disk is full, read-only or otherwise refuses.
@@ -48,7 +49,9 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write ``document`` to ``path`` as indented JSON, whole or not at all. NaN is refused (ValueError): JSON has none."""
+    """Write ``document`` to ``path`` as indented JSON, whole or not at all. NaN is refused (ValueError):
+    JSON has none.
+    """
     write_bytes(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
 
 

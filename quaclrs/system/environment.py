@@ -41,7 +41,9 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on ``device``; of the host, what the kernel calls available. None where nobody tells."""
+    """Bytes that can still be allocated on ``device``; of the host, what the kernel calls available. None where nobody
+    tells.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -63,4 +65,6 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

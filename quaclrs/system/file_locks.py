@@ -1,6 +1,8 @@
-"""Locks between processes, on one machine or on several that share a file system. A dead process's locks free themselves.
+"""Locks between processes, on one machine or on several that share a file system. A dead process's locks free
+themselves.
 
-A lock is an empty file that is open for writing, since network file systems lock nothing else. Imports neither pandas nor torch.
+A lock is an empty file that is open for writing, since network file systems lock nothing else. Imports neither pandas
+nor torch.
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ _POLL_S = 0.05
 
 @contextlib.contextmanager
 def locked(path: Path, *, shared: bool = False, on_wait: Callable[[], object] | None = None) -> Iterator[bool]:
-    """Hold the lock ``path``, alone or ``shared``, and yield True; without ``on_wait``, yield False where another holds it.
+    """Hold the lock ``path``, alone or ``shared``, and yield True; without ``on_wait``, yield False where another holds
+    it.
 
-    ``on_wait`` is called once, before a wait that is not over at once; it may raise. Raises :class:`StorageError` where the file
-    cannot be made or the file system has no locks.
+    ``on_wait`` is called once, before a wait that is not over at once; it may raise. Raises :class:`StorageError` where
+    the file cannot be made or the file system has no locks.
     """
     while True:
         with _opened(path) as file:
@@ -41,13 +44,17 @@ def locked(path: Path, *, shared: bool = False, on_wait: Callable[[], object] | 
                 yield held
             finally:
                 if held and fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_UN)  # a forked process, such as a DataLoader's worker, has the file open too
+                    fcntl.flock(
+                        file, fcntl.LOCK_UN
+                    )  # a forked process, such as a DataLoader's worker, has the file open too
             return
 
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time into the block, among those that lock the same folder; leaves an empty ``.lock`` in it."""
+    """Let one process at a time into the block, among those that lock the same folder; leaves an empty
+    ``.lock`` in it.
+    """
     with locked(folder / ".lock", on_wait=lambda: None):
         yield
 
@@ -86,7 +93,8 @@ def _flock(file: BinaryIO, path: Path, shared: bool, *, wait: bool) -> bool:
         return False
     except OSError as error:
         raise StorageError(
-            f"cannot lock {path}: {error.strerror}; choose an --output_dir on a file system with locks (Lustre: mounted with flock)"
+            f"cannot lock {path}: {error.strerror}; choose an --output_dir on a file system with locks (Lustre: "
+            "mounted with flock)"
         ) from None
     return True
 

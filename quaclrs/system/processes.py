@@ -38,11 +38,12 @@ def run_tasks(
     num_workers: int,
     on_progress: Callable[[int], object] = lambda units: None,
 ) -> list[Result]:
-    """``work(task, tick)`` for every task, each in one of ``num_workers`` spawned processes; results in the order of ``tasks``.
+    """``work(task, tick)`` for every task, each in one of ``num_workers`` spawned processes; results in the order of
+    ``tasks``.
 
-    One worker is the calling process itself. ``work`` must be importable (a module's function) and calls ``tick()`` once per unit;
-    ``on_progress`` gets the units done since its last call. The first exception cancels the rest and is raised here. A worker that
-    dies is a :class:`QuaclrsError`.
+    One worker is the calling process itself. ``work`` must be importable (a module's function) and calls ``tick()``
+    once per unit; ``on_progress`` gets the units done since its last call. The first exception cancels the rest and is
+    raised here. A worker that dies is a :class:`QuaclrsError`.
     """
     if num_workers == 1 or not tasks:
         return [work(task, lambda: on_progress(1)) for task in tasks]
@@ -64,13 +65,16 @@ def run_tasks(
                     future.result()
         except BaseException as error:
             stop.value = 1
-            if isinstance(error, BrokenProcessPool):  # workers that start just then are never told; nobody waits for them
+            if isinstance(
+                error, BrokenProcessPool
+            ):  # workers that start just then are never told; nobody waits for them
                 for process in list(pool._processes.values()):
                     process.kill()
             pool.shutdown(wait=True, cancel_futures=True)
             if isinstance(error, BrokenProcessPool):
                 raise QuaclrsError(
-                    "a worker process died (killed, or out of memory?); run the same command again, with fewer --num_workers"
+                    "a worker process died (killed, or out of memory?); run the same command again, with fewer "
+                    "--num_workers"
                 ) from None
             raise
     return [future.result() for future in futures]
@@ -78,7 +82,9 @@ def run_tasks(
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until the end of the block, and never reaches the workers started in it: this process has to tell them."""
+    """Ctrl-C waits until the end of the block, and never reaches the workers started in it: this process has to tell
+    them.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -95,8 +101,8 @@ def _initialise(counter: Any, stop: Any) -> None:
 def _keep_freed_memory() -> None:
     """Let glibc keep up to :data:`_KEPT_BYTES` that are free for what comes next; other C libraries are left alone.
 
-    Buffers of a megabyte come and go with every image. By default each goes back to the kernel, which has to clear its pages when it
-    hands them out again: a sixth of the time of packing ``png``, a quarter of ``rgb``.
+    Buffers of a megabyte come and go with every image. By default each goes back to the kernel, which has to clear its
+    pages when it hands them out again: a sixth of the time of packing ``png``, a quarter of ``rgb``.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
         mallopt = ctypes.CDLL(None).mallopt
@@ -105,7 +111,9 @@ def _keep_freed_memory() -> None:
 
 
 def exit_with_parent() -> None:
-    """End this process when its parent is gone: a killed one cannot say goodbye, and workers would wait for work for ever."""
+    """End this process when its parent is gone: a killed one cannot say goodbye, and workers would wait for work for
+    ever.
+    """
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 

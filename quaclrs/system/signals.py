@@ -24,10 +24,11 @@ class StopRequest(IntEnum):
 
 
 class SignalHandler:
-    """Between ``with`` and its end, SIGTERM and SIGINT are noted, to be asked for by :meth:`wish`, instead of ending the process.
+    """Between ``with`` and its end, SIGTERM and SIGINT are noted, to be asked for by :meth:`wish`, instead of ending
+    the process.
 
-    A second one, two seconds or more after the first, does what it did before. ``checkpoint_minutes`` wishes a checkpoint each time
-    that long has passed.
+    A second one, two seconds or more after the first, does what it did before. ``checkpoint_minutes`` wishes a
+    checkpoint each time that long has passed.
     """
 
     def __init__(self, checkpoint_minutes: float | None = None) -> None:
@@ -43,7 +44,9 @@ class SignalHandler:
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._restore()
 
     def wish(self) -> StopRequest:

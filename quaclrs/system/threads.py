@@ -10,7 +10,9 @@ import torch
 
 
 def parallel_for(work: Callable[[int, int], None], items: int) -> None:
-    """Run ``work(start, stop)`` over equal parts of ``items``, one here and each other on a thread that ends with this call."""
+    """Run ``work(start, stop)`` over equal parts of ``items``, one here and each other on a thread that ends with this
+    call.
+    """
     parts = max(1, min(torch.get_num_threads(), items))
     bounds = [items * part // parts for part in range(parts + 1)]
     failures: list[BaseException] = []

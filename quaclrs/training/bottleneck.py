@@ -1,4 +1,6 @@
-"""What bounds a training step: from times and the events of a trace to a word, a sentence of advice and a page. Pure, no torch."""
+"""What bounds a training step: from times and the events of a trace to a word, a sentence of advice and a page. Pure,
+no torch.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from quaclrs.config import TrainConfig
 DEVICE_BUSY = 0.9
 """Share of its time from which on a device counts as busy: with no gap left, steps would be a ninth faster at most."""
 DATA_WAIT = 0.2
-"""Share of waiting from which on the data are to blame: below it, data that cost no time would make steps a quarter faster at most."""
+"""Share of waiting from which on the data are to blame: below it, data that cost no time would make steps a quarter
+faster at most.
+"""
 LOST = 0.01
 """Share of launches without their work in the trace, above which the device's time is not known."""
 TOP = 10
@@ -29,8 +33,8 @@ _SYNCHRONISATIONS = {
     *("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"),
     *("cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize"),
 }
-"""Calls that come back only when the device has done something. ``.item()`` of a tensor on the device makes one; that of a tensor on the
-CPU, which costs nothing, does not."""
+"""Calls that come back only when the device has done something. ``.item()`` of a tensor on the device makes one; that
+of a tensor on the CPU, which costs nothing, does not."""
 _NAME_WIDTH = 60
 
 Event = Mapping[str, Any]
@@ -113,7 +117,11 @@ def read_trace(events: Iterable[Event], steps: int, device: int | None) -> Trace
     """
     events = [event for event in events if event.get("ph") == "X"]
     annotations = sorted(
-        (event for event in events if event.get("cat") == "user_annotation" and event["name"].startswith("ProfilerStep#")),
+        (
+            event
+            for event in events
+            if event.get("cat") == "user_annotation" and event["name"].startswith("ProfilerStep#")
+        ),
         key=lambda event: float(event["ts"]),
     )[:steps]
     if len(annotations) < max(steps, 1):
@@ -155,7 +163,9 @@ def _correlation(event: Event) -> Any:
 
 
 def _nested(operators: Sequence[Event], calls: Sequence[Event]) -> tuple[dict[str, float], dict[int, str]]:
-    """(µs of each operator's name without the operators inside it, the innermost operator's name around each call by its ``id``)."""
+    """(µs of each operator's name without the operators inside it, the innermost operator's name around each call by
+    its ``id``).
+    """
     threads: dict[Any, list[tuple[float, float, bool, Event]]] = defaultdict(list)
     for is_call, events in ((False, operators), (True, calls)):
         for event in events:
@@ -180,7 +190,9 @@ def _nested(operators: Sequence[Event], calls: Sequence[Event]) -> tuple[dict[st
 
 def _work_of(events: Sequence[Event], device: int, begin: float, end: float) -> list[Event]:
     """The device's kernels and copies that were launched between ``begin`` and ``end``, whenever they ran."""
-    launched: dict[Any, float] = {_correlation(event): event["ts"] for event in events if event.get("cat") in _HOST_CALLS}
+    launched: dict[Any, float] = {
+        _correlation(event): event["ts"] for event in events if event.get("cat") in _HOST_CALLS
+    }
     return [
         event
         for event in events
@@ -191,7 +203,9 @@ def _work_of(events: Sequence[Event], device: int, begin: float, end: float) -> 
 
 
 def _device_us(work: Sequence[Event], calls: Sequence[Event], makers: Mapping[int, str]) -> dict[str, float]:
-    """µs on the device by the operator that launched it; a kernel launched by none (a graph's, our own) goes by its own name."""
+    """µs on the device by the operator that launched it; a kernel launched by none (a graph's, our own) goes by its own
+    name.
+    """
     by_call = {_correlation(call): makers[id(call)] for call in calls if id(call) in makers}
     found: dict[str, float] = defaultdict(float)
     for event in work:
@@ -199,7 +213,9 @@ def _device_us(work: Sequence[Event], calls: Sequence[Event], makers: Mapping[in
     return found
 
 
-def _synchronisations(calls: Sequence[Event], makers: Mapping[int, str], threads: set[tuple[Any, Any]]) -> dict[str, int]:
+def _synchronisations(
+    calls: Sequence[Event], makers: Mapping[int, str], threads: set[tuple[Any, Any]]
+) -> dict[str, int]:
     """On the threads that train; others, a loader's, may wait as they like."""
     return dict(
         Counter(
@@ -214,7 +230,9 @@ def _synchronisations(calls: Sequence[Event], makers: Mapping[int, str], threads
 
 
 def judge(timed: Steps, traced: Steps, trace: Trace, on_gpu: bool) -> Verdict:
-    """``timed`` ran without the profiler, which slows the host: the device's share is its traced time in steps of their length."""
+    """``timed`` ran without the profiler, which slows the host: the device's share is its traced time in steps of their
+    length.
+    """
     waiting = sum(timed.waited_s) / sum(timed.wall_s)
     if not on_gpu:
         return Verdict(bound=DATA if waiting >= DATA_WAIT else COMPUTE, waiting=waiting, busy=None)
@@ -232,21 +250,34 @@ def advice(bound: str, setting: Setting) -> str:
     """One sentence about what to try."""
     config = setting.config
     if bound == DATA and setting.loader == "resident":
-        return f"The data lie in memory already; a larger --batch_size (now {config.batch_size}) or a smaller --image_size draws faster."
+        return (
+            "The data lie in memory already; a larger --batch_size (now "
+            f"{config.batch_size}) or a smaller --image_size draws faster."
+        )
     if bound == DATA:
         return (
-            "Try --loader resident, which keeps the data in memory, with shards of --encoding indexed, which need no decoding; or more "
+            "Try --loader resident, which keeps the data in memory, with shards of --encoding indexed, which need no "
+            "decoding; or more "
             f"--num_workers (now {config.num_workers})."
         )
     if bound == HOST:
         graph = "--compile cudagraph, one launch for a whole step, or " if _could_capture(setting) else ""
-        return f"Try {graph}a larger --batch_size (now {config.batch_size}): the host's work for a step hardly depends on its size."
+        return (
+            f"Try {graph}a larger --batch_size (now {config.batch_size}): the host's "
+            "work for a step hardly depends on its size."
+        )
     if bound == DEVICE:
         faster = [] if config.use_amp else ["--use_amp", *([] if config.tf32 else ["--tf32"])]
-        return f"Try {', '.join([*faster, 'a smaller --model_name'])} or a smaller --image_size; the device has no time to spare."
+        return (
+            f"Try {', '.join([*faster, 'a smaller --model_name'])} or a smaller "
+            "--image_size; the device has no time to spare."
+        )
     if bound == COMPUTE:
         return "Train on a GPU, or try a smaller --model_name (mobilenet) or --image_size."
-    return "The trace lacks work of the device; KINETO_LOG_LEVEL=0 in the environment shows what the profiler says about it."
+    return (
+        "The trace lacks work of the device; KINETO_LOG_LEVEL=0 in the "
+        "environment shows what the profiler says about it."
+    )
 
 
 def _could_capture(setting: Setting) -> bool:
@@ -279,7 +310,8 @@ def _times(setting: Setting, timed: Steps, traced: Steps, trace: Trace, verdict:
     host = sum(timed.host_s) / sum(timed.wall_s)
     lines = [
         "Mean of a step      time   share",
-        f"{_row('wall', timed.wall_s)}           median {statistics.median(wall):.2f} ms, from {min(wall):.2f} to {max(wall):.2f}; "
+        f"{_row('wall', timed.wall_s)}           median {statistics.median(wall):.2f} ms, from {min(wall):.2f} to "
+        f"{max(wall):.2f}; "
         f"{timed.samples_per_s:.0f} images/s",
         f"{_row('data wait', timed.waited_s)} {verdict.waiting:7.1%}   the training thread has no batch",
     ]
@@ -288,12 +320,15 @@ def _times(setting: Setting, timed: Steps, traced: Steps, trace: Trace, verdict:
     else:
         device = f"some kernel or copy runs; idle {1 - verdict.busy:.1%}"
         lines += [
-            f"{_row('host', timed.host_s)} {host:7.1%}   the training thread outside waiting: Python, launches, and blocked by the device",
+            f"{_row('host', timed.host_s)} {host:7.1%}   the training thread outside waiting: Python, launches, and "
+            "blocked by the device",
             f"{_row('device', [trace.device_s / trace.steps])} {verdict.busy:7.1%}   {device}",
         ]
     lines.append(f"{_row('traced', traced.wall_s)}           wall time under the profiler, which slows the host")
     if setting.processes > 1:
-        lines.append(f"This is rank 0 of {setting.processes}; waiting for the other ranks' gradients counts as its own work.")
+        lines.append(
+            f"This is rank 0 of {setting.processes}; waiting for the other ranks' gradients counts as its own work."
+        )
     return lines
 
 

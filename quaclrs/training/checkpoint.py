@@ -27,7 +27,9 @@ def checkpoint_file(folder: Path, epoch: int) -> Path:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of finished epochs in ``folder``, oldest first."""
-    numbered = [(int(match[1]), path) for path in folder.glob("checkpoint_epoch_*.pth") if (match := _NAME.fullmatch(path.name))]
+    numbered = [
+        (int(match[1]), path) for path in folder.glob("checkpoint_epoch_*.pth") if (match := _NAME.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(numbered)]
 
 
@@ -61,7 +63,8 @@ def _content(epoch: int, state: dict[str, Any], run: dict[str, Any]) -> dict[str
 def load_checkpoint(folder: Path, run: dict[str, Any]) -> dict[str, Any] | None:
     """The most advanced state in ``folder``; None when there is none.
 
-    Raises :class:`TrainingError` when it cannot be read, or belongs to a run that differs from ``run``, naming the differences.
+    Raises :class:`TrainingError` when it cannot be read, or belongs to a run that differs from ``run``, naming the
+    differences.
     """
     finished = checkpoints(folder)[-1:]
     within = folder / WITHIN_EPOCH_FILE
@@ -73,14 +76,17 @@ def _load_checked(path: Path, run: dict[str, Any]) -> dict[str, Any]:
     content = load(path)
     if content.get("version") != CHECKPOINT_VERSION:
         raise TrainingError(
-            f"{path}: checkpoint version {content.get('version')!r}, this quaclrs reads {CHECKPOINT_VERSION}; train without --resume"
+            f"{path}: checkpoint version {content.get('version')!r}, this quaclrs reads {CHECKPOINT_VERSION}; train "
+            "without --resume"
         )
     refuse_other_run(path, content["run"], run)
     return content
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what :func:`save` wrote, to the CPU. Raises :class:`TrainingError` naming the file when it cannot be read."""
+    """Read what :func:`save` wrote, to the CPU. Raises :class:`TrainingError` naming the file when it
+    cannot be read.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler makes of a damaged file
@@ -97,5 +103,6 @@ def refuse_other_run(where: Path, saved: dict[str, Any], run: dict[str, Any]) ->
     ]
     if differences:
         raise TrainingError(
-            f"{where}: belongs to another run ({'; '.join(differences)}); use the same settings, or another --output_dir"
+            f"{where}: belongs to another run ({'; '.join(differences)}); use the same settings, or another "
+            "--output_dir"
         )

@@ -1,8 +1,10 @@
-"""``--compile cudagraph``: whole training steps, from the gather to the optimizer, captured once and replayed with one launch each.
+"""``--compile cudagraph``: whole training steps, from the gather to the optimizer, captured once and replayed with one
+launch each.
 
-At small batches a step's hundreds of kernels take less time than Python needs to launch them. A CUDA graph launches them all at once, but
-with the same addresses each time: so the sample numbers are copied to where the graph looks for them, and everything else stays on the
-device. That takes a loader whose data are there already (:class:`~quaclrs.loaders.base.DeviceLoader`).
+At small batches a step's hundreds of kernels take less time than Python needs to launch them. A CUDA graph launches
+them all at once, but with the same addresses each time: so the sample numbers are copied to where the graph looks for
+them, and everything else stays on the device. That takes a loader whose data are there already
+(:class:`~quaclrs.loaders.base.DeviceLoader`).
 """
 
 from __future__ import annotations
@@ -16,11 +18,14 @@ from quaclrs.loaders.base import Batch, DeviceLoader, to_device
 from quaclrs.training.state import Training
 
 _WARM_UP_STEPS = 3
-"""Real steps before the capture: optimizer states, compiled kernels and cuDNN's choices must be there by then (torch's own advice)."""
+"""Real steps before the capture: optimizer states, compiled kernels and cuDNN's choices must be there by then (torch's
+own advice).
+"""
 
 
 class GraphedStep:
-    """Optimizer steps on batches of ``size`` samples of ``loader``, each of them a replay of one graph but for the first few.
+    """Optimizer steps on batches of ``size`` samples of ``loader``, each of them a replay of one graph but for the
+    first few.
 
     On the CPU, which has no graphs, the same work is done step by step.
     """

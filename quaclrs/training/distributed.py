@@ -1,7 +1,9 @@
-"""The ranks of one training: who this process is, what ranks tell each other, and starting them. The only reader of RANK and WORLD_SIZE.
+"""The ranks of one training: who this process is, what ranks tell each other, and starting them. The only reader of
+RANK and WORLD_SIZE.
 
-Two groups: the default one carries tensors on their device (NCCL on GPUs, gloo on the CPU), the other one, always gloo, what the hosts
-have to agree on. A rank that ends, for whatever reason, breaks its gloo connections, and so all others learn of it at their next step.
+Two groups: the default one carries tensors on their device (NCCL on GPUs, gloo on the CPU), the other one, always gloo,
+what the hosts have to agree on. A rank that ends, for whatever reason, breaks its gloo connections, and so all others
+learn of it at their next step.
 """
 
 from __future__ import annotations
@@ -32,12 +34,16 @@ _PATIENCE = timedelta(hours=24)
 _SHUTDOWN_S = 25
 """From the first failure, or signal, to the end of the last rank; time to write a checkpoint."""
 _OTHERS_SPEAK_S = 2
-"""Launchers blame the rank that they see end first, and end all others then: who has nothing to say waits so long with its end."""
+"""Launchers blame the rank that they see end first, and end all others then: who has nothing to say waits so long with
+its end.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The processes of one training, and which of them this is. One process needs no group, and no method does anything then."""
+    """The processes of one training, and which of them this is. One process needs no group, and no method does anything
+    then.
+    """
 
     rank: int = 0
     size: int = 1
@@ -82,7 +88,9 @@ class World:
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """Rank 0 runs the block first, then the first rank of every other machine, then the rest: what one prepares, others find."""
+        """Rank 0 runs the block first, then the first rank of every other machine, then the rest: what one prepares,
+        others find.
+        """
         turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
         for now in range(3):
             if now == turn:
@@ -106,7 +114,9 @@ class AsyncConsensus:
         if self._world.size == 1:
             return wish
         agreed = self.settle()
-        if agreed == 0:  # else all ranks are about to do something else, and whoever still has a wish will have it later
+        if (
+            agreed == 0
+        ):  # else all ranks are about to do something else, and whoever still has a wish will have it later
             tensor = torch.tensor(wish)
             work = distributed.all_reduce(tensor, distributed.ReduceOp.MAX, group=self._world.hosts, async_op=True)
             self._asked = tensor, work
@@ -136,7 +146,8 @@ def is_rank() -> bool:
         value = os.environ.get(name, "")
         if not value or (name != "MASTER_ADDR" and not value.isdecimal()):
             raise UsageError(
-                f"the environment sets WORLD_SIZE={os.environ['WORLD_SIZE']} but {name}={value!r}; start with torchrun, or unset WORLD_SIZE"
+                f"the environment sets WORLD_SIZE={os.environ['WORLD_SIZE']} but {name}={value!r}; start with "
+                "torchrun, or unset WORLD_SIZE"
             )
     return True
 
@@ -159,7 +170,8 @@ def joined_world(device: str) -> Iterator[World]:
             if local_rank > found:  # the first of those without a GPU says so
                 time.sleep(_OTHERS_SPEAK_S)
             raise UsageError(
-                f"{local_size} processes on this machine, and torch sees {found} GPU(s); start one per GPU, or --device cpu"
+                f"{local_size} processes on this machine, and torch sees {found} GPU(s); start one per GPU, or "
+                "--device cpu"
             )
         torch.cuda.set_device(local_rank)
     distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
@@ -221,7 +233,9 @@ def run_rank(command: Callable[[], None], program: str) -> int:
 
 def _is_rank_lost(error: RuntimeError) -> bool:
     """Whether this is torch's way of saying that another rank has ended; gloo's errors have no class of their own."""
-    return isinstance(error, distributed.DistError) or any(word in str(error) for word in ("gloo", "Connection closed by peer"))
+    return isinstance(error, distributed.DistError) or any(
+        word in str(error) for word in ("gloo", "Connection closed by peer")
+    )
 
 
 # --- starting ---
@@ -236,7 +250,9 @@ def processes_wanted(nproc: int | None, device: str, flag: str) -> int:
     if device == "cuda" and gpus == 0:
         raise UsageError(f"--device {device}: torch sees no GPU here; use --device auto or cpu")
     if device.startswith("cuda:"):
-        raise UsageError(f"{flag}: takes all GPUs, and --device {device} names one; set CUDA_VISIBLE_DEVICES to choose among them")
+        raise UsageError(
+            f"{flag}: takes all GPUs, and --device {device} names one; set CUDA_VISIBLE_DEVICES to choose among them"
+        )
     if nproc is None:
         if gpus == 0:
             raise UsageError(f"{flag}: no GPU to be used here; give --nproc N for N processes on the CPU")
@@ -247,12 +263,15 @@ def processes_wanted(nproc: int | None, device: str, flag: str) -> int:
 
 
 def share_processors(processes: int) -> None:
-    """Let each of ``processes`` children of this process compute on its share of the processors, unless the user has said otherwise."""
+    """Let each of ``processes`` children of this process compute on its share of the processors, unless the user has
+    said otherwise.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, default_num_workers() // processes)))
 
 
 def launch(arguments: Sequence[str], nproc: int) -> int:
-    """Run ``quaclrs-train`` with ``arguments`` as ``nproc`` ranks on this machine by torch's own launcher; returns the exit code.
+    """Run ``quaclrs-train`` with ``arguments`` as ``nproc`` ranks on this machine by torch's own launcher; returns the
+    exit code.
 
     The first rank to fail ends the others; signals are passed on, and each rank then writes what it has to. Raises
     :class:`QuaclrsError` for a rank that was killed, and so could say nothing itself.

@@ -1,4 +1,5 @@
-"""Train one epoch, evaluate, fit. One path with and without AMP, on one rank and on many; nothing is read back within an epoch.
+"""Train one epoch, evaluate, fit. One path with and without AMP, on one rank and on many; nothing is read back within
+an epoch.
 
 The engine neither prints nor parses: progress goes through a callback, and errors are exceptions.
 """
@@ -111,11 +112,18 @@ class _Timed:
 
 
 def plan_epoch(
-    training: Training, samples: np.ndarray, label: np.ndarray, global_batch: int, seed: int, epoch: int, replicated: bool = True
+    training: Training,
+    samples: np.ndarray,
+    label: np.ndarray,
+    global_batch: int,
+    seed: int,
+    epoch: int,
+    replicated: bool = True,
 ) -> EpochPlan:
     """This rank's part of ``epoch`` over ``samples`` (n,), given the ``label`` (N,) of every sample number.
 
-    ``replicated`` as :class:`Loader` has it. Raises :class:`TrainingError` when a rank would have nothing to learn from.
+    ``replicated`` as :class:`Loader` has it. Raises :class:`TrainingError` when a rank would have nothing to learn
+    from.
     """
     world = training.world
     if replicated:
@@ -184,7 +192,8 @@ def evaluate(
     on_step: OnStep = _ignore_step,
     after_step: Nothing = _go_on,
 ) -> Evaluation:
-    """Loss, accuracy and class probabilities over ``samples`` (N,), each on one rank, once, in batches of ``global_batch`` together.
+    """Loss, accuracy and class probabilities over ``samples`` (N,), each on one rank, once, in batches of
+    ``global_batch`` together.
 
     ``after_step`` is called equally often on every rank.
     """
@@ -193,7 +202,11 @@ def evaluate(
     world = training.world
     of_ranks = _positions_of_ranks(samples, global_batch, world, loader.replicated)
     mine = of_ranks[world.rank]
-    totals, timed, probabilities = RunningMetrics(training.device), _Timed(loader.load([samples[batch] for batch in mine])), []
+    totals, timed, probabilities = (
+        RunningMetrics(training.device),
+        _Timed(loader.load([samples[batch] for batch in mine])),
+        [],
+    )
     for batch in timed:
         probabilities.append(_predict(training, batch, totals))
         on_step(batch, totals, timed.waited_s)
@@ -217,7 +230,9 @@ def evaluate(
     )
 
 
-def _positions_of_ranks(samples: np.ndarray, global_batch: int, world: World, replicated: bool) -> list[list[np.ndarray]]:
+def _positions_of_ranks(
+    samples: np.ndarray, global_batch: int, world: World, replicated: bool
+) -> list[list[np.ndarray]]:
     """For each rank its batches of positions in ``samples``."""
     ranks = range(world.size)
     if replicated:
@@ -260,8 +275,8 @@ class Hooks:
 class Trainer:
     """One fold's training, from wherever it stands to its end, with what it leaves in ``folder``.
 
-    After each epoch ``folder`` holds its checkpoint, and ``best_model.pth`` the weights of the best validation accuracy so far. Only
-    rank 0 writes. ``run`` says what the checkpoints belong to.
+    After each epoch ``folder`` holds its checkpoint, and ``best_model.pth`` the weights of the best validation accuracy
+    so far. Only rank 0 writes. ``run`` says what the checkpoints belong to.
     """
 
     def __init__(
@@ -289,15 +304,16 @@ class Trainer:
     def fit(self) -> bool:
         """Train until ``config.epochs`` or until validation stops improving; returns whether it stopped early.
 
-        At the end the best weights are loaded. Raises :class:`TrainingError` when the training loss, or every validation loss, is not
-        finite, and :class:`Interrupted` once a checkpoint is written after a signal.
+        At the end the best weights are loaded. Raises :class:`TrainingError` when the training loss, or every
+        validation loss, is not finite, and :class:`Interrupted` once a checkpoint is written after a signal.
         """
         training, config = self._training, self._config
         while len(training.history) < config.epochs and training.epochs_without_improvement < config.patience:
             self._epoch(len(training.history) + 1)
         if training.best_epoch == 0:
             raise TrainingError(
-                f"the validation loss of no epoch is finite; lower --learning_rate (now {config.learning_rate:g})", everywhere=True
+                f"the validation loss of no epoch is finite; lower --learning_rate (now {config.learning_rate:g})",
+                everywhere=True,
             )
         if training.world.is_main:
             training.model.load_state_dict(checkpoint.load(self._folder / checkpoint.BEST_MODEL_FILE))
@@ -305,22 +321,30 @@ class Trainer:
         return len(training.history) < config.epochs
 
     def test(self) -> Evaluation:
-        """The best weights on the test samples. Raises :class:`Interrupted` after a signal; there is nothing to save."""
+        """The best weights on the test samples. Raises :class:`Interrupted` after a signal; there is
+        nothing to save.
+        """
         meter = self._hooks.step_meter("test", self._training.best_epoch, len(self._samples.test))
-        tested = evaluate(self._training, self._loader, self._samples.test, self._global_batch, meter, self._stop_testing)
+        tested = evaluate(
+            self._training, self._loader, self._samples.test, self._global_batch, meter, self._stop_testing
+        )
         self._stop_if_agreed(self._agreement.settle(), "its test")
         return tested
 
     def _epoch(self, epoch: int) -> None:
         training, config, samples = self._training, self._config, self._samples
-        plan = plan_epoch(training, samples.train, samples.label, self._global_batch, config.seed, epoch, self._loader.replicated)
+        plan = plan_epoch(
+            training, samples.train, samples.label, self._global_batch, config.seed, epoch, self._loader.replicated
+        )
         learning_rate = training.learning_rate
         meter = self._hooks.step_meter("train", epoch, sum(len(batch) for batch in plan.batches))
         trained = train_epoch(training, self._loader, plan, meter, self._save_if_wished, self._graphed)
         self._save_if_agreed(self._agreement.settle())
         _refuse_divergence(trained.loss, epoch, config)
         meter = self._hooks.step_meter("validate", epoch, len(samples.validation))
-        validated = evaluate(training, self._loader, samples.validation, self._global_batch, meter, self._save_if_stopped)
+        validated = evaluate(
+            training, self._loader, samples.validation, self._global_batch, meter, self._save_if_stopped
+        )
         self._save_if_agreed(self._agreement.settle())
         finite = math.isfinite(validated.loss)  # of NaN scores the first class is the prediction, and sometimes right
         _step_scheduler(training.scheduler, validated.accuracy if finite else 0.0)
@@ -332,7 +356,8 @@ class Trainer:
         state = training.state()
         if training.world.is_main:
             checkpoint.save_checkpoint(self._folder, epoch, state, self._run, config.keep_checkpoints)
-            if better:  # after the checkpoint, which can make it again: the other way round it could be of an epoch that never was
+            # after the checkpoint, which can make it again: the other way round it could be of an epoch that never was
+            if better:
                 checkpoint.save(self._folder / checkpoint.BEST_MODEL_FILE, state["model"])
         self._watch.saved()
         self._hooks.epoch_done(training.history[-1])
@@ -372,7 +397,8 @@ def _refuse_divergence(loss: float, epoch: int, config: TrainConfig) -> None:
         amp = ", or train without --use_amp" if config.use_amp else ""
         kept = "; the checkpoint of the epoch before is kept" if epoch > 1 else ""
         raise TrainingError(
-            f"epoch {epoch}: the training loss is {loss}; lower --learning_rate (now {config.learning_rate:g}){amp}{kept}",
+            f"epoch {epoch}: the training loss is {loss}; lower --learning_rate (now "
+            f"{config.learning_rate:g}){amp}{kept}",
             everywhere=True,
         )
 
@@ -384,7 +410,9 @@ def _step_scheduler(scheduler: ReduceLROnPlateau | CosineAnnealingLR | None, val
         scheduler.step()
 
 
-def _history_entry(epoch: int, learning_rate: float, trained: TrainedEpoch, validated: Evaluation) -> dict[str, float | int]:
+def _history_entry(
+    epoch: int, learning_rate: float, trained: TrainedEpoch, validated: Evaluation
+) -> dict[str, float | int]:
     return {
         "epoch": epoch,
         "learning_rate": learning_rate,

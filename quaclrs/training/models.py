@@ -1,7 +1,7 @@
 """The seven architectures as one table, and the few things that differ between them.
 
-Constructors and ImageNet weights are torchvision's. As in the original trainer, only the last ``Linear`` is replaced by a
-fresh one; everything before it is untouched.
+Constructors and ImageNet weights are torchvision's. As in the original trainer, only the last ``Linear`` is replaced by
+a fresh one; everything before it is untouched.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ AUX_LOSS_WEIGHT = 0.4
 """Weight of InceptionV3's auxiliary loss in training, as in the original trainer."""
 
 DOWNLOAD_TIMEOUT_S = 30.0
-"""Longest silence of the weights' server. Without it, a network that swallows packets would be waited for by the minute."""
+"""Longest silence of the weights' server. Without it, a network that swallows packets would be waited for by the
+minute.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,8 @@ class Architecture:
     trainable: tuple[str, ...]
     """Modules that still learn under ``freeze_features``."""
     gradcam_layer: str
-    """Module whose output Grad-CAM weighs: the last feature maps (B, channels, rows, columns), after their activation."""
+    """Module whose output Grad-CAM weighs: the last feature maps (B, channels, rows, columns), after their activation.
+    """
     options: Mapping[str, Any] = field(default_factory=dict)
     """Constructor arguments for random weights."""
     pretrained_options: Mapping[str, Any] = field(default_factory=dict)
@@ -136,7 +139,9 @@ def check_input_size(name: str, size: int) -> None:
     """Raise :class:`UsageError` when the architecture ``name`` cannot be trained on ``size`` × ``size`` pixels."""
     row = architecture(name)
     if size < row.min_input_size:
-        raise UsageError(f"--image_size {size}: {name} needs at least {row.min_input_size} pixels (made for {row.input_size})")
+        raise UsageError(
+            f"--image_size {size}: {name} needs at least {row.min_input_size} pixels (made for {row.input_size})"
+        )
 
 
 def gradcam_layer(model: nn.Module, name: str) -> nn.Module:
@@ -147,9 +152,9 @@ def gradcam_layer(model: nn.Module, name: str) -> nn.Module:
 def build_model(name: str, num_classes: int, *, pretrained: bool = False, freeze_features: bool = False) -> nn.Module:
     """A model of the architecture ``name`` on the CPU, in training mode and channels_last memory.
 
-    Fresh weights come from torch's global random generator: seed it before. ``pretrained`` takes ImageNet weights for all
-    but the heads; ``freeze_features`` leaves only the row's ``trainable`` modules learning (BatchNorm's running statistics
-    still follow the data in training mode, as in the original trainer).
+    Fresh weights come from torch's global random generator: seed it before. ``pretrained`` takes ImageNet weights for
+    all but the heads; ``freeze_features`` leaves only the row's ``trainable`` modules learning (BatchNorm's running
+    statistics still follow the data in training mode, as in the original trainer).
 
     Raises :class:`UsageError` for an unknown name, and for weights that are neither on disk nor to be had
     :class:`MissingDependencyError` naming the file to provide, or :class:`StorageError` when it cannot be stored.
@@ -172,7 +177,9 @@ def forward_logits(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor
     ``loss(logits) + AUX_LOSS_WEIGHT * loss(aux_logits)``.
     """
     output = model(images)
-    if isinstance(output, tuple):  # torchvision's InceptionOutputs, which DDP and torch.compile may turn into a bare tuple
+    if isinstance(
+        output, tuple
+    ):  # torchvision's InceptionOutputs, which DDP and torch.compile may turn into a bare tuple
         logits, aux_logits = output
         return logits, aux_logits
     return output, None
@@ -192,7 +199,9 @@ def _load_pretrained(name: str) -> nn.Module:
     path = weights_path(name)
     try:
         with _network_deadline(), contextlib.redirect_stdout(sys.stderr):  # torch.hub announces its download on stdout
-            state = row.weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True, map_location="cpu")
+            state = row.weights.get_state_dict(
+                progress=sys.stderr.isatty(), check_hash=True, weights_only=True, map_location="cpu"
+            )
         model.load_state_dict(state, assign=True)
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         raise _weights_error(name, path, error) from error
@@ -225,7 +234,8 @@ def _weights_error(name: str, path: Path, error: Exception) -> QuaclrsError:
     if isinstance(error, OSError) and _is_disk_error(error):
         return storage_error(path, error)
     return MissingDependencyError(
-        f"cannot fetch {url} ({_short_reason(error)}); download it elsewhere and put it at {path}, or train without --pretrained"
+        f"cannot fetch {url} ({_short_reason(error)}); download it elsewhere and put it at {path}, or train without "
+        "--pretrained"
     )
 
 

@@ -1,7 +1,7 @@
 """``--profile``: torch's profiler over some steps of an epoch, and a page that says what bounds them.
 
-Wraps the engine's hooks. Some steps are timed as they are, the next ones traced: the profiler slows the host, so that its own times
-would blame the host too often. What is computed stays the same, bit for bit.
+Wraps the engine's hooks. Some steps are timed as they are, the next ones traced: the profiler slows the host, so that
+its own times would blame the host too often. What is computed stays the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from quaclrs.training.state import RunningMetrics, Training
 
 FOLDER, TRACE_FILE, VERDICT_FILE = "profile", "trace.json.gz", "verdict.txt"
 WARM_UP = 5
-"""Steps before the first measured one: memory is being taken, algorithms are tried out, workers are filling their queues."""
+"""Steps before the first measured one: memory is being taken, algorithms are tried out, workers are filling their
+queues.
+"""
 MEASURED = 20
 """Steps to time, and as many to trace: enough for a median, few enough that a browser can show the trace."""
 FEWEST = 3
@@ -38,10 +40,13 @@ Log = Callable[[str], None]
 
 
 @contextmanager
-def with_profile(hooks: Hooks, config: TrainConfig, training: Training, loader: str, folder: Path, log: Log) -> Iterator[Hooks]:
+def with_profile(
+    hooks: Hooks, config: TrainConfig, training: Training, loader: str, folder: Path, log: Log
+) -> Iterator[Hooks]:
     """Hooks for the block that also profile the first epoch trained in it that is long enough, into ``folder/profile``.
 
-    ``hooks`` themselves without ``--profile``, and on ranks other than 0. A block that ends by an exception leaves no profiler running.
+    ``hooks`` themselves without ``--profile``, and on ranks other than 0. A block that ends by an exception leaves no
+    profiler running.
     """
     if not config.profile or not training.world.is_main:
         yield hooks
@@ -77,7 +82,9 @@ class Plan:
 
 
 def plan_steps(steps: int) -> Plan | None:
-    """What to do in an epoch of ``steps``: all of it within them, in short epochs with less of each. None: it is too short."""
+    """What to do in an epoch of ``steps``: all of it within them, in short epochs with less of each. None: it is too
+    short.
+    """
     if steps < FEWEST:
         return None
     warm_up = min(WARM_UP, 1 + (steps - FEWEST) // 8)
@@ -113,7 +120,9 @@ class _Clock:
         pairs = list(zip(self._marks, self._marks[1:], strict=False))
         between_s = [after[0] - before[0] for before, after in pairs]
         waited_s = [after[1] - before[1] for before, after in pairs]
-        device_s = [before.elapsed_time(after) / 1e3 for before, after in zip(self._events, self._events[1:], strict=False)]
+        device_s = [
+            before.elapsed_time(after) / 1e3 for before, after in zip(self._events, self._events[1:], strict=False)
+        ]
         return Steps(
             wall_s=device_s or between_s,
             host_s=[between - waited for between, waited in zip(between_s, waited_s, strict=True)],
@@ -135,7 +144,9 @@ class _Recording:
     def after_step(self, batch: Batch, totals: RunningMetrics, waited_s: float) -> bool:
         """Whether all that was planned is recorded."""
         self.done += 1
-        if self.done == 1:  # only now is it known how large batches are, and how many samples were done before an interruption
+        if (
+            self.done == 1
+        ):  # only now is it known how large batches are, and how many samples were done before an interruption
             self._plan = plan_steps(1 + -(-max(self._samples - totals.samples, 0) // len(batch)))
         plan, done = self._plan, self.done
         if plan is None or done > plan.end:
@@ -167,7 +178,9 @@ class _Recording:
         plan = self._plan
         assert plan is not None
         timed, traced = _numbers(plan.timed, len(self.timed)), _numbers(plan.traced, len(self.traced))
-        return f"Epoch {self.epoch}, counting this call's steps: {timed} timed as they are, {traced} traced ({TRACE_FILE})"
+        return (
+            f"Epoch {self.epoch}, counting this call's steps: {timed} timed as they are, {traced} traced ({TRACE_FILE})"
+        )
 
 
 def _numbers(done: int, steps: int) -> str:
@@ -186,7 +199,9 @@ def _tracer(device: torch.device, settling: int) -> torch.profiler.profile:
 class _Profiler:
     """Tries one epoch after another until one is long enough."""
 
-    def __init__(self, hooks: Hooks, config: TrainConfig, training: Training, loader: str, folder: Path, log: Log) -> None:
+    def __init__(
+        self, hooks: Hooks, config: TrainConfig, training: Training, loader: str, folder: Path, log: Log
+    ) -> None:
         self._hooks, self._config, self._training, self._loader = hooks, config, training, loader
         self._folder, self._log = folder, log
         self._recording: _Recording | None = None
@@ -212,7 +227,9 @@ class _Profiler:
         """All is trained."""
         self._end_epoch()
         if not self._finished:
-            self._log(f"profile: too few steps; the longest epoch trained here had {self._longest}, and it takes {FEWEST}")
+            self._log(
+                f"profile: too few steps; the longest epoch trained here had {self._longest}, and it takes {FEWEST}"
+            )
 
     def stop(self) -> None:
         """Whatever has happened, torch's profiler does not go on; what an exception cut off is not written."""
@@ -237,7 +254,9 @@ class _Profiler:
         try:
             self._log(self._write(recording, _events(tracer, make_folder(self._folder))))
         except (ValueError, KeyError, TypeError) as error:  # its format is torch's; a training is not to fail by it
-            self._log(f"profile: no verdict, since torch's trace cannot be understood ({type(error).__name__}: {error})")
+            self._log(
+                f"profile: no verdict, since torch's trace cannot be understood ({type(error).__name__}: {error})"
+            )
 
     def _write(self, recording: _Recording, events: list[dict[str, Any]]) -> str:
         """Write the page; returns its short form."""
@@ -253,7 +272,9 @@ class _Profiler:
             device=f"{device} ({torch.cuda.get_device_name(device)})" if on_gpu else str(device),
             on_gpu=on_gpu,
             steps=recording.describe(),
-            peak_bytes=(torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)) if on_gpu else (0, 0),
+            peak_bytes=(torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
+            if on_gpu
+            else (0, 0),
         )
         verdict = judge(timed, traced, trace, on_gpu)
         path = self._folder / VERDICT_FILE
@@ -269,7 +290,10 @@ def _events(tracer: torch.profiler.profile, folder: Path) -> list[dict[str, Any]
         content = plain.read_bytes()
     finally:
         plain.unlink(missing_ok=True)
-    with atomic_writer(folder / TRACE_FILE) as file, gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed:
+    with (
+        atomic_writer(folder / TRACE_FILE) as file,
+        gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed,
+    ):
         packed.write(content)
     events: list[dict[str, Any]] = json.loads(content)["traceEvents"]
     return events

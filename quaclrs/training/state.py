@@ -25,7 +25,8 @@ _AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def amp_dtype(device: torch.device, config: TrainConfig) -> torch.dtype:
-    """What AMP computes in: ``--amp_dtype``, else float16 on GPUs below sm_80, which have no bfloat16 tensor cores, else bfloat16.
+    """What AMP computes in: ``--amp_dtype``, else float16 on GPUs below sm_80, which have no bfloat16 tensor cores,
+    else bfloat16.
 
     float32 without AMP.
     """
@@ -56,7 +57,9 @@ class RunningMetrics:
         self.samples = 0
 
     def add(self, loss: torch.Tensor, weight: torch.Tensor, correct: torch.Tensor, samples: int) -> None:
-        """Add one batch: its summed loss, what to divide that by, and its right predictions; all scalars on the device."""
+        """Add one batch: its summed loss, what to divide that by, and its right predictions; all scalars
+        on the device.
+        """
         self.sums += torch.stack([loss.double(), weight.double(), correct.double()])
         self.samples += samples
 
@@ -89,7 +92,9 @@ class Progress:
         return time.perf_counter() - self.started
 
     def state(self, world: World) -> dict[str, Any]:
-        """As plain values, each rank's sums by themselves: added up in another order they could differ in the last digit."""
+        """As plain values, each rank's sums by themselves: added up in another order they could differ in the last
+        digit.
+        """
         ranks = world.gather((self.totals.sums.tolist(), self.totals.samples))
         return {"step": self.step, "seconds": self.seconds, "waited_s": self.waited_s, "ranks": ranks}
 
@@ -131,7 +136,12 @@ class Training:
 
     @classmethod
     def begin(
-        cls, model: nn.Module, class_weights: np.ndarray, device: torch.device, config: TrainConfig, world: World | None = None
+        cls,
+        model: nn.Module,
+        class_weights: np.ndarray,
+        device: torch.device,
+        config: TrainConfig,
+        world: World | None = None,
     ) -> Training:
         """Move ``model`` to ``device`` and set up the original protocol's optimizer and schedule."""
         world = world or World()
@@ -143,8 +153,8 @@ class Training:
             model.compile()
         graphs = config.compile == "cudagraph" and device.type == "cuda"
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # the fused kernel reads each weight once (AlexNet on 2 cores: 40 ms a step in place of 280), and on a GPU it checks for
-        # overflow itself, so that the scaler need not ask the host
+        # the fused kernel reads each weight once (AlexNet on 2 cores: 40 ms a step in place of 280), and on a GPU it
+        # checks for overflow itself, so that the scaler need not ask the host
         optimizer = torch.optim.Adam(
             learning,
             # a captured graph reads its learning rate from the device, where the schedule can change it
@@ -169,11 +179,14 @@ class Training:
         """AMP's context, for training and evaluation alike; does nothing in float32."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def step(self, images: torch.Tensor, labels: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(
+        self, images: torch.Tensor, labels: torch.Tensor, share: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step on a batch; no host synchronisation.
 
-        ``share`` (float32 scalar on the device) makes the mean over ranks of this one's loss the class-weighted mean over the global
-        batch: ranks / Σ of its samples' class weights. Returns that loss, and how many predictions were right.
+        ``share`` (float32 scalar on the device) makes the mean over ranks of this one's loss the class-weighted mean
+        over the global batch: ranks / Σ of its samples' class weights. Returns that loss, and how many predictions were
+        right.
         """
         if self.world.size > 2 and not self._buckets_settled:  # two summands come to the same in any order
             self._settle_buckets(images)
@@ -193,8 +206,8 @@ class Training:
     def _settle_buckets(self, images: torch.Tensor) -> None:
         """Show DDP the order in which gradients come, and so settle how they are laid out when ranks add them up.
 
-        It would do so after its first step. As the layout decides in which order the ranks' summands are added, and so the last digit,
-        a resumed training would not come to the same weights. Leaves no trace but in DDP.
+        It would do so after its first step. As the layout decides in which order the ranks' summands are added, and so
+        the last digit, a resumed training would not come to the same weights. Leaves no trace but in DDP.
         """
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
@@ -211,7 +224,8 @@ class Training:
         return functional.cross_entropy(logits, labels, self.class_weights, reduction="sum")
 
     def shares(self, label: np.ndarray, batches_of_ranks: Sequence[Sequence[np.ndarray]]) -> torch.Tensor:
-        """(steps,) float32 on the device: :meth:`step`'s ``share`` for each step, given every rank's batches of sample numbers.
+        """(steps,) float32 on the device: :meth:`step`'s ``share`` for each step, given every rank's batches of sample
+        numbers.
 
         All ranks know all batches, so nothing has to be sent. ``label`` (N,) int64.
         """
@@ -267,7 +281,9 @@ class Training:
         for ours, group in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
             ways = {name: ours[name] for name in ("fused", "foreach", "capturable")}
             lr = float(group["lr"])
-            groups.append(group | ways | {"lr": ours["lr"].new_tensor(lr) if isinstance(ours["lr"], torch.Tensor) else lr})
+            groups.append(
+                group | ways | {"lr": ours["lr"].new_tensor(lr) if isinstance(ours["lr"], torch.Tensor) else lr}
+            )
         return saved | {"param_groups": groups}
 
 

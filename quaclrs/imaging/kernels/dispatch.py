@@ -1,4 +1,5 @@
-"""Picks the render for a device: the fused kernel on a GPU, the compiled one on a CPU, the reference where neither can run.
+"""Picks the render for a device: the fused kernel on a GPU, the compiled one on a CPU, the reference where neither can
+run.
 
 All three give the same bits. numba and triton are imported on first use only, for they take a second.
 """
@@ -19,11 +20,16 @@ Render = Callable[[Grids, torch.Tensor, RenderTables, torch.dtype, "torch.Tensor
 
 
 def render(
-    grids: Grids, index: torch.Tensor, tables: RenderTables, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+    grids: Grids,
+    index: torch.Tensor,
+    tables: RenderTables,
+    dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As :func:`quaclrs.imaging.render.render_reference`, by the fastest way there is on the tables' device.
 
-    On a GPU nothing is checked and nothing waits: call :func:`quaclrs.imaging.render.check_grids` once per set of grids before.
+    On a GPU nothing is checked and nothing waits: call :func:`quaclrs.imaging.render.check_grids` once per set of grids
+    before.
     """
     draw, _ = render_for(tables.device.type)
     return draw(grids, index, tables, dtype, out)
@@ -45,5 +51,7 @@ def render_for(device_type: str) -> tuple[Render, str]:
 
             return render_cpu, "numba kernel"
     except ImportError as error:
-        _log.warning("%s: images are rendered in plain torch, the same but many times slower; pip install %s", error, error.name)
+        _log.warning(
+            "%s: images are rendered in plain torch, the same but many times slower; pip install %s", error, error.name
+        )
     return render_reference, "torch reference"

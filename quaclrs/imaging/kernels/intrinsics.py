@@ -1,7 +1,7 @@
 """What numba has no word for: operations of LLVM that the CPU kernels stand on, and the way they are compiled.
 
-Most are scalar operations, of which LLVM makes vector instructions in a plain loop, on any processor. numba is imported at the top;
-import this module only where it is wanted.
+Most are scalar operations, of which LLVM makes vector instructions in a plain loop, on any processor. numba is imported
+at the top; import this module only where it is wanted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def compiled(function: Callable[..., Any]) -> Any:
         kernel = numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # numba: "no locator available", neither beside this file nor in the user's cache
         return numba.njit(nogil=True)(function)
-    # numba would look for changes in the kernel's own file only, and go on with what it compiled from another one as it was
+    # numba would look for changes in the kernel's own file only, and go on with what it compiled from another one as it
+    # was
     kernel._cache._cache_file._source_stamp = SOURCES_STAMP
     return kernel
 
@@ -58,10 +59,11 @@ def fused_multiply_add(typing_context, a, b, c):  # type: ignore[no-untyped-def]
 def stream_normalised(typing_context, levels, source, factors, column, width, by_255, out, target):  # type: ignore[no-untyped-def]
     """out[target + k] = normalised levels[source + k] for k in 0..7, by way of no cache. Unchecked.
 
-    ``levels`` uint8, ``factors`` and ``out`` float32 are contiguous and flat; factors[j · width + column + k] are mean, head and tail of
-    1 / std, and ``by_255`` (float32, float32) head and tail of 1 / 255: see :mod:`.normalise_cpu`. The place in ``out``
-    lies on a boundary of STREAM_ALIGNMENT bytes. An ordinary store would first fetch the memory it is about to overwrite, and drive out
-    of the caches what is still in use; LLVM makes no vectors of stores like this one by itself.
+    ``levels`` uint8, ``factors`` and ``out`` float32 are contiguous and flat; factors[j · width + column + k] are mean,
+    head and tail of 1 / std, and ``by_255`` (float32, float32) head and tail of 1 / 255: see :mod:`.normalise_cpu`. The
+    place in ``out`` lies on a boundary of STREAM_ALIGNMENT bytes. An ordinary store would first fetch the memory it is
+    about to overwrite, and drive out of the caches what is still in use; LLVM makes no vectors of stores like this one
+    by itself.
     """
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
@@ -94,8 +96,9 @@ def stream_normalised(typing_context, levels, source, factors, column, width, by
 def blend(typing_context, upper, lower, high, low):  # type: ignore[no-untyped-def]
     """uint8 upper + ((lower − upper) · weight + 2^21 >> 22), where weight = high · 2^16 + low, all of it in 16 bits.
 
-    With d = lower − upper, d · weight + 2^21 >> 22 = d · high + (d · low >> 16) + 32 >> 6, exactly: flooring twice is flooring once.
-    ``high`` (0..64) and ``low`` (−2^15..2^15 − 1) are int16, and no term leaves int16. numba alone would compute in 64 bits.
+    With d = lower − upper, d · weight + 2^21 >> 22 = d · high + (d · low >> 16) + 32 >> 6, exactly: flooring twice is
+    flooring once. ``high`` (0..64) and ``low`` (−2^15..2^15 − 1) are int16, and no term leaves int16. numba alone would
+    compute in 64 bits.
     """
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
@@ -104,7 +107,9 @@ def blend(typing_context, upper, lower, high, low):  # type: ignore[no-untyped-d
         difference = builder.sub(builder.zext(below, _INT16), above)
         product = builder.mul(builder.sext(difference, _INT32), builder.sext(low, _INT32))
         upper_half = builder.trunc(builder.ashr(product, ir.Constant(_INT32, 16)), _INT16)  # one instruction: pmulhw
-        total = builder.add(builder.add(builder.mul(difference, high), upper_half), ir.Constant(_INT16, 1 << (BLEND_BITS - 1)))
+        total = builder.add(
+            builder.add(builder.mul(difference, high), upper_half), ir.Constant(_INT16, 1 << (BLEND_BITS - 1))
+        )
         return builder.trunc(builder.add(above, builder.ashr(total, ir.Constant(_INT16, BLEND_BITS))), _INT8)
 
     return types.uint8(types.uint8, types.uint8, types.int16, types.int16), generate
@@ -122,7 +127,9 @@ def load_four_bytes(typing_context, array, position):  # type: ignore[no-untyped
 
 @intrinsic
 def store_eight_bytes(typing_context, array, position, value):  # type: ignore[no-untyped-def]
-    """Write uint64 ``value`` to ``array`` (contiguous uint8) from ``position`` on, aligned or not, lowest byte first. Unchecked."""
+    """Write uint64 ``value`` to ``array`` (contiguous uint8) from ``position`` on, aligned or not, lowest byte first.
+    Unchecked.
+    """
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         builder.store(arguments[2], _place(context, builder, signature, arguments, _INT64), align=1)

@@ -1,9 +1,10 @@
-"""Normalisation on the CPU: :func:`quaclrs.imaging.normalise.normalise`, bit for bit, as fast as memory takes it. Needs numba.
+"""Normalisation on the CPU: :func:`quaclrs.imaging.normalise.normalise`, bit for bit, as fast as memory takes it. Needs
+numba.
 
-float32 values are computed, in vector instructions: torchvision divides twice, and a quotient x / d is two of them where 1 / d is kept
-as a float and the rest that it lacks: x · (1/d) ≈ fma(x, head, x · tail), which is the rounded quotient for every level and channel (the
-tests compare all 768). A table of all values would cost two loads and a store for each one, 2.5 times as long. The 16-bit types have
-no arithmetic of numba's and do use the table.
+float32 values are computed, in vector instructions: torchvision divides twice, and a quotient x / d is two of them
+where 1 / d is kept as a float and the rest that it lacks: x · (1/d) ≈ fma(x, head, x · tail), which is the rounded
+quotient for every level and channel (the tests compare all 768). A table of all values would cost two loads and a store
+for each one, 2.5 times as long. The 16-bit types have no arithmetic of numba's and do use the table.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from quaclrs.system.threads import parallel_for
 
 
 def normalise_cpu(levels: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """As :func:`quaclrs.imaging.normalise.normalise` of ``levels`` (B, S, S, 3) uint8, into ``out`` (B, 3, S, S) channels_last."""
+    """As :func:`quaclrs.imaging.normalise.normalise` of ``levels`` (B, S, S, 3) uint8, into ``out`` (B, 3, S, S)
+    channels_last.
+    """
     rows, size = levels.shape[0] * levels.shape[1], levels.shape[2]
     sources, targets = levels.numpy().reshape(rows, 3 * size), pixels_of(out).reshape(rows, 3 * size)
     if out.dtype == torch.float32:
@@ -64,7 +67,9 @@ _BY_255 = (_HEAD, _TAIL)
 
 
 def can_stream(out: NDArray[np.float32]) -> bool:
-    """Whether each row of ``out`` begins where :func:`~quaclrs.imaging.kernels.intrinsics.stream_normalised` may write, and ends so."""
+    """Whether each row of ``out`` begins where :func:`~quaclrs.imaging.kernels.intrinsics.stream_normalised` may write,
+    and ends so.
+    """
     return out.ctypes.data % STREAM_ALIGNMENT == 0 and out.shape[-1] % LANES == 0
 
 
@@ -72,7 +77,8 @@ def can_stream(out: NDArray[np.float32]) -> bool:
 def normalise_rows(levels, factors, out, start, stream):  # type: ignore[no-untyped-def]
     """Rows ``start`` on of ``out`` float32 from the rows ``levels``, three channels in turn.
 
-    ``factors`` as in :func:`normalisation_factors`; ``stream`` where :func:`can_stream` says so: it takes two thirds of the time.
+    ``factors`` as in :func:`normalisation_factors`; ``stream`` where :func:`can_stream` says so: it takes two thirds of
+    the time.
     """
     for row in range(len(levels)):
         if stream:

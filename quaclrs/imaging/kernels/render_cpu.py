@@ -1,18 +1,24 @@
-"""The render on the CPU: :func:`quaclrs.imaging.render.render_reference`, bit for bit, at the speed of vector instructions. Needs numba.
+"""The render on the CPU: :func:`quaclrs.imaging.render.render_reference`, bit for bit, at the speed of vector
+instructions. Needs numba.
 
 Why it looks as it does, with times per 128×376 grid at 224 pixels on one core of an AMD EPYC at 2.45 GHz:
 
-- Colours are looked up once per cell, into a buffer turned on its side: of four neighbours, one load each, and a load and a store
-  (18 µs). A tap of the first pass then is one multiplication over a run of 128 lines of cells, which the compiler turns into vector
-  instructions; no tap gathers anything (21 µs).
-- The first pass leaves pixels as one integer each, still on their side. Two of them at a time, eight bytes of which six count, are
+- Colours are looked up once per cell, into a buffer turned on its side: of four neighbours, one load each, and a load
+  and a store
+  (18 µs). A tap of the first pass then is one multiplication over a run of 128 lines of cells, which the compiler turns
+  into vector instructions; no tap gathers anything (21 µs).
+- The first pass leaves pixels as one integer each, still on their side. Two of them at a time, eight bytes of which six
+  count, are
   written to where they belong: a sixth of the stores that single channels would need (9 µs).
-- Taps of the second pass run along whole lines of 3·S bytes, again vectors; of two lines, the usual case, in 16-bit arithmetic, where
+- Taps of the second pass run along whole lines of 3·S bytes, again vectors; of two lines, the usual case, in 16-bit
+  arithmetic, where
   it has been proven to give the same bits (14 µs).
 - Normalised float32 values are computed and written past the caches, line by line (30 µs); others are looked up: see
   :mod:`quaclrs.imaging.kernels.normalise_cpu`.
-- Python threads share a batch out, as the kernel releases the GIL. numba's own threads would outlive the batch, do not survive a
-  fork, and abort when two threads of the process use them at once. Starting a thread takes 0.1 ms, a batch of 64 takes 3.
+- Python threads share a batch out, as the kernel releases the GIL. numba's own threads would outlive the batch, do not
+  survive a
+  fork, and abort when two threads of the process use them at once. Starting a thread takes 0.1 ms, a batch of 64 takes
+  3.
 
 ``numba`` is imported here at the top; import this module only where it is wanted.
 """
@@ -53,11 +59,16 @@ _PIXEL_BITS = np.uint64(24)
 
 
 def render_cpu(
-    grids: Grids, index: torch.Tensor, tables: RenderTables, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+    grids: Grids,
+    index: torch.Tensor,
+    tables: RenderTables,
+    dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As :func:`quaclrs.imaging.render.render_reference`, on ``torch.get_num_threads()`` threads.
 
-    The first call in a process loads the compiled kernel, and the first one on a machine compiles it, which takes seconds.
+    The first call in a process loads the compiled kernel, and the first one on a machine compiles it, which takes
+    seconds.
     """
     batch = Grids(grids.flat, grids.offsets[index], grids.layouts[index], grids.palettes[index])
     check_grids(batch, tables)  # of the batch alone: some 50 µs, and no index can make the kernel read wild memory
@@ -96,7 +107,9 @@ class _Tables(NamedTuple):
     line_weights: NDArray[np.int32]
     """(L, K, S), K even."""
     two_lines: NDArray[np.bool_]
-    """(L, S): the output line is made of two lines at most, and :func:`~quaclrs.imaging.kernels.intrinsics.blend` gives its bits."""
+    """(L, S): the output line is made of two lines at most, and :func:`~quaclrs.imaging.kernels.intrinsics.blend` gives
+    its bits.
+    """
     blend_high: NDArray[np.int16]
     """(L, S): of the second line's weight the upper bits, for ``blend``."""
     blend_low: NDArray[np.int16]
@@ -139,10 +152,12 @@ def _taps_used(weights: NDArray[np.int32]) -> int:
 
 
 def _blends_exactly(weights: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """(S,) for the (K, S) ``weights`` of one layout: whether two lines suffice, and the first may be taken to weigh 2^22 less the second.
+    """(S,) for the (K, S) ``weights`` of one layout: whether two lines suffice, and the first may be taken to weigh
+    2^22 less the second.
 
-    Rounding lets two weights sum to 2^22 + e. With d = b − a, a·w + b·v is then a·2^22 + d·v + a·e, and the last term counts only where it
-    carries the sum over a multiple of 2^22. It is monotone in a, which lies in max(0, −d)..min(255, 255 − d): both ends of all 511 d tell.
+    Rounding lets two weights sum to 2^22 + e. With d = b − a, a·w + b·v is then a·2^22 + d·v + a·e, and the last term
+    counts only where it carries the sum over a multiple of 2^22. It is monotone in a, which lies in max(0,
+    −d)..min(255, 255 − d): both ends of all 511 d tell.
     """
     difference = np.arange(-255, 256)[:, None]  # (511, 1) int64
     blended = (difference * weights[1] + HALF) >> WEIGHT_BITS  # (511, S)
@@ -153,14 +168,17 @@ def _blends_exactly(weights: NDArray[np.int32]) -> NDArray[np.bool_]:
     return equal
 
 
-# Integers: numba widens every sum to 64 bits, and LLVM narrows it again only where the result is cut to 32 bits before it is used,
-# hence the int32 buffers and the np.uint32(...) ahead of each shift. Half the vector lanes hang on it.
-# Arrays: inner functions take whole arrays and row numbers, since each slice costs two atomic instructions of reference counting.
+# Integers: numba widens every sum to 64 bits, and LLVM narrows it again only where the result is cut to 32 bits before
+# it is used, hence the int32 buffers and the np.uint32(...) ahead of each shift. Half the vector lanes hang on it.
+# Arrays: inner functions take whole arrays and row numbers, since each slice costs two atomic instructions of reference
+# counting.
 
 
 @compiled
 def _draw_levels(start, stop, grids, tables, out):  # type: ignore[no-untyped-def]
-    """Draw images ``start`` to ``stop`` into ``out`` (B, S, 3·S) uint8; ``grids`` and ``tables`` as in :func:`render_cpu`."""
+    """Draw images ``start`` to ``stop`` into ``out`` (B, S, 3·S) uint8; ``grids`` and ``tables`` as in
+    :func:`render_cpu`.
+    """
     buffers = _buffers(tables)
     for image in range(start, stop):
         layout = _draw_lines(image, grids, tables, buffers)
@@ -194,15 +212,19 @@ def _draw_values(start, stop, grids, tables, values, out):  # type: ignore[no-un
 
 @compiled
 def _buffers(tables):  # type: ignore[no-untyped-def]
-    """(side, strip, cell sums, lines, line sums, image on its side): what drawing needs besides its output, used for all images.
+    """(side, strip, cell sums, lines, line sums, image on its side): what drawing needs besides its output, used for
+    all images.
 
-    Taps come in pairs, so the last may reach past the cells or lines: with weight 0, into memory that only has to exist. Lines and
-    columns are turned upright in whole blocks and strips, so lines have room for those, and for the last eight bytes that are stored.
+    Taps come in pairs, so the last may reach past the cells or lines: with weight 0, into memory that only has to
+    exist. Lines and columns are turned upright in whole blocks and strips, so lines have room for those, and for the
+    last eight bytes that are stored.
     """
     size = tables.cell_first.shape[1]
     side = np.zeros((tables.cells.max() + tables.cell_weights.shape[1], _BLOCK_LINES), np.int32)
     strip, cell_sums = np.zeros((_STRIP, _BLOCK_LINES), np.uint32), np.zeros((3, _BLOCK_LINES), np.int32)
-    lines = np.zeros((tables.lines.max() + tables.line_weights.shape[1] + _BLOCK_LINES, 3 * (size + _STRIP) + 2), np.uint8)
+    lines = np.zeros(
+        (tables.lines.max() + tables.line_weights.shape[1] + _BLOCK_LINES, 3 * (size + _STRIP) + 2), np.uint8
+    )
     return side, strip, cell_sums, lines, np.zeros(3 * size, np.int32), np.zeros((size, 3 * size), np.uint8)
 
 
@@ -233,7 +255,9 @@ def _draw_image(layout, tables, buffers, out):  # type: ignore[no-untyped-def]
 
 @compiled
 def _stream_image(layout, tables, buffers, levels, factors, out):  # type: ignore[no-untyped-def]
-    """The same, normalised into ``out`` line by line, so that the arithmetic of a line hides the writing of the last one."""
+    """The same, normalised into ``out`` line by line, so that the arithmetic of a line hides the writing of the last
+    one.
+    """
     _, _, _, lines, sums, _ = buffers
     first, weights = tables.line_first[layout], tables.line_weights[layout]
     two_lines, high, low = tables.two_lines[layout], tables.blend_high[layout], tables.blend_low[layout]
@@ -247,7 +271,9 @@ def _stream_image(layout, tables, buffers, levels, factors, out):  # type: ignor
 
 @compiled
 def _look_up_colours(flat, corner, number, layout, palette, tables, side):  # type: ignore[no-untyped-def]
-    """side[c, r] = colour of cell c in line r, for a block of ``number`` lines whose first cell is at ``corner`` of ``flat``."""
+    """side[c, r] = colour of cell c in line r, for a block of ``number`` lines whose first cell is at ``corner`` of
+    ``flat``.
+    """
     cells, line_stride, cell_stride = tables.cells[layout], tables.line_stride[layout], tables.cell_stride[layout]
     by_four = cells // 4 * 4 if cell_stride == 1 else 0
     for c in range(0, by_four, 4):
@@ -292,11 +318,18 @@ def _first_pass(side, layout, tables, strip, sums, lines):  # type: ignore[no-un
 
 @compiled
 def _blend_four(side, c, weight_a, weight_b, weight_c, weight_d, strip, column):  # type: ignore[no-untyped-def]
-    """As :func:`_blend_cells` of four, which is what most images here are drawn from: nothing but registers in between."""
+    """As :func:`_blend_cells` of four, which is what most images here are drawn from: nothing but
+    registers in between.
+    """
     for r in range(_BLOCK_LINES):
         p, q, s, t = side[c, r], side[c + 1, r], side[c + 2, r], side[c + 3, r]
         red = _HALF + (p & 255) * weight_a + (q & 255) * weight_b + (s & 255) * weight_c + (t & 255) * weight_d
-        green = (p >> 8 & 255) * weight_a + (q >> 8 & 255) * weight_b + (s >> 8 & 255) * weight_c + (t >> 8 & 255) * weight_d
+        green = (
+            (p >> 8 & 255) * weight_a
+            + (q >> 8 & 255) * weight_b
+            + (s >> 8 & 255) * weight_c
+            + (t >> 8 & 255) * weight_d
+        )
         blue = _HALF + (p >> 16) * weight_a + (q >> 16) * weight_b + (s >> 16) * weight_c + (t >> 16) * weight_d
         strip[column, r] = _pixel(np.uint32(red), np.uint32(_HALF + green), np.uint32(blue))
 
@@ -328,7 +361,8 @@ def _pixel(red, green, blue):  # type: ignore[no-untyped-def]
 
 @compiled
 def _stand_upright(strip, left, lines):  # type: ignore[no-untyped-def]
-    """lines[r, left + 3·c + channel] = the channels of strip[c, r]: always for all c and r, whether or not they mean anything.
+    """lines[r, left + 3·c + channel] = the channels of strip[c, r]: always for all c and r, whether or not they mean
+    anything.
 
     Numbers known beforehand halve the time.
     """
@@ -336,7 +370,9 @@ def _stand_upright(strip, left, lines):  # type: ignore[no-untyped-def]
     for column in range(0, _STRIP, 2):
         position = np.uintp(left + 3 * column)
         for r in range(_BLOCK_LINES):
-            store_eight_bytes(flat, position, np.uint64(strip[column, r]) | np.uint64(strip[column + 1, r]) << _PIXEL_BITS)
+            store_eight_bytes(
+                flat, position, np.uint64(strip[column, r]) | np.uint64(strip[column + 1, r]) << _PIXEL_BITS
+            )
             position += stride
 
 

@@ -1,23 +1,27 @@
-"""The render as one fused Triton kernel: indices in, normalised channels_last batch out, nothing in between in device memory.
+"""The render as one fused Triton kernel: indices in, normalised channels_last batch out, nothing in between in device
+memory.
 
 One program draws one tile of one image, so layouts and palettes mix freely in a batch. Inside it:
 
-1. *First pass*, the horizontal one, for the tile's columns and the rows of cells that its output rows blend. Each tap loads one
-   byte per lane (neighbouring lanes read neighbouring cells) and looks its colour up in a copy of the palette in shared memory,
-   three channels in one integer. Rows of cells at a tile's upper and lower end are computed in both tiles that need them: that is
-   cheaper than sending them through memory.
+1. *First pass*, the horizontal one, for the tile's columns and the rows of cells that its output rows blend. Each tap
+   loads one
+   byte per lane (neighbouring lanes read neighbouring cells) and looks its colour up in a copy of the palette in shared
+   memory, three channels in one integer. Rows of cells at a tile's upper and lower end are computed in both tiles that
+   need them: that is cheaper than sending them through memory.
 2. *Second pass* from the colours of 1, which other lanes hold: again a look-up in shared memory.
-3. *Output.* One lane writes one value, so a warp writes whole lines of memory although a pixel is three values wide. fp16 and bf16 are
-   computed as ``level · scale + shift``, if that gives the table's bits for all 768 levels (:func:`_affine` proves it, with
-   and without fused multiply-add); float32, where it does not, comes from the table.
+3. *Output.* One lane writes one value, so a warp writes whole lines of memory although a pixel is three values wide.
+   fp16 and bf16 are
+   computed as ``level · scale + shift``, if that gives the table's bits for all 768 levels (:func:`_affine` proves it,
+   with and without fused multiply-add); float32, where it does not, comes from the table.
 
-Where Pillow resizes vertically first (:class:`quaclrs.imaging.render.Passes`), rows and columns change places throughout; "lines" are
-rows of cells else. Such images are read and written across the grain, which is slow and right.
+Where Pillow resizes vertically first (:class:`quaclrs.imaging.render.Passes`), rows and columns change places
+throughout; "lines" are rows of cells else. Such images are read and written across the grain, which is slow and right.
 
-Tiles need not be powers of two, only their lanes are padded to one; :func:`choose_tile` weighs padding against recomputed rows.
-All sums are int32, as in Pillow: at most 255 · (2^22 + 8192) + 2^21 < 2^31, see ``MAX_SIDE``.
+Tiles need not be powers of two, only their lanes are padded to one; :func:`choose_tile` weighs padding against
+recomputed rows. All sums are int32, as in Pillow: at most 255 · (2^22 + 8192) + 2^21 < 2^31, see ``MAX_SIDE``.
 
-``triton`` is imported here at the top; import this module only where there is a GPU, or with ``TRITON_INTERPRET=1`` for CPU tensors.
+``triton`` is imported here at the top; import this module only where there is a GPU, or with ``TRITON_INTERPRET=1`` for
+CPU tensors.
 """
 
 from __future__ import annotations
@@ -80,10 +84,11 @@ def render_triton(
     out: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """As :func:`quaclrs.imaging.render.render_reference`, in one kernel on the current stream, without waiting for the device.
+    """As :func:`quaclrs.imaging.render.render_reference`, in one kernel on the current stream, without waiting for the
+    device.
 
-    Nothing is checked that would take a wait: call :func:`quaclrs.imaging.render.check_grids` once per set of grids, and keep ``index``
-    within them. ``tile`` is for tuning; the default is :func:`choose_tile`'s.
+    Nothing is checked that would take a wait: call :func:`quaclrs.imaging.render.check_grids` once per set of grids,
+    and keep ``index`` within them. ``tile`` is for tuning; the default is :func:`choose_tile`'s.
     """
     out = checked_out(out, len(index), tables, dtype)
     if not len(index):
@@ -94,7 +99,9 @@ def render_triton(
     tiles = -(-tables.size // tile.rows) * -(-tables.size // tile.columns)
     pointers = (index, grids.flat, grids.offsets, grids.layouts, grids.palettes, *_table_tensors(tables), values, out)
     # Fused multiply-add is no matter of precision here, see _affine; Triton 3.9 warns unless told.
-    _draw_tile[(len(index) * tiles,)](*pointers, **_constants(tables, tile, mode), num_warps=tile.warps, enable_fp_fusion=True)
+    _draw_tile[(len(index) * tiles,)](
+        *pointers, **_constants(tables, tile, mode), num_warps=tile.warps, enable_fp_fusion=True
+    )
     return out
 
 
@@ -137,7 +144,9 @@ def _choose_tile(
 def _most_lines(edges: tuple[int, ...], pixels: int, size: int, tile_rows: int) -> int:
     """Lines of cells that a tile of ``tile_rows`` output rows blends, at most."""
     taps = cell_filter_weights(edges, pixels, size)
-    used = taps.first + taps.weights.shape[1] - (taps.weights[:, ::-1] != 0).argmax(axis=1)  # (S,) end of the last tap that counts
+    used = (
+        taps.first + taps.weights.shape[1] - (taps.weights[:, ::-1] != 0).argmax(axis=1)
+    )  # (S,) end of the last tap that counts
     tops = np.arange(0, size, tile_rows)
     return int((np.maximum.reduceat(used, tops) - taps.first[tops]).max())
 
@@ -162,7 +171,9 @@ def _constants(tables: RenderTables, tile: Tile, mode: int) -> dict[str, int]:
 
 
 def _mode(dtype: torch.dtype, interpreted: bool) -> int:
-    """LEVELS, AFFINE or TABLE. Triton's interpreter truncates to bfloat16 where GPUs round, so there it takes the table."""
+    """LEVELS, AFFINE or TABLE. Triton's interpreter truncates to bfloat16 where GPUs round, so there it takes the
+    table.
+    """
     if dtype == torch.uint8:
         return LEVELS
     return TABLE if _affine(dtype) is None or (interpreted and dtype == torch.bfloat16) else AFFINE
@@ -181,7 +192,9 @@ def _values(mode: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor
 
 @functools.cache
 def _affine(dtype: torch.dtype) -> torch.Tensor | None:
-    """(2, 3) float32 scales and shifts of the channels, if they give the bits of all 768 normalised levels; else None."""
+    """(2, 3) float32 scales and shifts of the channels, if they give the bits of all 768 normalised
+    levels; else None.
+    """
     mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
     scale, shift = (torch.from_numpy(value.astype(np.float32))[:, None] for value in (1 / (255 * std), -mean / std))
     levels = torch.arange(256, dtype=torch.float32)
@@ -275,10 +288,14 @@ def _draw_tile(  # type: ignore[no-untyped-def]
     blue = red
     if CELL_TAPS <= MAX_UNROLLED:
         for k in tl.static_range(CELL_TAPS):
-            red, green, blue = _add_cell_tap(line, first + k, last_cell, cell_stride, palette, weights + k * SIZE, red, green, blue)
+            red, green, blue = _add_cell_tap(
+                line, first + k, last_cell, cell_stride, palette, weights + k * SIZE, red, green, blue
+            )
     else:
         for k in range(CELL_TAPS):
-            red, green, blue = _add_cell_tap(line, first + k, last_cell, cell_stride, palette, weights + k * SIZE, red, green, blue)
+            red, green, blue = _add_cell_tap(
+                line, first + k, last_cell, cell_stride, palette, weights + k * SIZE, red, green, blue
+            )
     across = _rounded(red, green, blue)  # (SOURCE_LANES,)
 
     # Second pass.
@@ -323,7 +340,8 @@ def _draw_tile(  # type: ignore[no-untyped-def]
 
 
 def compile_for(capability: int, tables: RenderTables, dtype: torch.dtype) -> Any:
-    """The kernel for compute capability ``capability`` (75, 90, ...), compiled without a GPU: Triton's ``CompiledKernel``.
+    """The kernel for compute capability ``capability`` (75, 90, ...), compiled without a GPU: Triton's
+    ``CompiledKernel``.
 
     For tests and for a look at its PTX and cubin (``.asm``).
     """
@@ -333,7 +351,16 @@ def compile_for(capability: int, tables: RenderTables, dtype: torch.dtype) -> An
     element = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}[dtype]
     mode = _mode(dtype, interpreted=False)
     constants: dict[str, int] = _constants(tables, choose_tile(tables), mode)
-    inputs = ["*i64", "*u8", "*i64", "*i32", "*i32", *["*i32"] * 10, f"*{element}" if mode == TABLE else "*fp32", f"*{element}"]
+    inputs = [
+        "*i64",
+        "*u8",
+        "*i64",
+        "*i32",
+        "*i32",
+        *["*i32"] * 10,
+        f"*{element}" if mode == TABLE else "*fp32",
+        f"*{element}",
+    ]
     names = itertools.chain(inputs, ["constexpr"] * len(constants))
     signature = dict(zip(_draw_tile.arg_names, names, strict=True))
     source = ASTSource(_draw_tile, signature, constexprs=constants)

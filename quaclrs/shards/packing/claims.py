@@ -1,7 +1,8 @@
 """Who packs what: locks between packing processes, files in ``.packing/`` (see quaclrs.system.file_locks).
 
-``lock`` is the folder's, which one process holds alone or several hold together. Each shard has a ``.claim``, which a worker holds while
-it works on that shard; nobody waits while holding one, so nobody deadlocks. Imports neither pandas nor torch: workers start with it.
+``lock`` is the folder's, which one process holds alone or several hold together. Each shard has a ``.claim``, which a
+worker holds while it works on that shard; nobody waits while holding one, so nobody deadlocks. Imports neither pandas
+nor torch: workers start with it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def claimed(
     find: Callable[[ShardPlan], Result | None],
     work: Callable[[ShardPlan, Tick], Result],
 ) -> Result | None:
-    """``work(plan, tick)`` under ``plan``'s claim; None where another process is at it, or has left what ``find`` finds."""
+    """``work(plan, tick)`` under ``plan``'s claim; None where another process is at it, or has left what ``find``
+    finds.
+    """
     with claim(plan, output_dir) as mine:
         return work(plan, tick) if mine and find(plan) is None else None

@@ -1,8 +1,10 @@
-"""Who packs into a folder, and by which settings: ``.packing/settings.json`` names those of everything that lies in ``.packing/``.
+"""Who packs into a folder, and by which settings: ``.packing/settings.json`` names those of everything that lies in
+``.packing/``.
 
-A call without ``--folds`` packs alone; jobs with ``--folds`` pack side by side. A call with other settings than the folder's is refused
-where jobs with ``--folds`` are alive or have left finished work, which other jobs may be building on. What any other stopped packing
-left is removed, and the call starts afresh. Images that were mended in between are no other settings: only their shards are made anew.
+A call without ``--folds`` packs alone; jobs with ``--folds`` pack side by side. A call with other settings than the
+folder's is refused where jobs with ``--folds`` are alive or have left finished work, which other jobs may be building
+on. What any other stopped packing left is removed, and the call starts afresh. Images that were mended in between are
+no other settings: only their shards are made anew.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ WHAT_MUST_AGREE = {
 """The settings that shards depend on, fields of the manifest; and what to call a difference."""
 
 _JOBS_MUST_AGREE = WHAT_MUST_AGREE | {"from_shards": "another kind of source"}
-"""Tree and ``png`` shards give the same bytes, but a shard from one is not known again by a job that packs from the other."""
+"""Tree and ``png`` shards give the same bytes, but a shard from one is not known again by a job that packs from the
+other.
+"""
 
 _SETTINGS_FILE = "settings.json"
 _RETRY_S = 0.05
@@ -62,8 +66,12 @@ class PackSettings:
 
 
 def settings_of(manifest: fmt.Manifest, shards: list[str], config: PackConfig) -> PackSettings:
-    """The terms of ``config``'s packing, whose ``manifest`` need not be filled in yet; ``shards`` are all files of the plan."""
-    settings = {name: getattr(manifest, name) for name in WHAT_MUST_AGREE} | {"from_shards": config.from_shards is not None}
+    """The terms of ``config``'s packing, whose ``manifest`` need not be filled in yet; ``shards`` are all files of the
+    plan.
+    """
+    settings = {name: getattr(manifest, name) for name in WHAT_MUST_AGREE} | {
+        "from_shards": config.from_shards is not None
+    }
     return PackSettings(settings=settings, by_folds=config.folds is not None, shards=shards)
 
 
@@ -71,8 +79,8 @@ def settings_of(manifest: fmt.Manifest, shards: list[str], config: PackConfig) -
 def packing_alone(output_dir: Path, settings: PackSettings) -> Iterator[None]:
     """Hold ``output_dir`` alone for the block: jobs started together must not pack the same cache twice.
 
-    ``.packing/`` goes with the block if it ends with a manifest. Raises :class:`ShardError` naming the difference where ``terms`` are
-    refused.
+    ``.packing/`` goes with the block if it ends with a manifest. Raises :class:`ShardError` naming the difference where
+    ``terms`` are refused.
     """
 
     def on_wait() -> None:
@@ -95,7 +103,8 @@ def packing_alone(output_dir: Path, settings: PackSettings) -> Iterator[None]:
 
 @contextlib.contextmanager
 def packing_together(output_dir: Path, settings: PackSettings) -> Iterator[None]:
-    """Be one of several jobs with ``--folds`` for the block; a call without, which holds the folder alone, is waited for.
+    """Be one of several jobs with ``--folds`` for the block; a call without, which holds the folder alone, is waited
+    for.
 
     Raises as :func:`packing_alone`.
     """
@@ -122,9 +131,13 @@ def has_manifest(output_dir: Path) -> bool:
 
 
 def folds_not_there(output_dir: Path) -> tuple[int, ...]:
-    """The folds of an unfinished packing of which a shard has no receipt yet, as of the settings file; none where nothing was begun."""
+    """The folds of an unfinished packing of which a shard has no receipt yet, as of the settings file; none where
+    nothing was begun.
+    """
     settings = PackSettings.load(output_dir)
-    missing = [Path(file) for file in (settings.shards if settings else ()) if not _shard_record_of(file, output_dir).is_file()]
+    missing = [
+        Path(file) for file in (settings.shards if settings else ()) if not _shard_record_of(file, output_dir).is_file()
+    ]
     return tuple(sorted({int(file.parent.name.removeprefix("fold")) for file in missing}))
 
 
@@ -150,7 +163,9 @@ def _adopt(settings: PackSettings, output_dir: Path) -> None:
         _remove_work(output_dir)
         stored = None
     wanted = PackSettings(
-        settings=settings.settings, by_folds=settings.by_folds or bool(stored and stored.by_folds), shards=settings.shards
+        settings=settings.settings,
+        by_folds=settings.by_folds or bool(stored and stored.by_folds),
+        shards=settings.shards,
     )
     if stored != wanted:
         # not flushed: what a power cut loses is made again, and the first thing to be told of a full disk is a shard
@@ -174,7 +189,9 @@ def _has_finished_work(output_dir: Path) -> bool:
 
 
 def _remove_work(output_dir: Path) -> None:
-    """Delete what a packing of other settings left: its shards before the receipts that lead to them, so that a kill loses none."""
+    """Delete what a packing of other settings left: its shards before the receipts that lead to them, so that a kill
+    loses none.
+    """
     for shard_record_file in shard_records_in(output_dir):
         shard_record = ShardRecord.load(shard_record_file)
         if shard_record is not None:

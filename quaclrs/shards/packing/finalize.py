@@ -19,8 +19,12 @@ from quaclrs.shards.packing.write_shard import RECORDED, ShardRecord, npy_bytes
 from quaclrs.system.atomic_files import TEMPORARY_SUFFIX, write_bytes
 
 
-def describe(manifest: fmt.Manifest, shard_records: list[ShardRecord], shared: Plan | None) -> tuple[fmt.Manifest, bytes]:
-    """``manifest`` filled in for the shards of ``receipts``, on the ``shared`` layouts and palettes; and its samples.npy."""
+def describe(
+    manifest: fmt.Manifest, shard_records: list[ShardRecord], shared: Plan | None
+) -> tuple[fmt.Manifest, bytes]:
+    """``manifest`` filled in for the shards of ``receipts``, on the ``shared`` layouts and palettes; and its
+    samples.npy.
+    """
     filled = [shard_record for shard_record in shard_records if shard_record.entry.samples]
     samples = _samples_table(filled)
     samples_bytes = npy_bytes(samples)
@@ -30,7 +34,9 @@ def describe(manifest: fmt.Manifest, shard_records: list[ShardRecord], shared: P
         samples_sha256=hashlib.sha256(samples_bytes).hexdigest(),
         shards=tuple(shard_record.entry for shard_record in filled),
         skipped=tuple(
-            sorted((row for shard_record in shard_records for row in shard_record.skipped), key=lambda skipped: skipped.row)
+            sorted(
+                (row for shard_record in shard_records for row in shard_record.skipped), key=lambda skipped: skipped.row
+            )
         ),
         layouts=tuple(layout.to_dict() for layout in shared.layouts) if shared else (),
         palettes=tuple(palette.tobytes().hex() for palette in shared.palettes) if shared else (),
@@ -42,9 +48,11 @@ def describe(manifest: fmt.Manifest, shard_records: list[ShardRecord], shared: P
 def finish(
     manifest: fmt.Manifest, metadata: Metadata, shard_records: list[ShardRecord], shared: Plan | None, output_dir: Path
 ) -> fmt.Manifest:
-    """Write everything but the tars, from the ``receipts`` of all of them; the manifest last: it is what makes a folder a shard folder.
+    """Write everything but the tars, from the ``receipts`` of all of them; the manifest last: it is what makes a folder
+    a shard folder.
 
-    The caller holds the folder alone. Raises :class:`DataError` where every row was skipped, :class:`StorageError` for the disk.
+    The caller holds the folder alone. Raises :class:`DataError` where every row was skipped, :class:`StorageError` for
+    the disk.
     """
     _remove_leftovers(shard_records, output_dir)
     finished, samples_bytes = describe(manifest, shard_records, shared)
@@ -60,7 +68,9 @@ def finish(
 
 
 def _remove_leftovers(shard_records: list[ShardRecord], output_dir: Path) -> None:
-    """Delete shards, whole or half-written, that an earlier call left behind when it was stopped here and that belong here no more."""
+    """Delete shards, whole or half-written, that an earlier call left behind when it was stopped here and that belong
+    here no more.
+    """
     wanted = {shard_record.entry.file for shard_record in shard_records}
     for shard_record_file in shard_records_in(output_dir):
         shard_record = ShardRecord.load(shard_record_file)
@@ -90,6 +100,8 @@ def _facts(samples: np.ndarray, shard_records: list[ShardRecord]) -> dict[str, A
     sizes, counts = np.unique(np.stack([samples["width"], samples["height"]], axis=1), axis=0, return_counts=True)
     return {
         "modes": dict(sorted(modes.items())),
-        "picture_sizes": {f"{width}x{height}": int(count) for (width, height), count in zip(sizes, counts, strict=True)},
+        "picture_sizes": {
+            f"{width}x{height}": int(count) for (width, height), count in zip(sizes, counts, strict=True)
+        },
         "transparent_pictures": int(np.count_nonzero(samples["flags"] & fmt.FLAG_TRANSPARENT)),
     }

@@ -1,8 +1,9 @@
 """CSV + PNG tree → shards: plan every shard, write them side by side, and the manifest last.
 
-The plan depends on the input alone, so the bytes depend neither on the number of workers nor on how jobs with ``--folds`` divide the
-work. Killed anywhere, the same command goes on: finished shards have a receipt in ``.packing/`` and are kept. A job with ``--folds``
-packs the shards of its folds, and finishes the folder if those of all others are there by then.
+The plan depends on the input alone, so the bytes depend neither on the number of workers nor on how jobs with
+``--folds`` divide the work. Killed anywhere, the same command goes on: finished shards have a receipt in ``.packing/``
+and are kept. A job with ``--folds`` packs the shards of its folds, and finishes the folder if those of all others are
+there by then.
 """
 
 from __future__ import annotations
@@ -20,12 +21,29 @@ from quaclrs.errors import ShardError, StorageError, UsageError
 from quaclrs.imaging.shared_layouts import Facts, Plan
 from quaclrs.imaging.shared_layouts import plan as share_layouts
 from quaclrs.shards import format as fmt
-from quaclrs.shards.packing.coordination import WHAT_MUST_AGREE, PackSettings, packing_alone, packing_together, settings_of
+from quaclrs.shards.packing.coordination import (
+    WHAT_MUST_AGREE,
+    PackSettings,
+    packing_alone,
+    packing_together,
+    settings_of,
+)
 from quaclrs.shards.packing.finalize import describe, finish
 from quaclrs.shards.packing.plan import Source, open_source, plan_shards, sample_bytes
 from quaclrs.shards.packing.work_queue import work_through
-from quaclrs.shards.packing.write_indexed import finished_indexed_shard_record, scan_shard, seen_facts, write_indexed_shard
-from quaclrs.shards.packing.write_shard import PACKING_FOLDER, ShardPlan, ShardRecord, finished_shard_record, write_shard
+from quaclrs.shards.packing.write_indexed import (
+    finished_indexed_shard_record,
+    scan_shard,
+    seen_facts,
+    write_indexed_shard,
+)
+from quaclrs.shards.packing.write_shard import (
+    PACKING_FOLDER,
+    ShardPlan,
+    ShardRecord,
+    finished_shard_record,
+    write_shard,
+)
 from quaclrs.system.processes import Tick
 
 Result = TypeVar("Result")
@@ -88,8 +106,9 @@ class _Packed:
 def pack(config: PackConfig, *, progress: bool = False) -> PackSummary:
     """Pack ``config``'s PNG tree; returns at once when the output folder already holds exactly that.
 
-    Raises :class:`DataError` for the CSV or an image (finished shards stay), :class:`ShardError` when the output folder holds shards
-    of other data or settings, :class:`StorageError` for the disk, :class:`UsageError` for folds that the CSV does not have.
+    Raises :class:`DataError` for the CSV or an image (finished shards stay), :class:`ShardError` when the output folder
+    holds shards of other data or settings, :class:`StorageError` for the disk, :class:`UsageError` for folds that the
+    CSV does not have.
     """
     started = time.monotonic()
     job = _plan_job(config, progress)
@@ -121,7 +140,9 @@ def _plan_job(config: PackConfig, progress: bool) -> _Job:
     plans, source_fingerprint = plan_shards(source, config)
     manifest = _empty_manifest(source, config, source_fingerprint)
     settings = settings_of(manifest, [plan.file for plan in plans], config)
-    return _Job(config=config, metadata=source.metadata, plans=plans, manifest=manifest, settings=settings, progress=progress)
+    return _Job(
+        config=config, metadata=source.metadata, plans=plans, manifest=manifest, settings=settings, progress=progress
+    )
 
 
 def _refuse_unknown_folds(config: PackConfig, metadata: Metadata) -> None:
@@ -163,19 +184,23 @@ def _refuse_other_shards(existing: fmt.Manifest, wanted: fmt.Manifest, config: P
     for name, what in differences.items():
         if getattr(existing, name) != getattr(wanted, name):
             raise ShardError(
-                f"{config.output_dir}: holds shards made from {what} ({name}: {getattr(existing, name)}, now {getattr(wanted, name)}); "
+                f"{config.output_dir}: holds shards made from {what} ({name}: {getattr(existing, name)}, now "
+                f"{getattr(wanted, name)}); "
                 "choose another folder, or delete this one to pack anew"
             )
     if existing.skipped and config.on_error == "stop":
         first = existing.skipped[0]
         raise ShardError(
-            f"{config.output_dir}: was packed with --on_error skip and lacks {len(existing.skipped)} row(s), the first {first.file}; "
+            f"{config.output_dir}: was packed with --on_error skip and lacks {len(existing.skipped)} row(s), the first "
+            f"{first.file}; "
             "mend the images and pack into another folder, or go on with --on_error skip"
         )
 
 
 def _pack_part(job: _Job) -> tuple[fmt.Manifest | None, int, tuple[int, ...]]:
-    """Pack the folds that were asked for, beside other jobs; returns their manifest, the images packed and the folds still missing."""
+    """Pack the folds that were asked for, beside other jobs; returns their manifest, the images packed and the folds
+    still missing.
+    """
     with packing_together(job.config.output_dir, job.settings):
         if _existing_manifest(job.config) is not None:
             return None, 0, ()
@@ -186,7 +211,9 @@ def _pack_part(job: _Job) -> tuple[fmt.Manifest | None, int, tuple[int, ...]]:
 
 
 def _pack_rest(job: _Job) -> tuple[fmt.Manifest, int, bool]:
-    """Pack what is not there yet, alone, and finish the folder; returns its manifest, the images packed and whether there was one."""
+    """Pack what is not there yet, alone, and finish the folder; returns its manifest, the images packed and whether
+    there was one.
+    """
     with packing_alone(job.config.output_dir, job.settings):
         existing = _existing_manifest(job.config)  # of a process that was waited for
         if existing is not None:
@@ -215,13 +242,17 @@ def _pack_shards(job: _Job) -> _Packed:
         images_packed=images_packed,
         shared=shared,
         missing_folds=tuple(
-            sorted({plan.fold for plan, shard_record in zip(job.plans, shard_records, strict=True) if shard_record is None})
+            sorted(
+                {plan.fold for plan, shard_record in zip(job.plans, shard_records, strict=True) if shard_record is None}
+            )
         ),
     )
 
 
 def _look_at_all(job: _Job) -> set[Facts]:
-    """What every image of the dataset tells: those of other jobs too, looked at by them or, where none of them is at it, here."""
+    """What every image of the dataset tells: those of other jobs too, looked at by them or, where none of them is at
+    it, here.
+    """
     find = functools.partial(seen_facts, output_dir=job.config.output_dir)
     work = functools.partial(scan_shard, output_dir=job.config.output_dir)
     told, _ = _work_through(job, job.others, find, work, "looking")
@@ -249,7 +280,10 @@ def _work_through(
 def _check_free_space(job: _Job) -> None:
     output_dir = job.config.output_dir
     needed = sum(
-        sample_bytes(source, job.config) for plan in job.own if not (output_dir / plan.file).is_file() for source in plan.sources
+        sample_bytes(source, job.config)
+        for plan in job.own
+        if not (output_dir / plan.file).is_file()
+        for source in plan.sources
     )
     free = shutil.disk_usage(output_dir).free
     if needed > free:

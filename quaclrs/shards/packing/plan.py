@@ -47,7 +47,9 @@ def open_source(config: PackConfig) -> Source:
         with ShardSet(config.from_shards) as shards:
             manifest = shards.manifest
             find = _shard_finder(shards, config)
-            return Source(metadata=shards.metadata(), csv_name=manifest.csv_name, columns=Columns(**manifest.columns), find=find)
+            return Source(
+                metadata=shards.metadata(), csv_name=manifest.csv_name, columns=Columns(**manifest.columns), find=find
+            )
     assert config.csv_file is not None
     metadata = read_metadata(config.csv_file, config.columns)
     find = _tree_finder(metadata, config)
@@ -66,7 +68,8 @@ def _tree_finder(metadata: Metadata, config: PackConfig) -> Finder:
             if config.on_error == "skip":
                 return Found(path=path, size=-1)
             raise DataError(
-                f"{metadata.csv_file}: row {row + 1}: no image at {path} ({error.strerror}); check --spectrograms_dir, restore the "
+                f"{metadata.csv_file}: row {row + 1}: no image at {path} ({error.strerror}); check --spectrograms_dir, "
+                "restore the "
                 "file, or pack with --on_error skip to leave it out"
             ) from None
         return Found(path=path, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
@@ -76,7 +79,9 @@ def _tree_finder(metadata: Metadata, config: PackConfig) -> Finder:
 
 def _shard_finder(shards: ShardSet, config: PackConfig) -> Finder:
     if shards.encoding != "png":
-        raise ShardError(f"--from_shards {shards.root}: is encoded {shards.encoding}; only png shards hold the original images")
+        raise ShardError(
+            f"--from_shards {shards.root}: is encoded {shards.encoding}; only png shards hold the original images"
+        )
     number_of_row = {int(row): number for number, row in enumerate(shards.samples["row"])}
     tars = [shards.root / entry.file for entry in shards.manifest.shards]
     times = [tar.stat().st_mtime_ns for tar in tars]
@@ -85,7 +90,9 @@ def _shard_finder(shards: ShardSet, config: PackConfig) -> Finder:
         if row not in number_of_row:
             if config.on_error == "skip":
                 return Found(path=shards.root / "skipped before", size=-1)
-            raise DataError(f"{shards.root}: row {row + 1} was skipped when these shards were packed; go on with --on_error skip")
+            raise DataError(
+                f"{shards.root}: row {row + 1} was skipped when these shards were packed; go on with --on_error skip"
+            )
         record = shards.samples[number_of_row[row]]
         shard = int(record["shard"])
         return Found(path=tars[shard], size=int(record["size"]), mtime_ns=times[shard], offset=int(record["offset"]))
@@ -153,7 +160,9 @@ def _sample(source: Source, row: int, key: str) -> SampleSource:
 
 
 def sample_bytes(source: SampleSource, config: PackConfig) -> int:
-    """What ``source`` takes in its shard; for ``indexed``, whose size only decoding can tell, what it takes as ``png``."""
+    """What ``source`` takes in its shard; for ``indexed``, whose size only decoding can tell, what it
+    takes as ``png``.
+    """
     payload_bytes = max(source.size, 0)
     if config.encoding == "rgb":
         payload_bytes = 128 + 3 * config.image_size**2  # a .npy header is 128 bytes

@@ -27,14 +27,20 @@ def describe_packing(summary: PackSummary, output_dir: Path) -> str:
     else:
         rate = summary.images_packed / max(summary.seconds, 1e-9)
         done = (
-            f"{output_dir}: {manifest.num_samples} samples in {len(manifest.shards)} shards, {_megabytes(total_bytes)}, encoding "
-            f"{manifest.encoding}; packed {summary.images_packed} images in {summary.seconds:.1f} s ({rate:.0f} images/s)"
+            f"{output_dir}: {manifest.num_samples} samples in {len(manifest.shards)} shards, "
+            f"{_megabytes(total_bytes)}, encoding "
+            f"{manifest.encoding}; packed {summary.images_packed} images in {summary.seconds:.1f} s ({rate:.0f} "
+            "images/s)"
         )
-    return "\n".join([counts_table(manifest, summary.audit), *_facts(manifest), *data_warnings(summary.audit, manifest), done])
+    return "\n".join(
+        [counts_table(manifest, summary.audit), *_facts(manifest), *data_warnings(summary.audit, manifest), done]
+    )
 
 
 def indexing_advice(shards: ShardSet) -> str | None:
-    """Whether ``png`` shards could be kept as grids, and what that would save: by a sample, since looking at all costs a packing."""
+    """Whether ``png`` shards could be kept as grids, and what that would save: by a sample, since looking at all costs
+    a packing.
+    """
     if shards.encoding != "png":
         return None
     chosen = np.unique(np.linspace(0, len(shards) - 1, _LOOKED_AT).astype(int))
@@ -48,7 +54,8 @@ def indexing_advice(shards: ShardSet) -> str | None:
     share = sum(grid_bytes) / shards.samples["size"][chosen].sum()
     total = share * shards.samples["size"].sum()
     return (
-        f"note: all of {len(chosen)} images looked at are colour-mapped grids: --encoding indexed would keep them without loss in about "
+        f"note: all of {len(chosen)} images looked at are colour-mapped grids: --encoding indexed would keep them "
+        "without loss in about "
         f"{_megabytes(int(total))} ({share:.0%} of the PNGs), with nothing left to decode (--from_shards {shards.root})"
     )
 
@@ -59,10 +66,13 @@ def describe_shards(shards: ShardSet) -> str:
     size = f", {manifest.image_size}x{manifest.image_size}" if manifest.image_size else ""
     payload_bytes = int(shards.samples["size"].sum())
     lines = [
-        f"{shards.root}: {fmt.FORMAT_NAME} version {fmt.FORMAT_VERSION}, encoding {manifest.encoding}{size}, seed {manifest.seed}",
-        f"samples {manifest.num_samples}, shards {len(manifest.shards)}, {_megabytes(sum(e.bytes for e in manifest.shards))} on disk, "
+        f"{shards.root}: {fmt.FORMAT_NAME} version {fmt.FORMAT_VERSION}, encoding {manifest.encoding}{size}, seed "
+        f"{manifest.seed}",
+        f"samples {manifest.num_samples}, shards {len(manifest.shards)}, "
+        f"{_megabytes(sum(e.bytes for e in manifest.shards))} on disk, "
         f"{payload_bytes / max(manifest.num_samples, 1) / 1e3:.1f} kB per image",
-        f"packed from {manifest.csv_name} (SHA-256 {manifest.csv_fingerprint[:16]}…), data fingerprint {manifest.data_fingerprint[:16]}…",
+        f"packed from {manifest.csv_name} (SHA-256 {manifest.csv_fingerprint[:16]}…), data fingerprint "
+        f"{manifest.data_fingerprint[:16]}…",
         counts_table(manifest, audit),
     ]
     return "\n".join([*lines, *_facts(manifest), *data_warnings(audit, manifest)])
@@ -72,7 +82,10 @@ def counts_table(manifest: fmt.Manifest, audit: Audit) -> str:
     """Classes × folds, with totals: rows of the CSV."""
     width = max(len(name) for name in (*manifest.classes, "total"))
     header = " ".join([f"{'':{width}}", *(f"{f'fold{k}':>7}" for k in manifest.folds), f"{'total':>8}"])
-    rows = [_row(name, width, counts) for name, counts in zip((*manifest.classes, "total"), _with_total(audit.counts), strict=True)]
+    rows = [
+        _row(name, width, counts)
+        for name, counts in zip((*manifest.classes, "total"), _with_total(audit.counts), strict=True)
+    ]
     return "\n".join([header, *rows])
 
 
@@ -98,14 +111,21 @@ def data_warnings(audit: Audit, manifest: fmt.Manifest | None = None) -> Iterato
     if audit.rows_sharing_a_file:
         yield f"note: {audit.rows_sharing_a_file} rows share their image with another row; each row is one sample"
     if audit.conflicting_files:
-        yield f"warning: {len(audit.conflicting_files)} image(s) carry rows of different classes: {_named(audit.conflicting_files)}"
+        yield (
+            f"warning: {len(audit.conflicting_files)} image(s) carry rows of "
+            f"different classes: {_named(audit.conflicting_files)}"
+        )
     if audit.recordings_across_folds:
         yield (
-            f"warning: {len(audit.recordings_across_folds)} recording(s) (fsID) lie in more than one fold, which leaks training data "
+            f"warning: {len(audit.recordings_across_folds)} recording(s) (fsID) lie in more than one fold, which leaks "
+            "training data "
             f"into the test: {_named(audit.recordings_across_folds)}"
         )
     if audit.class_id_conflicts:
-        yield f"warning: classID disagrees with the sorted class names in {audit.class_id_conflicts} row(s); labels follow the names"
+        yield (
+            "warning: classID disagrees with the sorted class names in "
+            f"{audit.class_id_conflicts} row(s); labels follow the names"
+        )
     if manifest is not None and manifest.skipped:
         skipped = [f"row {skipped.row + 1}: {skipped.file}: {skipped.reason}" for skipped in manifest.skipped]
         yield f"warning: {len(skipped)} row(s) were skipped: {_named(skipped)}"

@@ -1,4 +1,6 @@
-"""One round of a packing, shared by whatever processes pack into the folder: each shard is worked on once, by whoever claims it first."""
+"""One round of a packing, shared by whatever processes pack into the folder: each shard is worked on once, by whoever
+claims it first.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,12 @@ def work_through(
     num_workers: int,
     bar_name: str | None,
 ) -> tuple[list[Result], int]:
-    """``work`` for each plan of which ``find`` finds no result yet: first ``own``, then those of ``others`` that nobody is at.
+    """``work`` for each plan of which ``find`` finds no result yet: first ``own``, then those of ``others`` that nobody
+    is at.
 
-    A shard that another living process has claimed is waited for, and taken over if that process dies. Returns all results, ``own``
-    first, and the images that this call worked on. ``bar_name`` heads a progress bar of these; None shows none.
+    A shard that another living process has claimed is waited for, and taken over if that process dies. Returns all
+    results, ``own`` first, and the images that this call worked on. ``bar_name`` heads a progress bar of these; None
+    shows none.
     """
     results: dict[str, Result] = {}
     own_files = {plan.file for plan in own}
@@ -58,7 +62,9 @@ def work_through(
                 waited_s = _wait(waited_s, left, output_dir)
                 continue
             _grow(bar, _images(chosen))
-            for plan, result in zip(chosen, run_tasks(task, chosen, num_workers=num_workers, on_progress=bar.update), strict=True):
+            for plan, result in zip(
+                chosen, run_tasks(task, chosen, num_workers=num_workers, on_progress=bar.update), strict=True
+            ):
                 if result is None:  # another process was quicker
                     _grow(bar, -len(plan.sources))
                 else:
@@ -70,7 +76,9 @@ def work_through(
 def _wait(waited_s: float, left: list[ShardPlan], output_dir: Path) -> float:
     if waited_s <= _PATIENCE_S < waited_s + _POLL_S:
         folds = folds_text(plan.fold for plan in left)
-        tqdm.write(f"{output_dir}: other jobs are at work on shards of fold(s) {folds}; waiting for them", file=sys.stderr)
+        tqdm.write(
+            f"{output_dir}: other jobs are at work on shards of fold(s) {folds}; waiting for them", file=sys.stderr
+        )
     time.sleep(_POLL_S)
     return waited_s + _POLL_S
 

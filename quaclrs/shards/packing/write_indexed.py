@@ -1,9 +1,11 @@
-"""``indexed`` shards in two rounds, each in worker processes: look at every image, then write what all of them agree on.
+"""``indexed`` shards in two rounds, each in worker processes: look at every image, then write what all of them agree
+on.
 
-Layouts and palettes belong to the whole dataset, so no image can be stored before every one has been seen. The first round decodes
-and keeps each image's own grid in ``.packing/``; the second puts the grids on the shared layouts and palettes, without decoding again.
-Jobs with ``--folds`` share the first round: each needs what all images tell, whoever looked at them.
-Lossless in two proven steps: every image is rendered from its own grid and compared with its pixels, and again from its final one.
+Layouts and palettes belong to the whole dataset, so no image can be stored before every one has been seen. The first
+round decodes and keeps each image's own grid in ``.packing/``; the second puts the grids on the shared layouts and
+palettes, without decoding again. Jobs with ``--folds`` share the first round: each needs what all images tell, whoever
+looked at them. Lossless in two proven steps: every image is rendered from its own grid and compared with its pixels,
+and again from its final one.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class _Seen:
 def scan_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> set[Facts]:
     """First round: prove ``plan``'s images indexable, keep their grids, and return what they tell; one tick an image.
 
-    Raises :class:`DataError` naming row and file for a bad image or one that is not indexable (unless the plan skips those),
+    Raises :class:`DataError` naming row and file for a bad image or one that is not indexable (unless the plan skips
+    those),
     :class:`StorageError` for the disk.
     """
     records: list[dict[str, Any]] = []
@@ -72,7 +75,9 @@ def scan_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> set[Facts]:
 
 
 def seen_facts(plan: ShardPlan, *, output_dir: Path) -> set[Facts] | None:
-    """What :func:`scan_shard` returned when some process looked at ``plan``'s images as they are now; None where none did."""
+    """What :func:`scan_shard` returned when some process looked at ``plan``'s images as they are now; None where none
+    did.
+    """
     document = _seen_document(plan, output_dir)
     skipped = any("skipped" in record for record in document["samples"]) if document else False
     if document is None or (skipped and not plan.skip_bad) or not _cells_file(plan, output_dir).is_file():
@@ -91,7 +96,9 @@ def write_indexed_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path, shared
 
 
 def finished_indexed_shard_record(plan: ShardPlan, *, output_dir: Path, shared: Plan) -> ShardRecord | None:
-    """As :func:`quaclrs.shards.packing.write_shard.finished_shard_record`, for a shard on the ``shared`` layouts and palettes."""
+    """As :func:`quaclrs.shards.packing.write_shard.finished_shard_record`, for a shard on the ``shared`` layouts and
+    palettes.
+    """
     return finished_shard_record(plan, output_dir=output_dir, fingerprint=indexed_fingerprint(plan, shared))
 
 
@@ -108,7 +115,9 @@ def _look(source: SampleSource, plan: ShardPlan) -> _Seen:
     try:
         image = encode(rgb)
     except NotIndexable as error:
-        raise DataError(f"{source.name}: {error}; pack with --encoding png or rgb, or leave it out with --on_error skip") from None
+        raise DataError(
+            f"{source.name}: {error}; pack with --encoding png or rgb, or leave it out with --on_error skip"
+        ) from None
     return _Seen(image=image, facts=facts, pixels=fmt.pixel_digest(rgb))
 
 
@@ -116,7 +125,9 @@ def _prepare(seen: _Seen, shared: Plan) -> Prepared:
     layout, palette = shared.choose(image_facts(seen.image))
     final = recode(seen.image, shared.layouts[layout], shared.palettes[palette])
     if fmt.pixel_digest(decode(final)) != seen.pixels:
-        raise RuntimeError("an image on a shared layout differs from its pixels: a bug in quaclrs.imaging; please report it")
+        raise RuntimeError(
+            "an image on a shared layout differs from its pixels: a bug in quaclrs.imaging; please report it"
+        )
     return Prepared(payload=npy_bytes(final.grid), facts=seen.facts, layout=layout, palette=palette, pixels=seen.pixels)
 
 
@@ -162,6 +173,9 @@ def _read_back(plan: ShardPlan, output_dir: Path) -> Iterator[tuple[SampleSource
             facts = PngFacts(**record["facts"])
             grid, palette, rows, columns = (np.lib.format.read_array(file, allow_pickle=False) for _ in range(4))
             layout = Layout(
-                height=facts.height, width=facts.width, row_edges=tuple(rows.tolist()), column_edges=tuple(columns.tolist())
+                height=facts.height,
+                width=facts.width,
+                row_edges=tuple(rows.tolist()),
+                column_edges=tuple(columns.tolist()),
             )
             yield source, _Seen(image=IndexedImage(grid, palette, layout), facts=facts, pixels=record["pixels"])

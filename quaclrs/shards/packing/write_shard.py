@@ -1,6 +1,8 @@
-"""One shard, in one worker process: check every image, write the tar, its index and a receipt. Imports neither pandas nor torch.
+"""One shard, in one worker process: check every image, write the tar, its index and a receipt. Imports neither pandas
+nor torch.
 
-The receipt is written last. A shard without one, or with one for other input, is written anew; so a killed packing goes on where it was.
+The receipt is written last. A shard without one, or with one for other input, is written anew; so a killed packing goes
+on where it was.
 """
 
 from __future__ import annotations
@@ -66,11 +68,20 @@ class ShardPlan:
     def fingerprint(self) -> str:
         """SHA-256 over everything the shard's bytes depend on, the files' sizes and times in place of their content.
 
-        Not over ``skip_bad``: good images pack alike either way. Nor over ``path``, which jobs may spell in different ways.
+        Not over ``skip_bad``: good images pack alike either way. Nor over ``path``, which jobs may spell in different
+        ways.
         """
         digest = hashlib.sha256(repr((self.file, self.encoding, self.image_size)).encode())
         for source in self.sources:
-            depends_on = (source.row, source.key, source.label, source.file, source.size, source.offset, source.mtime_ns)
+            depends_on = (
+                source.row,
+                source.key,
+                source.label,
+                source.file,
+                source.size,
+                source.offset,
+                source.mtime_ns,
+            )
             digest.update(repr((depends_on, source.csv_row)).encode())
         return digest.hexdigest()
 
@@ -134,9 +145,11 @@ def finished_shard_record(plan: ShardPlan, *, output_dir: Path, fingerprint: str
 
 
 def write_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> ShardRecord:
-    """Write ``plan``'s tar (``png`` or ``rgb``), its index and then its receipt below ``output_dir``; one tick an image.
+    """Write ``plan``'s tar (``png`` or ``rgb``), its index and then its receipt below ``output_dir``; one tick an
+    image.
 
-    Raises :class:`DataError` naming row and file for a bad image (unless the plan skips those), :class:`StorageError` for the disk.
+    Raises :class:`DataError` naming row and file for a bad image (unless the plan skips those), :class:`StorageError`
+    for the disk.
     """
     prepared = ((source, attempt(source, plan, _prepare)) for source in plan.sources)
     return write_samples(plan, prepared, tick, output_dir=output_dir, fingerprint=plan.fingerprint)
@@ -160,7 +173,9 @@ def write_samples(
             if isinstance(sample, fmt.SkippedRow):
                 skipped.append(sample)
             else:
-                offset = writer.add_sample(fmt.members(source.key, plan.encoding, sample.payload, source.label, source.csv_row))
+                offset = writer.add_sample(
+                    fmt.members(source.key, plan.encoding, sample.payload, source.label, source.csv_row)
+                )
                 samples.append(_record(source, sample, offset))
                 modes[sample.facts.mode] = modes.get(sample.facts.mode, 0) + 1
             tick()
@@ -179,7 +194,9 @@ def write_samples(
     return shard_record
 
 
-def attempt(source: SampleSource, plan: ShardPlan, work: Callable[[SampleSource, ShardPlan], Made]) -> Made | fmt.SkippedRow:
+def attempt(
+    source: SampleSource, plan: ShardPlan, work: Callable[[SampleSource, ShardPlan], Made]
+) -> Made | fmt.SkippedRow:
     """``work``'s result, or why the plan skips the row; without skipping, its :class:`DataError`."""
     try:
         return work(source, plan)
@@ -198,9 +215,13 @@ def read_source(source: SampleSource) -> bytes:
             # of a file of its own everything, to notice one that has grown
             data = file.read(max(source.size, 0)) if source.offset else file.read()
     except OSError as error:
-        raise DataError(f"{source.name}: cannot read the file ({error.strerror}); restore it or take the row out") from None
+        raise DataError(
+            f"{source.name}: cannot read the file ({error.strerror}); restore it or take the row out"
+        ) from None
     if len(data) != source.size:
-        raise DataError(f"{source.name}: has {len(data)} bytes, a moment ago {source.size}; let nobody write to it while packing")
+        raise DataError(
+            f"{source.name}: has {len(data)} bytes, a moment ago {source.size}; let nobody write to it while packing"
+        )
     return data
 
 
