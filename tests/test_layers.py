@@ -135,6 +135,16 @@ def test_no_import_goes_round_in_a_circle() -> None:
         waiting = {module: imported for module, imported in waiting.items() if module not in free}
 
 
+READ_SIDE = ("shards.format", "shards.work_folder", "shards.reader", "shards.verify")
+
+
+def test_reading_shards_needs_nothing_of_the_packer() -> None:
+    all_sources = sources()
+    for module in READ_SIDE:
+        imported = imported_modules(module, all_sources[module], set(all_sources))
+        assert not {name for name in imported if name.startswith("shards.packing.")}, module
+
+
 def importers(library: str) -> set[str]:
     names = {module: set(imported_names(source)) for module, source in sources().items()}
     return {
@@ -193,12 +203,12 @@ def test_the_command_line_reads_its_flags_without_libraries(flags: list[str]) ->
     assert loaded_by(code) == {"quaclrs"}
 
 
-@pytest.mark.parametrize("module", ["shards.packing.write_shard", "system.processes"])
+@pytest.mark.parametrize("module", ["shards.packing.work_queue", "system.processes"])
 def test_packing_workers_start_light(module: str) -> None:
     """Every spawned worker imports these anew."""
     loaded = loaded_by(f"import quaclrs.{module}")
     assert "quaclrs" in loaded
-    assert loaded <= {"quaclrs", "numpy", "PIL", "isal"}
+    assert loaded <= {"quaclrs", "numpy", "PIL", "isal", "tqdm"}
 
 
 def test_drawing_workers_start_light() -> None:

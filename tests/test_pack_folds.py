@@ -95,7 +95,7 @@ def noted(function, what):
 
 scan.decode_png, write.decode_png = noted(scan.decode_png, ""), noted(write.decode_png, "")
 write.check_png = noted(write.check_png, "")
-packing.finish = noted(packing.finish, "finish")
+packing.finalize = noted(packing.finalize, "finalize")
 config = PackConfig(
     csv_file=Path(csv_file), spectrograms_dir=Path(images), output_dir=Path(output_dir), encoding=encoding,
     folds=tuple(map(int, folds.split(","))) if folds else None, shard_size=4096, image_size=16, num_workers=1,
@@ -231,7 +231,9 @@ def test_jobs_at_once_look_at_each_image_once_and_finish_once(
     jobs = [Job(tree, tmp_path / "shards", folds, encoding, log) for folds in ("1", "2", "3", "3", "2,1,3")]
     results = [job.result() for job in jobs]
     assert content_of(tmp_path / "shards") == whole[encoding]
-    assert Counter(jobs[0].looked_at()) == Counter(["finish", *(tree.path(row).name for row in range(len(tree.rows)))])
+    assert Counter(jobs[0].looked_at()) == Counter(
+        ["finalize", *(tree.path(row).name for row in range(len(tree.rows)))]
+    )
     assert sum(images for images, _, _ in results) == len(tree.rows)
     assert () in [missing for _, _, missing in results]
 
@@ -444,7 +446,7 @@ def test_a_job_killed_before_any_rename_or_removal_goes_on(encoding: str, tmp_pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stderr
     first, last = map(int, done.stdout.split())
-    assert first >= 4  # settings, tar, index, receipt
+    assert first >= 4  # settings, tar, index, record
     assert last >= 6 + 5  # then metadata, samples and manifest; and whatever lies in .packing/ goes
 
 

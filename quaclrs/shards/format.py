@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import tarfile
 from collections.abc import Iterable
@@ -26,6 +27,7 @@ import numpy as np
 
 from quaclrs.config import ENCODINGS
 from quaclrs.errors import ShardError
+from quaclrs.imaging.png import PngFacts
 
 FORMAT_NAME = "quaclrs-shards"
 FORMAT_VERSION = 1
@@ -50,6 +52,17 @@ FLAG_TRANSPARENT = 2
 """Some pixel is not opaque; its alpha is dropped."""
 FLAG_ALPHA = 4
 """The image has an alpha channel, so that an export restores one."""
+
+
+def flags_of(facts: PngFacts) -> int:
+    """The FLAG_ bits of samples.npy for an image."""
+    flags = (
+        (FLAG_NOT_PLAIN, not facts.plain),
+        (FLAG_TRANSPARENT, facts.transparent),
+        (FLAG_ALPHA, facts.mode.endswith("A")),
+    )
+    return sum(flag for flag, is_set in flags if is_set)
+
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -191,6 +204,13 @@ def members(key: str, encoding: str, payload: bytes, label: int, row: dict[str, 
 def pixel_digest(rgb: np.ndarray) -> int:
     """The first 8 bytes of SHA-256 over an image's pixels, (H, W, 3) uint8, as a little-endian number."""
     return int.from_bytes(hashlib.sha256(np.ascontiguousarray(rgb).data).digest()[:8], "little")
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """``array`` as the bytes of a .npy file, version 1.0."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
 
 
 def stored_bytes(content_bytes: int) -> int:

@@ -20,7 +20,7 @@ from quaclrs.errors import ShardError
 from quaclrs.imaging.indexed import IndexedImage, decode
 from quaclrs.imaging.layout import Layout
 from quaclrs.shards import format as fmt
-from quaclrs.shards.packing.coordination import folds_not_there
+from quaclrs.shards.work_folder import folds_not_packed
 
 
 class ShardSet:
@@ -209,7 +209,7 @@ def _unfinished(root: Path) -> str:
     """What an error says about a folder without manifest."""
     if not root.is_dir():
         return ""
-    folds = folds_not_there(root)
+    folds = folds_not_packed(root)
     missing = f"; fold(s) {folds_text(folds)} are missing" if folds else ""
     return f" (a packing was begun here: run tools/shard_dataset.py again to finish it, if it is not running{missing})"
 

@@ -17,8 +17,8 @@ from quaclrs.data.sampling import storage_order
 from quaclrs.errors import DataError, ShardError
 from quaclrs.imaging.png import check_png
 from quaclrs.shards import format as fmt
-from quaclrs.shards.packing.write_shard import PACKING_FOLDER, flags_of
 from quaclrs.shards.reader import ShardSet
+from quaclrs.shards.work_folder import PACKING_FOLDER
 from quaclrs.system.atomic_files import write_bytes
 
 _CHUNK_BYTES = 1 << 20
@@ -181,7 +181,7 @@ def _verify_payload(shards: ShardSet, sample: int, payload: bytes, where: str) -
             raise ShardError(
                 f"{where}: is {facts.width}x{facts.height}, not {record['width']}x{record['height']}; pack anew"
             )
-        if flags_of(facts) != int(record["flags"]):
+        if fmt.flags_of(facts) != int(record["flags"]):
             raise ShardError(
                 f"{where}: mode {facts.mode} or its transparency is not what {fmt.SAMPLES_FILE} says; pack anew"
             )

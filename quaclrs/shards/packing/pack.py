@@ -1,7 +1,7 @@
 """CSV + PNG tree → shards: plan every shard, write them side by side, and the manifest last.
 
 The plan depends on the input alone, so the bytes depend neither on the number of workers nor on how jobs with
-``--folds`` divide the work. Killed anywhere, the same command goes on: finished shards have a receipt in ``.packing/``
+``--folds`` divide the work. Killed anywhere, the same command goes on: finished shards have a record in ``.packing/``
 and are kept. A job with ``--folds`` packs the shards of its folds, and finishes the folder if those of all others are
 there by then.
 """
@@ -23,12 +23,11 @@ from quaclrs.imaging.shared_layouts import plan as share_layouts
 from quaclrs.shards import format as fmt
 from quaclrs.shards.packing.coordination import (
     WHAT_MUST_AGREE,
-    PackSettings,
     packing_alone,
     packing_together,
     settings_of,
 )
-from quaclrs.shards.packing.finalize import describe, finish
+from quaclrs.shards.packing.finalize import describe, finalize
 from quaclrs.shards.packing.plan import Source, open_source, plan_shards, sample_bytes
 from quaclrs.shards.packing.work_queue import work_through
 from quaclrs.shards.packing.write_indexed import (
@@ -38,12 +37,11 @@ from quaclrs.shards.packing.write_indexed import (
     write_indexed_shard,
 )
 from quaclrs.shards.packing.write_shard import (
-    PACKING_FOLDER,
     ShardPlan,
-    ShardRecord,
     finished_shard_record,
     write_shard,
 )
+from quaclrs.shards.work_folder import PACKING_FOLDER, PackSettings, ShardRecord
 from quaclrs.system.processes import Tick
 
 Result = TypeVar("Result")
@@ -96,7 +94,7 @@ class _Job:
 class _Packed:
     """What is there after :func:`_pack_shards`."""
 
-    shard_records: list[ShardRecord]
+    records: list[ShardRecord]
     images_packed: int
     shared: Plan | None
     """What ``indexed`` shards share."""
@@ -206,7 +204,7 @@ def _pack_part(job: _Job) -> tuple[fmt.Manifest | None, int, tuple[int, ...]]:
             return None, 0, ()
         packed = _pack_shards(job)
     own_files = {plan.file for plan in job.own}
-    own_records = [shard_record for shard_record in packed.shard_records if shard_record.entry.file in own_files]
+    own_records = [record for record in packed.records if record.entry.file in own_files]
     return describe(job.manifest, own_records, packed.shared)[0], packed.images_packed, packed.missing_folds
 
 
@@ -220,7 +218,7 @@ def _pack_rest(job: _Job) -> tuple[fmt.Manifest, int, bool]:
             return existing, 0, True
         whole = replace(job, config=replace(job.config, folds=None))
         packed = _pack_shards(whole)
-        manifest = finish(job.manifest, job.metadata, packed.shard_records, packed.shared, job.config.output_dir)
+        manifest = finalize(job.manifest, job.metadata, packed.records, packed.shared, job.config.output_dir)
         return manifest, packed.images_packed, False
 
 
@@ -236,15 +234,13 @@ def _pack_shards(job: _Job) -> _Packed:
         find = functools.partial(finished_indexed_shard_record, output_dir=output_dir, shared=shared)
         work = functools.partial(write_indexed_shard, output_dir=output_dir, shared=shared)
     _, images_packed = _work_through(job, [], find, work, "packing")
-    shard_records = [find(plan) for plan in job.plans]
+    records = [find(plan) for plan in job.plans]
     return _Packed(
-        shard_records=[shard_record for shard_record in shard_records if shard_record is not None],
+        records=[record for record in records if record is not None],
         images_packed=images_packed,
         shared=shared,
         missing_folds=tuple(
-            sorted(
-                {plan.fold for plan, shard_record in zip(job.plans, shard_records, strict=True) if shard_record is None}
-            )
+            sorted({plan.fold for plan, record in zip(job.plans, records, strict=True) if record is None})
         ),
     )
 

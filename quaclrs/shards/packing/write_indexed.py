@@ -26,17 +26,15 @@ from quaclrs.imaging.png import PngFacts, decode_png
 from quaclrs.imaging.shared_layouts import Facts, Plan, image_facts
 from quaclrs.shards import format as fmt
 from quaclrs.shards.packing.write_shard import (
-    PACKING_FOLDER,
     Prepared,
     SampleSource,
     ShardPlan,
-    ShardRecord,
     attempt,
     finished_shard_record,
-    npy_bytes,
     read_source,
     write_samples,
 )
+from quaclrs.shards.work_folder import ShardRecord, cells_file, seen_file
 from quaclrs.system.atomic_files import atomic_writer, write_bytes
 from quaclrs.system.processes import Tick
 
@@ -59,7 +57,7 @@ def scan_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> set[Facts]:
     """
     records: list[dict[str, Any]] = []
     facts: set[Facts] = set()
-    with atomic_writer(_cells_file(plan, output_dir)) as file:
+    with atomic_writer(cells_file(plan.file, output_dir)) as file:
         for source in plan.sources:
             seen = attempt(source, plan, _look)
             if isinstance(seen, fmt.SkippedRow):
@@ -70,7 +68,7 @@ def scan_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> set[Facts]:
                 facts.add(image_facts(seen.image))
             tick()
     document = {"plan": plan.fingerprint, "samples": records, "told": [_facts_record(one) for one in facts]}
-    write_bytes(_record_file(plan, output_dir), json.dumps(document).encode())
+    write_bytes(seen_file(plan.file, output_dir), json.dumps(document).encode())
     return facts
 
 
@@ -80,7 +78,7 @@ def seen_facts(plan: ShardPlan, *, output_dir: Path) -> set[Facts] | None:
     """
     document = _seen_document(plan, output_dir)
     skipped = any("skipped" in record for record in document["samples"]) if document else False
-    if document is None or (skipped and not plan.skip_bad) or not _cells_file(plan, output_dir).is_file():
+    if document is None or (skipped and not plan.skip_bad) or not cells_file(plan.file, output_dir).is_file():
         return None
     return {Facts(height, width, *map(bytes.fromhex, sets)) for height, width, *sets in document["told"]}
 
@@ -128,20 +126,14 @@ def _prepare(seen: _Seen, shared: Plan) -> Prepared:
         raise RuntimeError(
             "an image on a shared layout differs from its pixels: a bug in quaclrs.imaging; please report it"
         )
-    return Prepared(payload=npy_bytes(final.grid), facts=seen.facts, layout=layout, palette=palette, pixels=seen.pixels)
-
-
-def _cells_file(plan: ShardPlan, output_dir: Path) -> Path:
-    return output_dir / PACKING_FOLDER / (Path(plan.file).stem + ".cells")
-
-
-def _record_file(plan: ShardPlan, output_dir: Path) -> Path:
-    return output_dir / PACKING_FOLDER / (Path(plan.file).stem + ".seen")
+    return Prepared(
+        payload=fmt.npy_bytes(final.grid), facts=seen.facts, layout=layout, palette=palette, pixels=seen.pixels
+    )
 
 
 def _seen_document(plan: ShardPlan, output_dir: Path) -> dict[str, Any] | None:
     try:
-        document = json.loads(_record_file(plan, output_dir).read_bytes())
+        document = json.loads(seen_file(plan.file, output_dir).read_bytes())
     except (OSError, ValueError):
         return None
     return document if document["plan"] == plan.fingerprint else None
@@ -165,7 +157,7 @@ def _read_back(plan: ShardPlan, output_dir: Path) -> Iterator[tuple[SampleSource
             f"{output_dir}: another job looked at other images for {plan.file}: some changed while jobs were running; "
             "run the same command again when the others are done"
         )
-    with _cells_file(plan, output_dir).open("rb") as file:
+    with cells_file(plan.file, output_dir).open("rb") as file:
         for source, record in zip(plan.sources, document["samples"], strict=True):
             if "skipped" in record:
                 yield source, fmt.SkippedRow(**record["skipped"])

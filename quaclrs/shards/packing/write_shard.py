@@ -1,33 +1,27 @@
-"""One shard, in one worker process: check every image, write the tar, its index and a receipt. Imports neither pandas
+"""One shard, in one worker process: check every image, write the tar, its index and a record. Imports neither pandas
 nor torch.
 
-The receipt is written last. A shard without one, or with one for other input, is written anew; so a killed packing goes
+The record is written last. A shard without one, or with one for other input, is written anew; so a killed packing goes
 on where it was.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
 from quaclrs.errors import DataError
 from quaclrs.imaging.png import PngFacts, check_png, decode_png, resize_rgb
 from quaclrs.shards import format as fmt
+from quaclrs.shards.work_folder import ShardRecord, shard_record_file
 from quaclrs.system.atomic_files import atomic_writer, write_bytes
 from quaclrs.system.processes import Tick
 
 Made = TypeVar("Made")
-
-PACKING_FOLDER = ".packing"
-"""Receipts, settings and locks of a packing that is not finished."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +80,6 @@ class ShardPlan:
         return digest.hexdigest()
 
 
-RECORDED = ("row", "label", "flags", "offset", "size", "width", "height", "layout", "palette", "pixels")
-"""The fields of format.SAMPLE_DTYPE that a shard's writer knows; the others follow from where the shard stands."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """One sample ready to be stored."""
@@ -101,51 +91,18 @@ class Prepared:
     pixels: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardRecord:
-    """What a finished shard is; kept on disk until the manifest is written."""
-
-    plan: str
-    """The plan's fingerprint."""
-    entry: fmt.ShardEntry
-    samples: list[list[int]]
-    """Per sample: the values of :data:`RECORDED`."""
-    modes: dict[str, int]
-    skipped: list[fmt.SkippedRow]
-
-    @classmethod
-    def load(cls, path: Path) -> ShardRecord | None:
-        """The receipt at ``path``; None when there is none or it cannot be read."""
-        try:
-            document = json.loads(path.read_bytes())
-            document["entry"] = fmt.ShardEntry(**document["entry"])
-            document["skipped"] = [fmt.SkippedRow(**row) for row in document["skipped"]]
-            return cls(**document)
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-
-def shard_record_file(plan: ShardPlan, output_dir: Path) -> Path:
-    """Where ``plan``'s receipt lies while the packing of ``output_dir`` is not finished."""
-    return output_dir / PACKING_FOLDER / (Path(plan.file).stem + ".json")
-
-
 def finished_shard_record(plan: ShardPlan, *, output_dir: Path, fingerprint: str | None = None) -> ShardRecord | None:
-    """The receipt of ``plan``'s shard if it was written from the same input and still stands whole, else None."""
-    shard_record = ShardRecord.load(shard_record_file(plan, output_dir))
-    if (
-        shard_record is None
-        or shard_record.plan != (fingerprint or plan.fingerprint)
-        or (shard_record.skipped and not plan.skip_bad)
-    ):
+    """The record of ``plan``'s shard if it was written from the same input and still stands whole, else None."""
+    record = ShardRecord.load(shard_record_file(plan.file, output_dir))
+    if record is None or record.plan != (fingerprint or plan.fingerprint) or (record.skipped and not plan.skip_bad):
         return None
     tar, index = output_dir / plan.file, output_dir / fmt.index_file(plan.file)
-    whole = index.is_file() and tar.is_file() and tar.stat().st_size == shard_record.entry.bytes
-    return shard_record if whole else None
+    whole = index.is_file() and tar.is_file() and tar.stat().st_size == record.entry.bytes
+    return record if whole else None
 
 
 def write_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> ShardRecord:
-    """Write ``plan``'s tar (``png`` or ``rgb``), its index and then its receipt below ``output_dir``; one tick an
+    """Write ``plan``'s tar (``png`` or ``rgb``), its index and then its record below ``output_dir``; one tick an
     image.
 
     Raises :class:`DataError` naming row and file for a bad image (unless the plan skips those), :class:`StorageError`
@@ -163,7 +120,7 @@ def write_samples(
     output_dir: Path,
     fingerprint: str,
 ) -> ShardRecord:
-    """Write what ``prepared`` yields, in its order, as ``plan``'s shard; ``fingerprint`` goes into the receipt."""
+    """Write what ``prepared`` yields, in its order, as ``plan``'s shard; ``fingerprint`` goes into the record."""
     samples: list[list[int]] = []
     modes: dict[str, int] = {}
     skipped: list[fmt.SkippedRow] = []
@@ -189,9 +146,9 @@ def write_samples(
         sha256=sha256,
         index_sha256=hashlib.sha256(writer.index()).hexdigest(),
     )
-    shard_record = ShardRecord(plan=fingerprint, entry=entry, samples=samples, modes=modes, skipped=skipped)
-    write_bytes(shard_record_file(plan, output_dir), json.dumps(asdict(shard_record)).encode())
-    return shard_record
+    record = ShardRecord(plan=fingerprint, entry=entry, samples=samples, modes=modes, skipped=skipped)
+    write_bytes(shard_record_file(plan.file, output_dir), record.to_json())
+    return record
 
 
 def attempt(
@@ -225,32 +182,15 @@ def read_source(source: SampleSource) -> bytes:
     return data
 
 
-def npy_bytes(array: np.ndarray) -> bytes:
-    """``array`` as the bytes of a .npy file, version 1.0."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def flags_of(facts: PngFacts) -> int:
-    """The FLAG_ bits of samples.npy for an image."""
-    flags = (
-        (fmt.FLAG_NOT_PLAIN, not facts.plain),
-        (fmt.FLAG_TRANSPARENT, facts.transparent),
-        (fmt.FLAG_ALPHA, facts.mode.endswith("A")),
-    )
-    return sum(flag for flag, is_set in flags if is_set)
-
-
 def _prepare(source: SampleSource, plan: ShardPlan) -> Prepared:
     data = read_source(source)
     if plan.encoding == "png":
         return Prepared(payload=data, facts=check_png(data, source.name))
     image, facts = decode_png(data, source.name)
-    return Prepared(payload=npy_bytes(resize_rgb(image, plan.image_size)), facts=facts)
+    return Prepared(payload=fmt.npy_bytes(resize_rgb(image, plan.image_size)), facts=facts)
 
 
 def _record(source: SampleSource, sample: Prepared, offset: int) -> list[int]:
     facts = sample.facts
-    place = (source.row, source.label, flags_of(facts), offset, len(sample.payload))
+    place = (source.row, source.label, fmt.flags_of(facts), offset, len(sample.payload))
     return [*place, facts.width, facts.height, sample.layout, sample.palette, sample.pixels]
