@@ -13,16 +13,18 @@ from numpy.typing import NDArray
 
 from quaclrs.data.metadata import Metadata
 from quaclrs.errors import DataError
-from quaclrs.imaging.shared_layouts import Plan
 from quaclrs.shards import format as fmt
+from quaclrs.shards.encodings.base import SharedTables
 from quaclrs.shards.work_folder import RECORDED_FIELDS, ShardRecord, remove_other_shards, remove_shard
 from quaclrs.system.atomic_files import write_bytes
 
 
-def describe(manifest: fmt.Manifest, records: list[ShardRecord], shared: Plan | None) -> tuple[fmt.Manifest, bytes]:
+def describe(
+    manifest: fmt.Manifest, records: list[ShardRecord], shared: SharedTables | None
+) -> tuple[fmt.Manifest, bytes]:
     """``manifest`` filled in for the shards of ``records``, and the bytes of its samples.npy.
 
-    ``shared`` are the layouts and palettes of ``indexed`` shards.
+    ``shared`` are the tables of a two-pass encoding.
     """
     filled = [record for record in records if record.entry.samples]
     samples = _samples_table(filled)
@@ -42,7 +44,11 @@ def describe(manifest: fmt.Manifest, records: list[ShardRecord], shared: Plan | 
 
 
 def finalize(
-    manifest: fmt.Manifest, metadata: Metadata, records: list[ShardRecord], shared: Plan | None, output_dir: Path
+    manifest: fmt.Manifest,
+    metadata: Metadata,
+    records: list[ShardRecord],
+    shared: SharedTables | None,
+    output_dir: Path,
 ) -> fmt.Manifest:
     """Write everything but the tars, from the ``records`` of all shards; returns the finished manifest.
 
