@@ -26,7 +26,8 @@ from peers.serving import DeviceClock
 
 from quaclrs.imaging.png_check import inflating, read_stream
 from quaclrs.loaders.base import BatchMemory
-from quaclrs.training.models import build_model, forward_logits, input_size
+from quaclrs.training.architectures import input_size
+from quaclrs.training.models import build_model, forward_logits
 
 Work = Callable[[int], object]
 """Does something with the i-th of several buffers."""

@@ -20,7 +20,7 @@ from packing_speed import BARE
 from records import RESULTS, Record, Row, find_row, newest
 
 from quaclrs.cli.arguments import Parser
-from quaclrs.training.models import ARCHITECTURES
+from quaclrs.training.architectures import ARCHITECTURES
 
 FFCV, DALI = "FFCV, raw", "bare DALI, its own reader"
 _GPU = "H200"

@@ -33,9 +33,10 @@ from quaclrs.loaders import Choice, build_loader
 from quaclrs.loaders.base import Batch, DeviceLoader, Loader, LoaderConfig
 from quaclrs.loaders.dataset import Dataset
 from quaclrs.training import loop
+from quaclrs.training.architectures import input_size
 from quaclrs.training.cuda_graph import GraphedStep
 from quaclrs.training.distributed import World
-from quaclrs.training.models import build_model, input_size
+from quaclrs.training.models import build_model
 from quaclrs.training.state import Training, amp_dtype, set_tf32
 
 CEILING = "step on one batch (ceiling)"

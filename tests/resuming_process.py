@@ -27,7 +27,8 @@ from quaclrs.imaging.kernels.normalise_cpu import normalise_cpu
 from quaclrs.loaders import dali
 from quaclrs.report import metrics
 from quaclrs.system.atomic_files import write_bytes
-from quaclrs.training import loop, models, progress
+from quaclrs.training import loop, progress
+from quaclrs.training.architectures import ARCHITECTURES
 
 metrics.compute_metrics(np.array([0, 1]), np.eye(2, dtype=np.float32), ("a", "b"))  # scikit-learn imports on first use
 normalise_cpu(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.zeros(1, 3, 1, 1))  # Numba loads what it has compiled
@@ -71,9 +72,9 @@ class _Patched:
         self._signalled = self._saves = 0
 
     def install(self) -> None:
-        mobilenet = models.ARCHITECTURES["mobilenet"]
+        mobilenet = ARCHITECTURES["mobilenet"]
         tiny = dataclasses.replace(mobilenet, constructor=TinyNetwork, gradcam_layer="features.2")
-        models.ARCHITECTURES |= {"tiny": tiny, "plain": dataclasses.replace(tiny, options={"plain": True})}
+        ARCHITECTURES.update({"tiny": tiny, "plain": dataclasses.replace(tiny, options={"plain": True})})
         dali.dali_missing = lambda: "takes long to import"
         if not self._disturbance.plots:
             fold.write_plots = _write_something  # type: ignore[assignment]

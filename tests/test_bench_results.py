@@ -18,7 +18,7 @@ import records  # noqa: E402
 import targets  # noqa: E402
 
 from quaclrs.errors import DataError  # noqa: E402
-from quaclrs.training.models import ARCHITECTURES  # noqa: E402
+from quaclrs.training.architectures import ARCHITECTURES  # noqa: E402
 
 CPU = {"cpu": "a processor", "cpus_usable": 2, "python": "3.11", "packages": {"torch": "2.14"}, "commit": "1"}
 

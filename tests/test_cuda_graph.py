@@ -19,8 +19,9 @@ from quaclrs.loaders.base import LoaderConfig
 from quaclrs.loaders.resident import ResidentLoader
 from quaclrs.shards.reader import ShardSet
 from quaclrs.training import loop
+from quaclrs.training.architectures import ARCHITECTURES
 from quaclrs.training.cuda_graph import GraphedStep
-from quaclrs.training.models import ARCHITECTURES, build_model
+from quaclrs.training.models import build_model
 from quaclrs.training.state import Training, amp_dtype, set_tf32
 
 SIZE = 32

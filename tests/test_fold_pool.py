@@ -32,8 +32,8 @@ from quaclrs.experiment import cross_validation, fold
 from quaclrs.experiment.cross_validation import FoldRunner, run_cross_validation, tasks
 from quaclrs.experiment.fold import Run
 from quaclrs.experiment.run_status import claimed, note, note_done, read_run_status
+from quaclrs.training.architectures import ARCHITECTURES
 from quaclrs.training.loop import Hooks
-from quaclrs.training.models import ARCHITECTURES
 
 CLASSES = ("dog_bark", "drilling", "traffic")
 DEADLINE_S = 120

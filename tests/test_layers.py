@@ -31,6 +31,7 @@ LAYERS = (
     "data",
     "system",
     "config",
+    "settings",
     "errors",
     "__init__",
 )

@@ -21,6 +21,7 @@ from quaclrs.imaging.normalise import normalise
 from quaclrs.report import gradcam, plots
 from quaclrs.report.metrics import MAX_CURVE_POINTS, compute_metrics, roc_curves
 from quaclrs.training import models
+from quaclrs.training.architectures import ARCHITECTURES
 
 CLASS_NAMES = [
     *("air_conditioner", "ambulance", "car_horn", "children_playing", "dog_bark", "drilling", "engine_idling"),
@@ -237,7 +238,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(params=list(models.ARCHITECTURES))
+@pytest.fixture(params=list(ARCHITECTURES))
 def network(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
     torch.manual_seed(0)
     return request.param, models.build_model(request.param, 3)
@@ -247,13 +248,13 @@ def test_gradcam_of_every_network(network: tuple[str, nn.Module], tmp_path: Path
     """Frozen and unfrozen give the same maps, and leave the model as it was."""
     name, model = network
     images, pixels = image_batch(160 if name == "inception" else 96)
-    model.get_submodule(models.ARCHITECTURES[name].heads[0]).weight.grad = None
-    model.get_submodule(models.ARCHITECTURES[name].heads[0]).eval()  # a mixture of modes must survive as well
+    model.get_submodule(ARCHITECTURES[name].heads[0]).weight.grad = None
+    model.get_submodule(ARCHITECTURES[name].heads[0]).eval()  # a mixture of modes must survive as well
     every_target = torch.arange(3).repeat_interleave(2)
     maps = []
     for freeze in (False, True):
         if freeze:
-            models._freeze_all_but(model, models.ARCHITECTURES[name].trainable)
+            models._freeze_all_but(model, ARCHITECTURES[name].trainable)
         before = state_of(model)
         maps.append(gradcam.heat_maps(model, name, images.repeat(3, 1, 1, 1), every_target))
         assert state_of(model) == before

@@ -31,8 +31,8 @@ from quaclrs.system.environment import free_memory
 from quaclrs.system.file_locks import folder_lock
 from quaclrs.system.signals import SignalHandler
 from quaclrs.training import loop
+from quaclrs.training.architectures import check_input_size, input_size, parse_model_names
 from quaclrs.training.distributed import World
-from quaclrs.training.models import ARCHITECTURES, check_input_size, input_size
 from quaclrs.training.state import amp_dtype, set_tf32
 
 SUMMARY_FILE = "summary.json"
@@ -57,25 +57,12 @@ def tasks(config: TrainConfig) -> list[tuple[str, int]]:
 
     Raises :class:`UsageError` for an unknown model or a size that one cannot take.
     """
-    names = model_names(config.model_name)
+    names = parse_model_names(config.model_name)
     for name in names:
         check_input_size(name, image_size_of(name, config))
     names.sort(key=lambda name: image_size_of(name, config))
     folds = [config.fold] if config.fold is not None else range(1, config.num_folds + 1)
     return [(name, fold) for name in names for fold in folds]
-
-
-def model_names(text: str) -> list[str]:
-    """The models of ``--model_name``: one, several with commas, or ``all``. Raises :class:`UsageError` for one that
-    there is not.
-    """
-    names = list(ARCHITECTURES) if text == "all" else [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if name not in ARCHITECTURES]
-    if unknown:
-        raise UsageError(
-            f"--model_name {unknown[0] or text}: choose one of {', '.join(ARCHITECTURES)}, several with commas, or all"
-        )
-    return list(dict.fromkeys(names))
 
 
 def image_size_of(name: str, config: TrainConfig) -> int:

@@ -23,6 +23,7 @@ from quaclrs.loaders.dataset import Dataset
 from quaclrs.report.gradcam import pick_samples, write_gradcams
 from quaclrs.report.metrics import compute_metrics, to_json_safe
 from quaclrs.report.plots import write_plots
+from quaclrs.settings import identity_entries, plain_value
 from quaclrs.system.atomic_files import TEMPORARY_SUFFIX, make_folder, write_json
 from quaclrs.system.environment import describe_environment
 from quaclrs.system.signals import SignalHandler
@@ -60,29 +61,23 @@ class Run:
         return model_folder(self.config)
 
     def identity(self, fold: int) -> dict[str, Any]:
-        """What must not change between a training and its resumption."""
-        config = self.config
-        return {
-            "model_name": config.model_name,
-            "pretrained": config.pretrained,
-            "freeze_features": config.freeze_features,
-            "image_size": self.image_size,
-            "global_batch": self.global_batch,
-            "epochs": config.epochs,
-            "patience": config.patience,
-            "learning_rate": config.learning_rate,
-            "weight_decay": config.weight_decay,
-            "scheduler": config.scheduler,
-            "use_amp": config.use_amp,
-            "compute_dtype": str(amp_dtype(self.device, config)),
-            "tf32": config.tf32,
-            "sync_bn": config.sync_bn,
-            "seed": config.seed,
-            "fold": fold,
-            "num_folds": config.num_folds,
+        """Return what must not change between a training and its resumption, as plain JSON values.
+
+        Every field of TrainConfig with ``affects_result=True`` is in it: under its own name, or by the entries that its
+        ``identity`` names, whose values in effect are known only here.
+        """
+        in_effect = {
             "data": self.dataset.identity,
             "pixels": self.loader.pixels,
             "order": "global" if self.loader.replicated else f"shared out over {self.world.size} processes",
+            "image_size": self.image_size,
+            "global_batch": self.global_batch,
+            "compute_dtype": str(amp_dtype(self.device, self.config)),
+            "fold": fold,
+        }
+        return {
+            entry: in_effect[entry] if entry in in_effect else plain_value(getattr(self.config, entry))
+            for entry in identity_entries(self.config)
         }
 
 
@@ -290,9 +285,7 @@ def provenance(run: Run) -> dict[str, Any]:
     """What a result was made from and with."""
     shards = run.dataset.shards
     return {
-        "config": {
-            name: str(value) if isinstance(value, Path) else value for name, value in asdict(run.config).items()
-        },
+        "config": {name: plain_value(value) for name, value in asdict(run.config).items()},
         "processes": run.world.size,
         "global_batch": run.global_batch,
         "loader": run.loader.name,

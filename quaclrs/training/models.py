@@ -1,4 +1,4 @@
-"""The seven architectures as one table, and the few things that differ between them.
+"""Builds the models of training/architectures.py.
 
 Constructors and ImageNet weights are torchvision's. As in the original trainer, only the last ``Linear`` is replaced by
 a fresh one; everything before it is untouched.
@@ -11,8 +11,7 @@ import errno
 import pickle
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ import torch
 from torch import nn
 from torchvision import models
 
-from quaclrs.errors import MissingDependencyError, QuaclrsError, UsageError
+from quaclrs.errors import MissingDependencyError, QuaclrsError
 from quaclrs.system.atomic_files import storage_error
+from quaclrs.training.architectures import Architecture, architecture
 
 AUX_LOSS_WEIGHT = 0.4
 """Weight of InceptionV3's auxiliary loss in training, as in the original trainer."""
@@ -32,116 +32,6 @@ DOWNLOAD_TIMEOUT_S = 30.0
 """Longest silence of the weights' server. Without it, a network that swallows packets would be waited for by the
 minute.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """One row of the table: what this project has to know about a torchvision model."""
-
-    constructor: Callable[..., nn.Module]
-    weights: Any
-    """Member of torchvision's weights enum: the ImageNet weights of ``--pretrained``."""
-    input_size: int = 224
-    """Side of the square input in pixels, where the user asks for no other."""
-    min_input_size: int
-    """Smallest side at which the network can be trained. Below it torch raises, or pooling leaves nothing."""
-    heads: tuple[str, ...]
-    """The ``Linear`` modules that give class scores, main one first. They are replaced by fresh ones."""
-    trainable: tuple[str, ...]
-    """Modules that still learn under ``freeze_features``."""
-    gradcam_layer: str
-    """Module whose output Grad-CAM weighs: the last feature maps (B, channels, rows, columns), after their activation.
-    """
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Constructor arguments for random weights."""
-    pretrained_options: Mapping[str, Any] = field(default_factory=dict)
-    """Constructor arguments for weights from a file."""
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "alexnet": Architecture(
-        constructor=models.alexnet,
-        weights=models.AlexNet_Weights.IMAGENET1K_V1,
-        min_input_size=63,
-        heads=("classifier.6",),
-        trainable=("classifier",),
-        gradcam_layer="features.11",  # the last ReLU; the pooling after it would halve the map
-    ),
-    "vgg16": Architecture(
-        constructor=models.vgg16,
-        weights=models.VGG16_Weights.IMAGENET1K_V1,
-        min_input_size=32,
-        heads=("classifier.6",),
-        trainable=("classifier",),
-        gradcam_layer="features.29",  # as in alexnet
-    ),
-    "resnet18": Architecture(
-        constructor=models.resnet18,
-        weights=models.ResNet18_Weights.IMAGENET1K_V1,
-        min_input_size=1,
-        heads=("fc",),
-        trainable=("fc",),
-        gradcam_layer="layer4",
-    ),
-    "mobilenet": Architecture(
-        constructor=models.mobilenet_v2,
-        weights=models.MobileNet_V2_Weights.IMAGENET1K_V1,
-        min_input_size=1,
-        heads=("classifier.1",),
-        trainable=("classifier.1",),
-        gradcam_layer="features.18",
-    ),
-    "inception": Architecture(
-        constructor=models.inception_v3,
-        weights=models.Inception_V3_Weights.IMAGENET1K_V1,
-        input_size=299,
-        min_input_size=299,  # of the auxiliary head's 5×5 convolution; without that head, as in evaluation, it is 75
-        heads=("fc", "AuxLogits.fc"),
-        trainable=("fc", "AuxLogits.fc"),
-        gradcam_layer="Mixed_7c",
-        options={"init_weights": True},
-        # transform_input: these weights come from TensorFlow, and expect inputs scaled to [-1, 1]
-        pretrained_options={"init_weights": False, "transform_input": True},
-    ),
-    "efficientnet": Architecture(
-        constructor=models.efficientnet_b0,
-        weights=models.EfficientNet_B0_Weights.IMAGENET1K_V1,
-        min_input_size=1,
-        heads=("classifier.1",),
-        trainable=("classifier.1",),
-        gradcam_layer="features.8",
-    ),
-    "convnext": Architecture(
-        constructor=models.convnext_tiny,
-        weights=models.ConvNeXt_Tiny_Weights.IMAGENET1K_V1,
-        min_input_size=32,
-        heads=("classifier.2",),
-        trainable=("classifier.2",),
-        gradcam_layer="features.7",
-    ),
-}
-
-
-def architecture(name: str) -> Architecture:
-    """The table's row for ``name``. Raises :class:`UsageError` listing the names when there is none."""
-    try:
-        return ARCHITECTURES[name]
-    except KeyError:
-        raise UsageError(f"--model_name {name}: choose one of {', '.join(ARCHITECTURES)}") from None
-
-
-def input_size(name: str) -> int:
-    """Side in pixels of the square input that the architecture ``name`` was made for."""
-    return architecture(name).input_size
-
-
-def check_input_size(name: str, size: int) -> None:
-    """Raise :class:`UsageError` when the architecture ``name`` cannot be trained on ``size`` × ``size`` pixels."""
-    row = architecture(name)
-    if size < row.min_input_size:
-        raise UsageError(
-            f"--image_size {size}: {name} needs at least {row.min_input_size} pixels (made for {row.input_size})"
-        )
 
 
 def gradcam_layer(model: nn.Module, name: str) -> nn.Module:
@@ -160,7 +50,7 @@ def build_model(name: str, num_classes: int, *, pretrained: bool = False, freeze
     :class:`MissingDependencyError` naming the file to provide, or :class:`StorageError` when it cannot be stored.
     """
     row = architecture(name)
-    model = _load_pretrained(name) if pretrained else row.constructor(weights=None, **row.options)
+    model = _load_pretrained(name) if pretrained else _construct(row, row.options)
     for head in row.heads:
         old = model.get_submodule(head)
         assert isinstance(old, nn.Linear), head
@@ -185,6 +75,12 @@ def forward_logits(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor
     return output, None
 
 
+def _construct(row: Architecture, options: Mapping[str, Any]) -> nn.Module:
+    constructor = models.get_model_builder(row.constructor) if isinstance(row.constructor, str) else row.constructor
+    model: nn.Module = constructor(weights=None, **options)
+    return model
+
+
 def _freeze_all_but(model: nn.Module, trainable: tuple[str, ...]) -> None:
     model.requires_grad_(False)
     for module in trainable:
@@ -195,11 +91,11 @@ def _load_pretrained(name: str) -> nn.Module:
     """The architecture ``name`` with its ImageNet weights, 1000-way heads included."""
     row = architecture(name)
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
-        model = row.constructor(weights=None, **row.pretrained_options)
+        model = _construct(row, row.pretrained_options)
     path = weights_path(name)
     try:
         with _network_deadline(), contextlib.redirect_stdout(sys.stderr):  # torch.hub announces its download on stdout
-            state = row.weights.get_state_dict(
+            state = models.get_weight(row.weights).get_state_dict(
                 progress=sys.stderr.isatty(), check_hash=True, weights_only=True, map_location="cpu"
             )
         model.load_state_dict(state, assign=True)
@@ -210,7 +106,11 @@ def _load_pretrained(name: str) -> nn.Module:
 
 def weights_path(name: str) -> Path:
     """Where torch keeps, and looks for, the ImageNet weights of the architecture ``name``."""
-    return Path(torch.hub.get_dir(), "checkpoints", Path(architecture(name).weights.url).name)
+    return Path(torch.hub.get_dir(), "checkpoints", Path(_weights_url(name)).name)
+
+
+def _weights_url(name: str) -> str:
+    return str(models.get_weight(architecture(name).weights).url)
 
 
 @contextlib.contextmanager
@@ -226,7 +126,7 @@ def _network_deadline() -> Iterator[None]:
 
 def _weights_error(name: str, path: Path, error: Exception) -> QuaclrsError:
     """Say which of three things went wrong: the file is no good, the disk refused it, or it could not be fetched."""
-    url = architecture(name).weights.url
+    url = _weights_url(name)
     if path.exists():  # torch.hub gives a download its name only once it is whole
         return MissingDependencyError(
             f"{path} does not hold the weights of {name} ({_short_reason(error)}); delete it, or replace it with {url}"
