@@ -31,9 +31,10 @@ from quaclrs.loaders.base import Batch
 from quaclrs.training import profiler
 from quaclrs.training.bottleneck import Setting, Steps, Trace, advice, judge, page, read_trace, union
 from quaclrs.training.distributed import World
-from quaclrs.training.loop import Hooks, OnStep
-from quaclrs.training.profiler import plan_steps, with_profile
-from quaclrs.training.state import RunningMetrics, Training
+from quaclrs.training.profiler import schedule_steps, with_profile
+from quaclrs.training.running_metrics import RunningMetrics
+from quaclrs.training.state import TrainState
+from quaclrs.training.trainer import Hooks, OnStep
 
 CLASSES = ("dog_bark", "drilling", "traffic")
 STEPS, BATCH = 12, 2
@@ -305,7 +306,7 @@ class Bench:
     ) -> None:
         model, device = nn.Linear(2, 2), torch.device("cpu")
         self.config = TrainConfig(profile=profile)
-        self.training = Training.begin(model, np.ones(2, np.float32), device, self.config)
+        self.training = TrainState.create(model, np.ones(2, np.float32), device, self.config)
         self.training.world = world or World()
         self.folder, self.hooks, self.log = folder, hooks or Hooks(), []
 
@@ -337,10 +338,10 @@ def annotated(bench: Bench) -> int:
 
 
 def test_every_plan_fits_its_epoch() -> None:
-    assert [plan_steps(steps) for steps in range(3)] == [None] * 3
+    assert [schedule_steps(steps) for steps in range(3)] == [None] * 3
     before = None
     for steps in range(3, 200):
-        plan = plan_steps(steps)
+        plan = schedule_steps(steps)
         assert plan is not None
         assert 1 <= plan.timed < plan.timed_end <= plan.traced < plan.end <= steps
         assert plan.end == min(steps, 46)
@@ -349,12 +350,12 @@ def test_every_plan_fits_its_epoch() -> None:
             assert plan.timed >= before.timed
             assert plan.end - plan.traced >= before.end - before.traced
         before = plan
-    assert plan_steps(46) == plan_steps(10**6) == profiler.Plan(5, 25, 26, 46)
+    assert schedule_steps(46) == schedule_steps(10**6) == profiler.ProfileSchedule(5, 25, 26, 46)
 
 
 @pytest.mark.parametrize("steps", [3, 4, 5, 12, 46, 60])
 def test_steps_are_counted_right(steps: int, tmp_path: Path) -> None:
-    bench, plan = Bench(tmp_path), plan_steps(steps)
+    bench, plan = Bench(tmp_path), schedule_steps(steps)
     assert plan is not None
     with bench.profile() as hooks:
         meter = hooks.step_meter("train", 1, 4 * steps)
@@ -368,7 +369,7 @@ def test_steps_are_counted_right(steps: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", [3, 4, 7])
 def test_an_epoch_that_ends_a_step_early(steps: int, tmp_path: Path) -> None:
     """A lone last sample joins its neighbour's batch."""
-    bench, plan = Bench(tmp_path), plan_steps(steps + 1)
+    bench, plan = Bench(tmp_path), schedule_steps(steps + 1)
     assert plan is not None
     with bench.profile() as hooks:
         bench.epoch(hooks, 1, steps, expected=steps + 1)

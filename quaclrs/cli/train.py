@@ -82,8 +82,8 @@ def _train_here(config: TrainConfig, demo: bool) -> None:
     """Train in this process, be it alone or one of several; ``demo`` that its data are still to be made."""
     from quaclrs.experiment.cross_validation import run_cross_validation
     from quaclrs.training.distributed import joined_world
-    from quaclrs.training.loop import Hooks
     from quaclrs.training.progress import console_hooks
+    from quaclrs.training.trainer import Hooks
 
     with joined_world(config.device) as world:
         if demo:

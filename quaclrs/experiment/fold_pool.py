@@ -34,8 +34,8 @@ from quaclrs.system.atomic_files import make_folder
 from quaclrs.system.processes import exit_with_parent, interrupts_held
 from quaclrs.system.signals import SignalHandler
 from quaclrs.training.distributed import World, share_processors
-from quaclrs.training.loop import Hooks
 from quaclrs.training.progress import epoch_line
+from quaclrs.training.trainer import Hooks
 
 _POLL_S = 0.5
 Task = tuple[str, int]
@@ -241,7 +241,7 @@ def _work(connection: Connection, config: TrainConfig) -> None:
             print(text, flush=True)
             say("log", f"{task[0][0]}: {text}")
 
-    hooks = Hooks(epoch_done=lambda entry: log(f"fold {task[0][1]}: {epoch_line(entry, config.epochs)}"))
+    hooks = Hooks(epoch_done=lambda record: log(f"fold {task[0][1]}: {epoch_line(record, config.epochs)}"))
     try:
         with FoldRunner.opened(config, log, hooks) as place:
             say("ready", None)

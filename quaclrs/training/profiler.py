@@ -23,8 +23,10 @@ from quaclrs.config import TrainConfig
 from quaclrs.loaders.base import Batch
 from quaclrs.system.atomic_files import TEMPORARY_SUFFIX, atomic_writer, make_folder, write_bytes
 from quaclrs.training.bottleneck import Setting, Steps, judge, page, read_trace
-from quaclrs.training.loop import Hooks, OnStep
-from quaclrs.training.state import RunningMetrics, Training
+from quaclrs.training.loop import OnStep
+from quaclrs.training.running_metrics import RunningMetrics
+from quaclrs.training.state import TrainState
+from quaclrs.training.trainer import Hooks
 
 FOLDER, TRACE_FILE, VERDICT_FILE = "profile", "trace.json.gz", "verdict.txt"
 WARM_UP = 5
@@ -41,18 +43,18 @@ Log = Callable[[str], None]
 
 @contextmanager
 def with_profile(
-    hooks: Hooks, config: TrainConfig, training: Training, loader: str, folder: Path, log: Log
+    hooks: Hooks, config: TrainConfig, state: TrainState, loader: str, folder: Path, log: Log
 ) -> Iterator[Hooks]:
     """Hooks for the block that also profile the first epoch trained in it that is long enough, into ``folder/profile``.
 
     ``hooks`` themselves without ``--profile``, and on ranks other than 0. A block that ends by an exception leaves no
     profiler running.
     """
-    if not config.profile or not training.world.is_main:
+    if not config.profile or not state.world.is_main:
         yield hooks
         return
     _prepare_kineto(config)
-    profiler = _Profiler(hooks, config, training, loader, folder / FOLDER, log)
+    profiler = _Profiler(hooks, config, state, loader, folder / FOLDER, log)
     try:
         yield dataclasses.replace(hooks, step_meter=profiler.step_meter)
         profiler.end()
@@ -69,7 +71,7 @@ def _prepare_kineto(config: TrainConfig) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ProfileSchedule:
     """After how many steps something begins or ends."""
 
     timed: int
@@ -81,7 +83,7 @@ class Plan:
     end: int
 
 
-def plan_steps(steps: int) -> Plan | None:
+def schedule_steps(steps: int) -> ProfileSchedule | None:
     """What to do in an epoch of ``steps``: all of it within them, in short epochs with less of each. None: it is too
     short.
     """
@@ -92,7 +94,7 @@ def plan_steps(steps: int) -> Plan | None:
     rest = steps - warm_up - settling
     timed = min(MEASURED, rest // 2)
     traced = min(MEASURED, rest - timed)
-    return Plan(warm_up, warm_up + timed, warm_up + timed + settling, warm_up + timed + settling + traced)
+    return ProfileSchedule(warm_up, warm_up + timed, warm_up + timed + settling, warm_up + timed + settling + traced)
 
 
 class _Clock:
@@ -136,32 +138,32 @@ class _Recording:
 
     def __init__(self, device: torch.device, epoch: int, samples: int) -> None:
         self._device, self._samples = device, samples
-        self._plan: Plan | None = None
+        self._schedule: ProfileSchedule | None = None
         self._tracer: torch.profiler.profile | None = None
         self.epoch, self.done = epoch, 0
         self.timed, self.traced = _Clock(device), _Clock(device)
 
-    def after_step(self, batch: Batch, totals: RunningMetrics, waited_s: float) -> bool:
+    def after_step(self, batch: Batch, metrics: RunningMetrics, waited_s: float) -> bool:
         """Whether all that was planned is recorded."""
         self.done += 1
         if (
             self.done == 1
         ):  # only now is it known how large batches are, and how many samples were done before an interruption
-            self._plan = plan_steps(1 + -(-max(self._samples - totals.samples, 0) // len(batch)))
-        plan, done = self._plan, self.done
-        if plan is None or done > plan.end:
+            self._schedule = schedule_steps(1 + -(-max(self._samples - metrics.samples, 0) // len(batch)))
+        schedule, done = self._schedule, self.done
+        if schedule is None or done > schedule.end:
             return False
-        if plan.timed <= done <= plan.timed_end:
+        if schedule.timed <= done <= schedule.timed_end:
             self.timed.mark(len(batch), waited_s)
-        if done < plan.end:
-            self._trace_on(plan)
-        if plan.traced <= done:
+        if done < schedule.end:
+            self._trace_on(schedule)
+        if schedule.traced <= done:
             self.traced.mark(len(batch), waited_s)
-        return done == plan.end
+        return done == schedule.end
 
-    def _trace_on(self, plan: Plan) -> None:
-        if self.done == plan.timed_end:
-            self._tracer = _tracer(self._device, settling=plan.traced - plan.timed_end)
+    def _trace_on(self, schedule: ProfileSchedule) -> None:
+        if self.done == schedule.timed_end:
+            self._tracer = _tracer(self._device, settling=schedule.traced - schedule.timed_end)
             self._tracer.start()
         elif self._tracer is not None:
             self._tracer.step()
@@ -175,9 +177,9 @@ class _Recording:
 
     def describe(self) -> str:
         """Which steps were measured."""
-        plan = self._plan
-        assert plan is not None
-        timed, traced = _numbers(plan.timed, len(self.timed)), _numbers(plan.traced, len(self.traced))
+        schedule = self._schedule
+        assert schedule is not None
+        timed, traced = _numbers(schedule.timed, len(self.timed)), _numbers(schedule.traced, len(self.traced))
         return (
             f"Epoch {self.epoch}, counting this call's steps: {timed} timed as they are, {traced} traced ({TRACE_FILE})"
         )
@@ -200,9 +202,9 @@ class _Profiler:
     """Tries one epoch after another until one is long enough."""
 
     def __init__(
-        self, hooks: Hooks, config: TrainConfig, training: Training, loader: str, folder: Path, log: Log
+        self, hooks: Hooks, config: TrainConfig, state: TrainState, loader: str, folder: Path, log: Log
     ) -> None:
-        self._hooks, self._config, self._training, self._loader = hooks, config, training, loader
+        self._hooks, self._config, self._state, self._loader = hooks, config, state, loader
         self._folder, self._log = folder, log
         self._recording: _Recording | None = None
         self._longest = 0
@@ -214,11 +216,11 @@ class _Profiler:
         meter = self._hooks.step_meter(phase, epoch, samples)
         if phase != "train" or self._finished:
             return meter
-        recording = self._recording = _Recording(self._training.device, epoch, samples)
+        recording = self._recording = _Recording(self._state.device, epoch, samples)
 
-        def on_step(batch: Batch, totals: RunningMetrics, waited_s: float) -> None:
-            meter(batch, totals, waited_s)
-            if recording.after_step(batch, totals, waited_s):
+        def on_step(batch: Batch, metrics: RunningMetrics, waited_s: float) -> None:
+            meter(batch, metrics, waited_s)
+            if recording.after_step(batch, metrics, waited_s):
                 self._finish(recording)
 
         return on_step
@@ -260,7 +262,7 @@ class _Profiler:
 
     def _write(self, recording: _Recording, events: list[dict[str, Any]]) -> str:
         """Write the page; returns its short form."""
-        device, on_gpu = self._training.device, self._training.device.type == "cuda"
+        device, on_gpu = self._state.device, self._state.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize(device)  # outside the steps; the clocks' last marks are reached
         timed, traced = recording.timed.steps(), recording.traced.steps()
@@ -268,7 +270,7 @@ class _Profiler:
         setting = Setting(
             config=self._config,
             loader=self._loader,
-            processes=self._training.world.size,
+            processes=self._state.world.size,
             device=f"{device} ({torch.cuda.get_device_name(device)})" if on_gpu else str(device),
             on_gpu=on_gpu,
             steps=recording.describe(),
