@@ -26,10 +26,10 @@ from tables import race_and_print
 
 from quaclrs.config import ENCODINGS, default_num_workers
 from quaclrs.data.sampling import epoch_order, evaluation_batches
-from quaclrs.experiment.cross_validation import pick_device
 from quaclrs.loaders import Choice, build_loader
 from quaclrs.loaders.base import Loader, LoaderConfig
 from quaclrs.loaders.dataset import Dataset
+from quaclrs.training.device import pick_device
 from quaclrs.training.distributed import World
 
 OURS = "quaclrs"

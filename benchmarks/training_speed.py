@@ -28,13 +28,13 @@ from verdicts import training_bound_by
 
 from quaclrs.config import TrainConfig
 from quaclrs.data.folds import class_weights
-from quaclrs.experiment.cross_validation import pick_device, refuse_for_device
 from quaclrs.loaders import Choice, build_loader
 from quaclrs.loaders.base import Batch, DeviceLoader, Loader, LoaderConfig
 from quaclrs.loaders.dataset import Dataset
 from quaclrs.training import loop
 from quaclrs.training.architectures import input_size
 from quaclrs.training.cuda_graph import GraphedStep
+from quaclrs.training.device import pick_device, refuse_for_device
 from quaclrs.training.distributed import World
 from quaclrs.training.models import build_model
 from quaclrs.training.state import TrainState, amp_dtype, set_tf32

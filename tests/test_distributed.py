@@ -40,11 +40,12 @@ from quaclrs.config import TrainConfig
 from quaclrs.data.sampling import epoch_order, train_batches
 from quaclrs.errors import Interrupted, UsageError, told_once
 from quaclrs.experiment import fold
-from quaclrs.experiment.cross_validation import pick_device, run_cross_validation
+from quaclrs.experiment.cross_validation import run_cross_validation
 from quaclrs.loaders.base import Batch
 from quaclrs.loaders.dataset import open_dataset
 from quaclrs.system.signals import SignalHandler
 from quaclrs.training import checkpoint, loop, trainer
+from quaclrs.training.device import pick_device
 from quaclrs.training.distributed import AsyncConsensus, World, joined_world, run_rank
 from quaclrs.training.state import TrainState
 from quaclrs.training.trainer import FoldSamples, Hooks

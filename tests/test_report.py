@@ -22,6 +22,7 @@ from quaclrs.report import gradcam, plots
 from quaclrs.report.metrics import MAX_CURVE_POINTS, compute_metrics, roc_curves
 from quaclrs.training import models
 from quaclrs.training.architectures import ARCHITECTURES
+from quaclrs.training.records import EpochRecord
 
 CLASS_NAMES = [
     *("air_conditioner", "ambulance", "car_horn", "children_playing", "dog_bark", "drilling", "engine_idling"),
@@ -129,25 +130,32 @@ def test_refused_predictions() -> None:
         compute_metrics([], np.zeros((0, 2)), ["a", "b"])
 
 
-def history(epochs: int) -> list[dict[str, Any]]:
+def record(epoch: int, **values: float) -> EpochRecord:
+    figures = {"train_loss": 2.0, "train_accuracy": 0.2, "val_loss": 2.2, "val_accuracy": 0.2, "learning_rate": 1e-3}
+    times = dict.fromkeys(("seconds", "images_per_s", "data_wait"), 1.0)
+    times = {f"{phase}_{name}": value for phase in ("train", "val") for name, value in times.items()}
+    return EpochRecord.from_json({"epoch": epoch, **figures, **times, **values})
+
+
+def history(epochs: int) -> list[EpochRecord]:
     return [
-        {
-            "epoch": epoch,
-            "train_loss": 2 / epoch,
-            "train_accuracy": 1 - 0.8 / epoch,
-            "val_loss": 2.2 / epoch,
-            "val_accuracy": 0.8 - 0.6 / epoch,
-            "learning_rate": 1e-3,
-        }
+        record(
+            epoch,
+            train_loss=2 / epoch,
+            train_accuracy=1 - 0.8 / epoch,
+            val_loss=2.2 / epoch,
+            val_accuracy=0.8 - 0.6 / epoch,
+        )
         for epoch in range(1, epochs + 1)
     ]
 
 
 def check_png(path: Path) -> Image.Image:
-    with Image.open(path) as pixels_of_one:
-        pixels_of_one.load()
-        assert pixels_of_one.format == "PNG"
-        return pixels_of_one.convert("RGB")
+    with Image.open(path) as opened:
+        opened.load()
+        assert opened.format == "PNG"
+        image: Image.Image = opened.convert("RGB")
+        return image
 
 
 def test_the_four_plots(tmp_path: Path) -> None:
@@ -167,16 +175,10 @@ def test_the_four_plots(tmp_path: Path) -> None:
 
 
 def test_plots_of_odd_runs(tmp_path: Path) -> None:
-    """One epoch, values that are not there, and class names that matplotlib would read as something else."""
+    """One epoch, values that are NaN, and class names that matplotlib would read as something else."""
     names = ["_hidden", "$not math$", "犬", "b" * 60]
     metrics = compute_metrics([0, 1, 1, 3], np.eye(4)[[0, 1, 2, 3]], names)
-    odd: dict[str, Any] = {
-        "epoch": 1,
-        "train_loss": math.nan,
-        "val_loss": None,
-        "val_accuracy": None,
-        "learning_rate": 0.0,
-    }
+    odd = record(1, train_loss=math.nan, val_loss=math.nan, val_accuracy=math.nan, learning_rate=0.0)
     for number, epochs in enumerate(([odd], history(1), [])):
         for path in plots.write_plots(tmp_path / str(number), epochs, metrics):
             check_png(path)
@@ -258,7 +260,7 @@ def test_gradcam_of_every_network(network: tuple[str, nn.Module], tmp_path: Path
         before = state_of(model)
         maps.append(gradcam.heat_maps(model, name, images.repeat(3, 1, 1, 1), every_target))
         assert state_of(model) == before
-    assert np.array_equal(*maps)
+    assert np.array_equal(maps[0], maps[1])
     assert maps[0].shape == (6, *images.shape[2:])
     assert maps[0].dtype == np.float32
     assert maps[0].min() >= 0
@@ -282,7 +284,7 @@ def test_gradcam_agrees_with_the_papers_formula() -> None:
     images, _ = image_batch(96)
     targets = torch.tensor([2, 0])
     features = nn.Sequential(*list(model.children())[:-2])(images).detach().requires_grad_()
-    scores = model.fc(features.mean(dim=(2, 3)))
+    scores = model.get_submodule("fc")(features.mean(dim=(2, 3)))
     (gradients,) = torch.autograd.grad(scores.gather(1, targets[:, None]).sum(), features)
     weights = gradients.mean(dim=(2, 3), keepdim=True)
     expected = functional.relu((weights * features).sum(dim=1, keepdim=True)).detach()

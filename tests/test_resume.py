@@ -27,14 +27,17 @@ from resuming import KILLED, TIMEOUT_S, UNDISTURBED, Disturbance, Job, Moment, R
 
 from quaclrs.config import TrainConfig
 from quaclrs.errors import TrainingError
-from quaclrs.experiment.fold import agreed_global_batch
+from quaclrs.experiment.run import agreed_global_batch
 from quaclrs.training import checkpoint
 from quaclrs.training.distributed import World
 
 EVERY_STEP = ("--checkpoint_minutes", 1e-9)
 """A checkpoint after each step."""
 TIMES = ("seconds", "per_s", "wait")
-FREE = {"pid", "since", "until", "output_dir", "csv_file", "spectrograms_dir", "shards", "checkpoint_minutes"}
+FREE = {
+    *("pid", "since", "until", "datetime", "output_dir", "paths", "csv_file", "spectrograms_dir", "shards"),
+    "checkpoint_minutes",
+}
 """What may differ between two runs of one training, beside times."""
 
 

@@ -16,7 +16,7 @@ import torch
 from quaclrs.cli import train
 from quaclrs.config import TrainConfig
 from quaclrs.errors import TrainingError, UsageError
-from quaclrs.experiment.fold import Run
+from quaclrs.experiment.run import Run
 from quaclrs.settings import NOT_NEGATIVE, Settings, at_least, check_requirements, identity_entries, setting
 from quaclrs.training.architectures import ARCHITECTURES
 from quaclrs.training.checkpoint import refuse_other_run
@@ -44,7 +44,7 @@ def run_of(config: TrainConfig) -> Run:
         image_size=config.image_size or 224,
         global_batch=config.batch_size,
         world=World(),
-        watch=cast(Any, None),
+        signals=cast(Any, None),
         log=print,
     )
 

@@ -10,13 +10,16 @@ import dataclasses
 import sys
 import typing
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quaclrs import __version__
 from quaclrs.cli.arguments import Parser, add_dataset_arguments, columns_of
 from quaclrs.config import TrainConfig
 from quaclrs.errors import UsageError, run_command, told_once
 from quaclrs.training.architectures import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from quaclrs.experiment.results import Summary
 
 PROGRAM = "quaclrs-train"
 _SEVERAL = "several processes"
@@ -32,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the flags; ``--demo`` changes some defaults, and what is given beside it still counts."""
+    """Parse the flags. ``--demo`` changes some defaults; flags given beside it still count."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.demo:
@@ -44,7 +47,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def to_config(options: argparse.Namespace) -> TrainConfig:
-    """The run's configuration. Raises :class:`UsageError` naming a flag whose value cannot work."""
+    """Build the run's configuration. Raises :class:`UsageError` naming a flag whose value cannot work."""
     names = {field.name for field in dataclasses.fields(TrainConfig)} & set(vars(options))
     return TrainConfig(columns=columns_of(options), **{name: getattr(options, name) for name in names})
 
@@ -62,7 +65,9 @@ def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if config.parallel:
         from quaclrs.experiment.fold_pool import run_in_parallel
 
-        _tell(config, run_in_parallel(config, processes_wanted(config.nproc, config.device, "--parallel folds")))
+        _print_summaries(
+            config, run_in_parallel(config, processes_wanted(config.nproc, config.device, "--parallel folds"))
+        )
         return 0
     if options.distributed:
         processes = processes_wanted(config.nproc, config.device, "--distributed")
@@ -79,7 +84,7 @@ def _train_as_rank(config: TrainConfig, options: argparse.Namespace) -> None:
 
 
 def _train_here(config: TrainConfig, demo: bool) -> None:
-    """Train in this process, be it alone or one of several; ``demo`` that its data are still to be made."""
+    """Train in this process, alone or as one of several; ``demo``: make the demo's dataset first."""
     from quaclrs.experiment.cross_validation import run_cross_validation
     from quaclrs.training.distributed import joined_world
     from quaclrs.training.progress import console_hooks
@@ -90,7 +95,7 @@ def _train_here(config: TrainConfig, demo: bool) -> None:
             with world.main_process_first():
                 config = _with_demo(config)
         if world.is_main:
-            _tell(config, run_cross_validation(config, print, console_hooks(config.epochs), world))
+            _print_summaries(config, run_cross_validation(config, print, console_hooks(config.epochs), world))
         else:
             run_cross_validation(config, lambda text: None, Hooks(), world)
 
@@ -102,6 +107,7 @@ def _with_demo(config: TrainConfig) -> TrainConfig:
 
 
 def _refuse_mixed_ways(config: TrainConfig, distributed: bool, rank: bool) -> None:
+    """Raise :class:`UsageError` for ways of using several processes that exclude each other."""
     if config.parallel and distributed:
         raise UsageError(
             "--distributed --parallel folds: processes either share each fold, or take whole folds; give one of the two"
@@ -112,20 +118,17 @@ def _refuse_mixed_ways(config: TrainConfig, distributed: bool, rank: bool) -> No
         raise UsageError(f"--nproc {config.nproc}: is about --distributed or --parallel folds; give one of them")
 
 
-def _tell(config: TrainConfig, summaries: dict[str, dict[str, Any]]) -> None:
-    from quaclrs.experiment.cross_validation import SUMMARY_FILE
+def _print_summaries(config: TrainConfig, summaries: dict[str, Summary]) -> None:
+    from quaclrs.experiment.results import SUMMARY_FILE
 
     for name, summary in summaries.items():
-        spread = "" if summary["std_test_accuracy"] is None else f" ± {summary['std_test_accuracy']:.2%}"
+        std, originals = summary.std("test_accuracy"), summary.mean("test_accuracy_originals")
         print(
-            f"{name}: test accuracy {summary['mean_test_accuracy']:.2%}{spread} over {summary['num_folds']} fold(s)"
-            f"{_originals(summary)}; results in {config.output_dir / name} (start with {SUMMARY_FILE} and fold_*/plots)"
+            f"{name}: test accuracy {summary.mean('test_accuracy'):.2%}{'' if std is None else f' ± {std:.2%}'} "
+            f"over {len(summary.folds)} fold(s)"
+            f"{'' if originals is None else f', {originals:.2%} on originals only'}; "
+            f"results in {config.output_dir / name} (start with {SUMMARY_FILE} and fold_*/plots)"
         )
-
-
-def _originals(summary: dict[str, Any]) -> str:
-    accuracy = summary["mean_test_accuracy_originals"]
-    return "" if accuracy is None else f", {accuracy:.2%} on originals only"
 
 
 def _parser() -> Parser:
@@ -133,6 +136,7 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--demo", action="store_true", help="make a small synthetic dataset, pack it, and train on it")
     add_dataset_arguments(parser.add_argument_group("data"), show_defaults=True)
+    types = typing.get_type_hints(TrainConfig)
     for name in _GROUPS:
         group = parser.add_argument_group(name)
         if name == _SEVERAL:
@@ -140,24 +144,18 @@ def _parser() -> Parser:
             group.add_argument("--distributed", action="store_true", help=help_text)
         for field in dataclasses.fields(TrainConfig):
             if field.metadata["group"] == name:
-                _add_flag(group, field)
+                _add_flag(group, field, types[field.name])
     return parser
 
 
-def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> None:
-    """Add the flag of one field of :class:`TrainConfig`: its name, type and default, and the field's metadata."""
+def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], declared: Any) -> None:
+    """Add the flag of one field of :class:`TrainConfig`; its type is ``int`` for one declared ``int | None``."""
     *first, last = ARCHITECTURES
     help_text = field.metadata["help"].replace("{architectures}", f"{', '.join(first)} or {last}")
     options: dict[str, Any] = {"default": field.default, "help": help_text}
-    field_type = _type_of(field)
+    field_type = next((part for part in typing.get_args(declared) if part is not type(None)), declared)
     if field_type is bool:
         options["action"] = "store_true"
     else:
         options |= {"type": field_type, "choices": field.metadata["choices"], "metavar": field.metadata["metavar"]}
     group.add_argument(f"--{field.name}", **options)
-
-
-def _type_of(field: dataclasses.Field[Any]) -> Any:
-    """``int`` for a field declared ``int`` or ``int | None``, and likewise for other types."""
-    declared = typing.get_type_hints(TrainConfig)[field.name]
-    return next((part for part in typing.get_args(declared) if part is not type(None)), declared)
