@@ -33,7 +33,8 @@ from quaclrs.loaders.dataset import open_dataset
 from quaclrs.system.atomic_files import make_folder
 from quaclrs.system.processes import exit_with_parent, interrupts_held
 from quaclrs.system.signals import SignalHandler
-from quaclrs.training.distributed import World, share_processors
+from quaclrs.training.distributed import World
+from quaclrs.training.launcher import set_threads_per_process
 from quaclrs.training.progress import epoch_line
 from quaclrs.training.trainer import Hooks
 
@@ -105,7 +106,7 @@ class _Pool:
     def run(self) -> None:
         self.waiting.extend(self.to_do)
         processes = min(self.config.nproc or 1, len(self.to_do))
-        share_processors(processes)
+        set_threads_per_process(processes)
         on_gpu = find_device(self.config.device).type == "cuda"
         try:
             for i in range(processes):
