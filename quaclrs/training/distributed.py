@@ -82,7 +82,7 @@ class World:
         """Rank 0's ``value`` on every rank. Collective; ``value`` must be picklable."""
         if self.size == 1:
             return value
-        values: list[Any] = [value]
+        values: list[Value] = [value]
         distributed.broadcast_object_list(values, 0, group=self.hosts)
         return values[0]
 
