@@ -31,6 +31,7 @@ from PIL import Image
 from png_trees import PngTree, make_rows, write_csv, write_tree
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from torch import nn
+from torch._C._distributed_c10d import TCPStore
 from torch.nn import functional
 from torchvision import models as torchvision_models
 from torchvision import transforms
@@ -79,9 +80,7 @@ class Ranks:
     ) -> None:
         self.folder, size = folder, len(arguments)
         # the launcher's part: a store for them to meet at, on a port that the system chooses
-        self._store = torch.distributed.distributed_c10d.TCPStore(
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False
-        )
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         shared = {
             **{
                 "MASTER_ADDR": "127.0.0.1",

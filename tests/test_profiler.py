@@ -1,4 +1,4 @@
-"""Contract of ``--profile``: trace and bottleneck agree with each other and with other clocks, and leave nothing else."""
+"""Contract of ``--profile``: trace and bottleneck agree with each other and with other clocks; nothing else changes."""
 
 from __future__ import annotations
 
