@@ -143,6 +143,7 @@ def test_a_checkpoint_moves_between_ways_of_computing() -> None:
 # --- torch.compile ---
 
 
+@pytest.mark.exhaustive  # a compiler's run
 def test_inductor_learns_what_plain_steps_do() -> None:
     """And leaves the names of the weights alone, so that checkpoints fit."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:

@@ -427,7 +427,14 @@ def agree(world: World, folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"{size}_ranks")
+ALWAYS = (2, 4)
+"""Two ranks, whose sums have one order, and more ranks than some evaluations have samples; the others are exhaustive."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=() if n in ALWAYS else pytest.mark.exhaustive, id=f"{n}_ranks") for n in SIZES],
+)
 def done(
     request: pytest.FixtureRequest, tree: PngTree, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, list[Any]]]:
@@ -824,7 +831,7 @@ def site_with(what: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("way", LAUNCHERS)
+@pytest.mark.parametrize("way", ["torchrun", pytest.param("--distributed", marks=pytest.mark.exhaustive)])
 def test_a_damaged_image_of_one_rank(way: str, tree: PngTree, tmp_path: Path) -> None:
     copy, path = damaged(tree, tmp_path / "tree", rank=1)
     ended = launch(way, flags(copy, tmp_path / "results"))
@@ -846,6 +853,7 @@ def test_a_killed_rank_is_named_by_our_launcher(tree: PngTree, tmp_path: Path) -
     assert lines == ["quaclrs-train: error: rank 1 was killed by SIGKILL (out of memory?); --resume goes on"]
 
 
+@pytest.mark.exhaustive
 def test_a_bug_of_one_rank_shows_its_traceback(tree: PngTree, tmp_path: Path) -> None:
     ended = launch("--distributed", flags(tree, tmp_path / "results"), site_with("bug", tmp_path / "site"))
     assert ended.returncode == 1
@@ -895,6 +903,7 @@ def test_cuda_without_a_gpu(given: str, tree: PngTree, tmp_path: Path, capsys: p
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.exhaustive
 def test_too_few_gpus_for_torchrun(tree: PngTree, tmp_path: Path) -> None:
     """Said by the first rank that gets none."""
     ended = launch("torchrun", flags(tree, tmp_path / "results", "--device", "cuda"))
