@@ -428,7 +428,7 @@ def agree(world: World, folder: Path) -> dict[str, Any]:
 
 
 ALWAYS = (2, 4)
-"""Two ranks, whose sums have one order, and more ranks than some evaluations have samples; the others are exhaustive."""
+"""Two ranks, whose sums have one order, and four, of which some evaluate nothing. Other worlds are exhaustive."""
 
 
 @pytest.fixture(
