@@ -70,19 +70,19 @@ class Grids:
 class Passes(NamedTuple):
     """The axes of a layout in the order in which Pillow resizes them, each as (edges, pixels)."""
 
-    cells: tuple[tuple[int, ...], int]
+    inner: tuple[tuple[int, ...], int]
     """The first pass blends the cells of each line."""
-    lines: tuple[tuple[int, ...], int]
+    outer: tuple[tuple[int, ...], int]
     """The second pass blends the lines."""
-    turned: bool
+    transposed: bool
     """Lines are columns of cells, for Pillow resizes vertically first; usually they are rows."""
 
     @classmethod
     def of(cls, layout: Layout, size: int) -> Passes:
         """The passes of a resize of ``layout`` to ``size``."""
         columns, rows = (layout.column_edges, layout.width), (layout.row_edges, layout.height)
-        turned = vertical_first(layout.height, layout.width, size)
-        return cls(rows, columns, True) if turned else cls(columns, rows, False)
+        transposed = vertical_first(layout.height, layout.width, size)
+        return cls(rows, columns, True) if transposed else cls(columns, rows, False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,23 +97,23 @@ class RenderTables:
 
     size: int
     layouts: tuple[Layout, ...]
-    lines: torch.Tensor
+    outer_cells: torch.Tensor
     """(L,) int32: lines of cells, which the first pass works through; see :class:`Passes`."""
-    cells: torch.Tensor
+    inner_cells: torch.Tensor
     """(L,) int32: cells of one line."""
-    line_stride: torch.Tensor
+    outer_stride: torch.Tensor
     """(L,) int32: bytes of the grid from one line to the next."""
-    cell_stride: torch.Tensor
+    inner_stride: torch.Tensor
     """(L,) int32: bytes from one cell of a line to the next."""
-    turned: torch.Tensor
+    transposed: torch.Tensor
     """(L,) int32: 1 where lines are columns, so that what the second pass makes is turned on its side; else 0."""
-    cell_first: torch.Tensor
+    inner_first: torch.Tensor
     """(L, S) int32: first pass, the first cell of each output value."""
-    cell_weights: torch.Tensor
+    inner_weights: torch.Tensor
     """(L, cell taps, S) int32."""
-    line_first: torch.Tensor
+    outer_first: torch.Tensor
     """(L, S) int32: second pass, the first line of each output line."""
-    line_weights: torch.Tensor
+    outer_weights: torch.Tensor
     """(L, line taps, S) int32."""
     palettes: torch.Tensor
     """(P, 256) int32 colours ``R | G << 8 | B << 16``; black beyond a palette's end."""
@@ -130,24 +130,24 @@ class RenderTables:
         if size < 1 or not layouts or not palettes:
             raise ValueError(f"cannot render {len(layouts)} layouts with {len(palettes)} palettes at size {size}")
         passes = [Passes.of(layout, size) for layout in layouts]
-        cell_first, cell_weights = _stack([cell_filter_weights(*one.cells, size) for one in passes])
-        line_first, line_weights = _stack([cell_filter_weights(*one.lines, size) for one in passes])
+        inner_first, inner_weights = _stack([cell_filter_weights(*one.inner, size) for one in passes])
+        outer_first, outer_weights = _stack([cell_filter_weights(*one.outer, size) for one in passes])
         strides = [
-            (1, layout.columns) if one.turned else (layout.columns, 1)
+            (1, layout.columns) if one.transposed else (layout.columns, 1)
             for layout, one in zip(layouts, passes, strict=True)
         ]
         tables = cls(
             size=size,
             layouts=tuple(layouts),
-            lines=_int32(len(one.lines[0]) for one in passes),
-            cells=_int32(len(one.cells[0]) for one in passes),
-            line_stride=_int32(line for line, _ in strides),
-            cell_stride=_int32(cell for _, cell in strides),
-            turned=_int32(one.turned for one in passes),
-            cell_first=cell_first,
-            cell_weights=cell_weights,
-            line_first=line_first,
-            line_weights=line_weights,
+            outer_cells=_int32(len(one.outer[0]) for one in passes),
+            inner_cells=_int32(len(one.inner[0]) for one in passes),
+            outer_stride=_int32(outer for outer, _ in strides),
+            inner_stride=_int32(inner for _, inner in strides),
+            transposed=_int32(one.transposed for one in passes),
+            inner_first=inner_first,
+            inner_weights=inner_weights,
+            outer_first=outer_first,
+            outer_weights=outer_weights,
             palettes=torch.stack([_packed(palette) for palette in palettes]),
         )
         return tables.to(device)
@@ -182,7 +182,7 @@ def check_grids(grids: Grids, tables: RenderTables) -> None:
         if low < 0 or high >= known:
             raise ValueError(f"a grid has {name} {low if low < 0 else high}, there are {known}")
     start = int(grids.offsets.min())
-    end = int((grids.offsets + (tables.lines * tables.cells)[grids.layouts.long()]).max())
+    end = int((grids.offsets + (tables.outer_cells * tables.inner_cells)[grids.layouts.long()]).max())
     if start < 0 or end > len(grids.flat):
         raise ValueError(f"grids lie at {start}..{end}, outside the buffer of {len(grids.flat)} bytes")
 
@@ -203,8 +203,8 @@ def render_reference(
     out = checked_out(out, len(index), tables, dtype)
     layouts = grids.layouts[index].long()  # (B,)
     levels = _second_pass(_first_pass(grids, index, layouts, tables), layouts, tables)
-    turned = tables.turned[layouts].bool()[:, None, None, None]
-    levels = torch.where(turned, levels.transpose(1, 2), levels).to(torch.uint8)  # (B, S, S, 3)
+    transposed = tables.transposed[layouts].bool()[:, None, None, None]
+    levels = torch.where(transposed, levels.transpose(1, 2), levels).to(torch.uint8)  # (B, S, S, 3)
     return out.copy_(levels.permute(0, 3, 1, 2) if dtype == torch.uint8 else normalise(levels, dtype))
 
 
@@ -232,16 +232,16 @@ def _first_pass(grids: Grids, index: torch.Tensor, layouts: torch.Tensor, tables
     """Every line at S values: (B, most lines, S, 3) int32 levels. Lines that a smaller grid lacks repeat
     its last one.
     """
-    last_line, last_cell = tables.lines[layouts][:, None] - 1, tables.cells[layouts][:, None] - 1  # (B, 1)
-    line = torch.arange(int(tables.lines.max()), device=tables.device).minimum(last_line)  # (B, N)
-    line_start = grids.offsets[index][:, None] + line * tables.line_stride[layouts][:, None]
+    last_line, last_cell = tables.outer_cells[layouts][:, None] - 1, tables.inner_cells[layouts][:, None] - 1  # (B, 1)
+    line = torch.arange(int(tables.outer_cells.max()), device=tables.device).minimum(last_line)  # (B, N)
+    line_start = grids.offsets[index][:, None] + line * tables.outer_stride[layouts][:, None]
     palettes = tables.palettes[grids.palettes[index].long()]  # (B, 256)
     image = torch.arange(len(index), device=tables.device)[:, None, None]
-    first, weights = tables.cell_first[layouts], tables.cell_weights[layouts]  # (B, S), (B, K, S)
+    first, weights = tables.inner_first[layouts], tables.inner_weights[layouts]  # (B, S), (B, K, S)
 
     sums = torch.full((*line.shape, tables.size, 3), HALF, dtype=torch.int32, device=tables.device)
     for k in range(weights.shape[1]):
-        cell = (first + k).minimum(last_cell) * tables.cell_stride[layouts][
+        cell = (first + k).minimum(last_cell) * tables.inner_stride[layouts][
             :, None
         ]  # beyond the last cell the weight is 0
         indices = grids.flat[line_start[:, :, None] + cell[:, None, :]].long()  # (B, N, S)
@@ -254,8 +254,8 @@ def _first_pass(grids: Grids, index: torch.Tensor, layouts: torch.Tensor, tables
 def _second_pass(lines: torch.Tensor, layouts: torch.Tensor, tables: RenderTables) -> torch.Tensor:
     """(B, N, S, 3) int32 lines to (B, S, S, 3) int32 levels of 0..255; they never need clipping, see MAX_SIDE."""
     image = torch.arange(len(layouts), device=tables.device)[:, None]
-    last_line = tables.lines[layouts][:, None] - 1
-    first, weights = tables.line_first[layouts], tables.line_weights[layouts]  # (B, S), (B, K, S)
+    last_line = tables.outer_cells[layouts][:, None] - 1
+    first, weights = tables.outer_first[layouts], tables.outer_weights[layouts]  # (B, S), (B, K, S)
 
     sums = torch.full((len(layouts), tables.size, tables.size, 3), HALF, dtype=torch.int32, device=tables.device)
     for k in range(weights.shape[1]):
@@ -268,12 +268,12 @@ def _int32(values: Iterable[int]) -> torch.Tensor:
     return torch.tensor(list(values), dtype=torch.int32)
 
 
-def _stack(taps: list[FilterWeights]) -> tuple[torch.Tensor, torch.Tensor]:
+def _stack(filters: list[FilterWeights]) -> tuple[torch.Tensor, torch.Tensor]:
     """(L, S) first sources and (L, K, S) weights of L layouts, padded to the most taps."""
-    most = max(one.weights.shape[1] for one in taps)
-    weights = [np.pad(one.weights, ((0, 0), (0, most - one.weights.shape[1]))).T for one in taps]
+    most = max(one.weights.shape[1] for one in filters)
+    weights = [np.pad(one.weights, ((0, 0), (0, most - one.weights.shape[1]))).T for one in filters]
     # stack() alone would keep the transposed memory order, which the kernels do not expect
-    return torch.from_numpy(np.stack([one.first for one in taps])), torch.from_numpy(
+    return torch.from_numpy(np.stack([one.first for one in filters])), torch.from_numpy(
         np.ascontiguousarray(np.stack(weights))
     )
 

@@ -65,7 +65,7 @@ class FilterWeights:
     """(S, K), for sources first, first + 1, ...; each row sums to about 2^22."""
 
 
-def pixel_taps(source: int, target: int) -> FilterWeights:
+def pixel_filter_weights(source: int, target: int) -> FilterWeights:
     """Taps of a resize from ``source`` to ``target`` pixels, up or down. Raises ``ValueError`` for sizes below 1 or
     above MAX_SIDE.
     """
@@ -91,7 +91,7 @@ def cell_filter_weights(edges: tuple[int, ...], source: int, target: int) -> Fil
 
     The arrays are shared between callers and read-only.
     """
-    pixels = pixel_taps(source, target)
+    pixels = pixel_filter_weights(source, target)
     position = np.minimum(
         pixels.first[:, None] + np.arange(pixels.weights.shape[1]), source - 1
     )  # (S, K) pixel of each weight

@@ -1,8 +1,8 @@
 """The few layouts and palettes that a whole dataset shares, whatever order its images came in.
 
 What one image shows is only part of the truth: equal neighbouring cells merge, and no image uses all colours. So each
-image gives :class:`Facts`, and :func:`plan` chooses from the *set* of all facts. Every step below works on sorted sets,
-so the result depends neither on the order of the images nor on how workers shared them out.
+image gives :class:`Facts`, and :func:`share_layouts` chooses from the *set* of all facts. Every step
+below works on sorted sets, so the result depends neither on the order of the images nor on how workers shared them out.
 
 **Layouts.** A layout *covers* an image of its size if its edges include all edges the image shows. Facts are taken by
 the number of cells they show, most first (ties: the edges themselves), for the richest image knows most about the true
@@ -68,7 +68,7 @@ def image_facts(image: IndexedImage) -> Facts:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class SharedLayouts:
     """The layouts and palettes of a dataset, in canonical order."""
 
     layouts: tuple[Layout, ...]
@@ -98,7 +98,7 @@ class Plan:
         return [frozenset(pack_colours(palette).tolist()) for palette in self.palettes]
 
 
-def plan(facts: Iterable[Facts]) -> Plan:
+def share_layouts(facts: Iterable[Facts]) -> SharedLayouts:
     """Choose the layouts and palettes of a dataset from its images' facts, in any order; repeated facts change nothing.
 
     Raises :class:`NotIndexable` when it would take more than MAX_SHARED of either.
@@ -107,7 +107,7 @@ def plan(facts: Iterable[Facts]) -> Plan:
     seen = sorted({_Seen.of(one) for one in distinct}, key=_Seen.rank)
     layouts = _used_layouts(seen, _choose_layouts(seen))
     palettes = _choose_palettes({one.colours for one in distinct})
-    return Plan(layouts, tuple(unpack_colours(np.array(sorted(palette), np.uint32)) for palette in palettes))
+    return SharedLayouts(layouts, tuple(unpack_colours(np.array(sorted(palette), np.uint32)) for palette in palettes))
 
 
 class _Seen(NamedTuple):

@@ -61,14 +61,14 @@ class Tile:
     """Of the output, along the second pass."""
     columns: int
     """Of the output, along the first pass."""
-    lines: int
+    outer_cells: int
     """Lines of cells that ``rows`` output rows blend, at most, in any layout."""
     warps: int
 
     @property
     def source_lanes(self) -> int:
         """Lanes of the first pass: a power of two."""
-        return _power_of_two(self.lines * self.columns)
+        return _power_of_two(self.outer_cells * self.columns)
 
     @property
     def lanes(self) -> int:
@@ -99,7 +99,7 @@ def render_triton(
     tiles = -(-tables.size // tile.rows) * -(-tables.size // tile.columns)
     pointers = (index, grids.flat, grids.offsets, grids.layouts, grids.palettes, *_table_tensors(tables), values, out)
     # Fused multiply-add is no matter of precision here, see _affine; Triton 3.9 warns unless told.
-    _draw_tile[(len(index) * tiles,)](
+    _render_tile[(len(index) * tiles,)](
         *pointers, **_constants(tables, tile, mode), num_warps=tile.warps, enable_fp_fusion=True
     )
     return out
@@ -110,22 +110,22 @@ def choose_tile(tables: RenderTables, rows: int | None = None, columns: int | No
 
     The estimate is a rough count of the passes' instructions per lane, not a measurement.
     """
-    axes = tuple(dict.fromkeys(Passes.of(layout, tables.size).lines for layout in tables.layouts))
-    return _choose_tile(axes, tables.size, tables.cell_weights.shape[1], tables.line_weights.shape[1], rows, columns)
+    axes = tuple(dict.fromkeys(Passes.of(layout, tables.size).outer for layout in tables.layouts))
+    return _choose_tile(axes, tables.size, tables.inner_weights.shape[1], tables.outer_weights.shape[1], rows, columns)
 
 
 @functools.lru_cache(maxsize=64)
 def _choose_tile(
     axes: tuple[tuple[tuple[int, ...], int], ...],
     size: int,
-    cell_filter_weights: int,
-    line_taps: int,
+    inner_filter_weights: int,
+    outer_filter_weights: int,
     rows: int | None,
     columns: int | None,
 ) -> Tile:
     def work(tile: Tile) -> int:
-        first_pass = tile.source_lanes * (12 + 10 * cell_filter_weights)
-        second_pass = tile.lanes * (40 + 10 * line_taps)
+        first_pass = tile.source_lanes * (12 + 10 * inner_filter_weights)
+        second_pass = tile.lanes * (40 + 10 * outer_filter_weights)
         return -(-size // tile.rows) * -(-size // tile.columns) * (first_pass + second_pass + 8192)
 
     candidates = []
@@ -133,37 +133,46 @@ def _choose_tile(
     # At least 32, so that a row of a tile is whole sectors of memory.
     column_choices = [columns] if columns else sorted({min(side, size) for side in (32, 48, 56, 64, 96, 112, 128)})
     for one_rows in row_choices:
-        lines = max(_most_lines(edges, pixels, size, one_rows) for edges, pixels in axes)
+        outer_cells = max(_most_outer_cells(edges, pixels, size, one_rows) for edges, pixels in axes)
         for one_columns in column_choices:
-            lanes = _power_of_two(max(one_rows, lines) * one_columns)
-            candidates.append(Tile(rows=one_rows, columns=one_columns, lines=lines, warps=min(max(lanes // 512, 1), 8)))
+            lanes = _power_of_two(max(one_rows, outer_cells) * one_columns)
+            candidates.append(
+                Tile(rows=one_rows, columns=one_columns, outer_cells=outer_cells, warps=min(max(lanes // 512, 1), 8))
+            )
     small = [tile for tile in candidates if max(tile.lanes, tile.source_lanes) <= MAX_LANES]
     return min(small or candidates, key=work)
 
 
-def _most_lines(edges: tuple[int, ...], pixels: int, size: int, tile_rows: int) -> int:
+def _most_outer_cells(edges: tuple[int, ...], pixels: int, size: int, tile_rows: int) -> int:
     """Lines of cells that a tile of ``tile_rows`` output rows blends, at most."""
-    taps = cell_filter_weights(edges, pixels, size)
+    filter_weights = cell_filter_weights(edges, pixels, size)
     used = (
-        taps.first + taps.weights.shape[1] - (taps.weights[:, ::-1] != 0).argmax(axis=1)
+        filter_weights.first + filter_weights.weights.shape[1] - (filter_weights.weights[:, ::-1] != 0).argmax(axis=1)
     )  # (S,) end of the last tap that counts
     tops = np.arange(0, size, tile_rows)
-    return int((np.maximum.reduceat(used, tops) - taps.first[tops]).max())
+    return int((np.maximum.reduceat(used, tops) - filter_weights.first[tops]).max())
 
 
 def _table_tensors(tables: RenderTables) -> tuple[torch.Tensor, ...]:
-    shapes = (tables.lines, tables.cells, tables.line_stride, tables.cell_stride, tables.turned)
-    return (*shapes, tables.cell_first, tables.cell_weights, tables.line_first, tables.line_weights, tables.palettes)
+    shapes = (tables.outer_cells, tables.inner_cells, tables.outer_stride, tables.inner_stride, tables.transposed)
+    return (
+        *shapes,
+        tables.inner_first,
+        tables.inner_weights,
+        tables.outer_first,
+        tables.outer_weights,
+        tables.palettes,
+    )
 
 
 def _constants(tables: RenderTables, tile: Tile, mode: int) -> dict[str, int]:
     return {
         "SIZE": tables.size,
-        "CELL_TAPS": tables.cell_weights.shape[1],
-        "LINE_TAPS": tables.line_weights.shape[1],
+        "INNER_WEIGHTS": tables.inner_weights.shape[1],
+        "OUTER_WEIGHTS": tables.outer_weights.shape[1],
         "TILE_ROWS": tile.rows,
         "TILE_COLUMNS": tile.columns,
-        "TILE_LINES": tile.lines,
+        "TILE_OUTER_CELLS": tile.outer_cells,
         "SOURCE_LANES": tile.source_lanes,
         "LANES": tile.lanes,
         "MODE": mode,
@@ -210,7 +219,7 @@ def _power_of_two(number: int) -> int:
 
 
 @triton.jit
-def _weigh(colour, weight, red, green, blue):  # type: ignore[no-untyped-def]
+def _add_weighted(colour, weight, red, green, blue):  # type: ignore[no-untyped-def]
     """Add a tap to the sums of three channels."""
     red += (colour & 255) * weight
     green += ((colour >> 8) & 255) * weight
@@ -219,10 +228,10 @@ def _weigh(colour, weight, red, green, blue):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _add_cell_tap(line, cell, last_cell, cell_stride, palette, weight, red, green, blue):  # type: ignore[no-untyped-def]
+def _add_weighted_cell(line, cell, last_inner, inner_stride, palette, weight, red, green, blue):  # type: ignore[no-untyped-def]
     """One tap of the first pass; beyond the last cell its weight is 0."""
-    entry = tl.load(line + tl.minimum(cell, last_cell) * cell_stride).to(tl.int32)
-    return _weigh(tl.gather(palette, entry, 0), tl.load(weight), red, green, blue)
+    entry = tl.load(line + tl.minimum(cell, last_inner) * inner_stride).to(tl.int32)
+    return _add_weighted(tl.gather(palette, entry, 0), tl.load(weight), red, green, blue)
 
 
 @triton.jit
@@ -232,30 +241,30 @@ def _rounded(red, green, blue):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _draw_tile(  # type: ignore[no-untyped-def]
+def _render_tile(  # type: ignore[no-untyped-def]
     index,  # (B,) int64; the other inputs as in Grids and RenderTables
     flat,
     offsets,
     layouts,
     palettes,
-    all_lines,
-    all_cells,
-    line_strides,
-    cell_strides,
-    all_turned,
-    cell_first,
-    cell_weights,
-    line_first,
-    line_weights,
+    all_outer_cells,
+    all_inner_cells,
+    outer_strides,
+    inner_strides,
+    all_transposed,
+    inner_first,
+    inner_weights,
+    outer_first,
+    outer_weights,
     colours,
     values,  # (3, 256) of the batch's dtype, or (2, 3) float32 scales and shifts
     out,  # (B, S, S, 3)
     SIZE: tl.constexpr,
-    CELL_TAPS: tl.constexpr,
-    LINE_TAPS: tl.constexpr,
+    INNER_WEIGHTS: tl.constexpr,
+    OUTER_WEIGHTS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
-    TILE_LINES: tl.constexpr,
+    TILE_OUTER_CELLS: tl.constexpr,
     SOURCE_LANES: tl.constexpr,
     LANES: tl.constexpr,
     MODE: tl.constexpr,
@@ -270,31 +279,31 @@ def _draw_tile(  # type: ignore[no-untyped-def]
     image = tl.load(index + sample)
     layout = tl.load(layouts + image)
     grid = flat + tl.load(offsets + image)
-    last_line = tl.load(all_lines + layout) - 1
-    last_cell = tl.load(all_cells + layout) - 1
-    line_stride = tl.load(line_strides + layout)
-    cell_stride = tl.load(cell_strides + layout)
+    last_outer = tl.load(all_outer_cells + layout) - 1
+    last_inner = tl.load(all_inner_cells + layout) - 1
+    outer_stride = tl.load(outer_strides + layout)
+    inner_stride = tl.load(inner_strides + layout)
     palette = tl.load(colours + tl.load(palettes + image) * 256 + tl.arange(0, 256))
-    top_line = tl.load(line_first + layout * SIZE + top)  # the first line that this tile needs
+    top_outer = tl.load(outer_first + layout * SIZE + top)  # the first line that this tile needs
 
     # First pass. Lanes beyond the image repeat its edge: cheaper than masking each load, and nobody reads them.
     lane = tl.arange(0, SOURCE_LANES)
     x = tl.minimum(left + lane % TILE_COLUMNS, SIZE - 1)
-    line = grid + tl.minimum(top_line + lane // TILE_COLUMNS, last_line) * line_stride
-    first = tl.load(cell_first + layout * SIZE + x)
-    weights = cell_weights + layout * CELL_TAPS * SIZE + x
+    line = grid + tl.minimum(top_outer + lane // TILE_COLUMNS, last_outer) * outer_stride
+    first = tl.load(inner_first + layout * SIZE + x)
+    weights = inner_weights + layout * INNER_WEIGHTS * SIZE + x
     red = tl.full([SOURCE_LANES], _HALF, tl.int32)
     green = red
     blue = red
-    if CELL_TAPS <= MAX_UNROLLED:
-        for k in tl.static_range(CELL_TAPS):
-            red, green, blue = _add_cell_tap(
-                line, first + k, last_cell, cell_stride, palette, weights + k * SIZE, red, green, blue
+    if INNER_WEIGHTS <= MAX_UNROLLED:
+        for k in tl.static_range(INNER_WEIGHTS):
+            red, green, blue = _add_weighted_cell(
+                line, first + k, last_inner, inner_stride, palette, weights + k * SIZE, red, green, blue
             )
     else:
-        for k in range(CELL_TAPS):
-            red, green, blue = _add_cell_tap(
-                line, first + k, last_cell, cell_stride, palette, weights + k * SIZE, red, green, blue
+        for k in range(INNER_WEIGHTS):
+            red, green, blue = _add_weighted_cell(
+                line, first + k, last_inner, inner_stride, palette, weights + k * SIZE, red, green, blue
             )
     across = _rounded(red, green, blue)  # (SOURCE_LANES,)
 
@@ -302,25 +311,29 @@ def _draw_tile(  # type: ignore[no-untyped-def]
     lane = tl.arange(0, LANES)
     y = tl.minimum(top + lane // TILE_COLUMNS, SIZE - 1)
     column = lane % TILE_COLUMNS
-    first = tl.load(line_first + layout * SIZE + y) - top_line
-    weights = line_weights + layout * LINE_TAPS * SIZE + y
+    first = tl.load(outer_first + layout * SIZE + y) - top_outer
+    weights = outer_weights + layout * OUTER_WEIGHTS * SIZE + y
     red = tl.full([LANES], _HALF, tl.int32)
     green = red
     blue = red
-    if LINE_TAPS <= MAX_UNROLLED:
-        for k in tl.static_range(LINE_TAPS):
-            source = tl.minimum(first + k, TILE_LINES - 1) * TILE_COLUMNS + column
-            red, green, blue = _weigh(tl.gather(across, source, 0), tl.load(weights + k * SIZE), red, green, blue)
+    if OUTER_WEIGHTS <= MAX_UNROLLED:
+        for k in tl.static_range(OUTER_WEIGHTS):
+            source = tl.minimum(first + k, TILE_OUTER_CELLS - 1) * TILE_COLUMNS + column
+            red, green, blue = _add_weighted(
+                tl.gather(across, source, 0), tl.load(weights + k * SIZE), red, green, blue
+            )
     else:
-        for k in range(LINE_TAPS):
-            source = tl.minimum(first + k, TILE_LINES - 1) * TILE_COLUMNS + column
-            red, green, blue = _weigh(tl.gather(across, source, 0), tl.load(weights + k * SIZE), red, green, blue)
+        for k in range(OUTER_WEIGHTS):
+            source = tl.minimum(first + k, TILE_OUTER_CELLS - 1) * TILE_COLUMNS + column
+            red, green, blue = _add_weighted(
+                tl.gather(across, source, 0), tl.load(weights + k * SIZE), red, green, blue
+            )
     pixels = _rounded(red, green, blue)  # (LANES,)
 
     # Output: 3 · LANES values, one after the other as they lie in memory.
-    turned = tl.load(all_turned + layout)
-    row_stride = tl.where(turned == 0, SIZE, 1)
-    column_stride = tl.where(turned == 0, 1, SIZE)
+    transposed = tl.load(all_transposed + layout)
+    row_stride = tl.where(transposed == 0, SIZE, 1)
+    column_stride = tl.where(transposed == 0, 1, SIZE)
     for part in tl.static_range(3):
         value = part * LANES + lane
         pixel = value // 3
@@ -362,7 +375,7 @@ def compile_for(capability: int, tables: RenderTables, dtype: torch.dtype) -> An
         f"*{element}",
     ]
     names = itertools.chain(inputs, ["constexpr"] * len(constants))
-    signature = dict(zip(_draw_tile.arg_names, names, strict=True))
-    source = ASTSource(_draw_tile, signature, constexprs=constants)
+    signature = dict(zip(_render_tile.arg_names, names, strict=True))
+    source = ASTSource(_render_tile, signature, constexprs=constants)
     options = {"num_warps": choose_tile(tables).warps, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
