@@ -24,7 +24,7 @@ from png_trees import PngTree, make_rows, write_csv, write_tree
 
 from quaclrs.config import Columns, PackConfig, folds_text, parse_folds
 from quaclrs.errors import DataError, ShardError, StorageError, UsageError
-from quaclrs.imaging.shared_layouts import Facts, Plan, plan
+from quaclrs.imaging.shared_layouts import Facts, SharedLayouts, share_layouts
 from quaclrs.shards.packing.pack import PackSummary, pack
 from quaclrs.shards.reader import ShardSet
 from quaclrs.system.file_locks import locked
@@ -317,12 +317,12 @@ def test_images_that_another_job_saw_otherwise_are_not_written(
 ) -> None:
     """Two jobs, an image changed between their beginnings, and the second looks again at what the first has seen."""
 
-    def change_and_look_again(facts: set[Facts]) -> Plan:
+    def change_and_look_again(facts: set[Facts]) -> SharedLayouts:
         monkeypatch.undo()
         path = small_tree.path(rows_of(small_tree, 1)[0])
         os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
         pack_folds(small_tree, tmp_path / "shards", 2, encoding="indexed")
-        return plan(facts)
+        return share_layouts(facts)
 
     monkeypatch.setattr("quaclrs.shards.packing.pack.share_layouts", change_and_look_again)  # between its two rounds
     with pytest.raises(

@@ -12,7 +12,7 @@ import numpy as np
 
 from quaclrs.data.metadata import Metadata
 from quaclrs.errors import DataError
-from quaclrs.imaging.shared_layouts import Plan
+from quaclrs.imaging.shared_layouts import SharedLayouts
 from quaclrs.shards import format as fmt
 from quaclrs.shards.packing.coordination import remove_shard, shard_records_in
 from quaclrs.shards.packing.write_shard import RECORDED, ShardRecord, npy_bytes
@@ -20,7 +20,7 @@ from quaclrs.system.atomic_files import TEMPORARY_SUFFIX, write_bytes
 
 
 def describe(
-    manifest: fmt.Manifest, shard_records: list[ShardRecord], shared: Plan | None
+    manifest: fmt.Manifest, shard_records: list[ShardRecord], shared: SharedLayouts | None
 ) -> tuple[fmt.Manifest, bytes]:
     """``manifest`` filled in for the shards of ``receipts``, on the ``shared`` layouts and palettes; and its
     samples.npy.
@@ -46,7 +46,11 @@ def describe(
 
 
 def finish(
-    manifest: fmt.Manifest, metadata: Metadata, shard_records: list[ShardRecord], shared: Plan | None, output_dir: Path
+    manifest: fmt.Manifest,
+    metadata: Metadata,
+    shard_records: list[ShardRecord],
+    shared: SharedLayouts | None,
+    output_dir: Path,
 ) -> fmt.Manifest:
     """Write everything but the tars, from the ``receipts`` of all of them; the manifest last: it is what makes a folder
     a shard folder.

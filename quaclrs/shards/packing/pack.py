@@ -18,8 +18,7 @@ from typing import TypeVar
 from quaclrs.config import PackConfig, folds_text
 from quaclrs.data.metadata import Audit, Metadata
 from quaclrs.errors import ShardError, StorageError, UsageError
-from quaclrs.imaging.shared_layouts import Facts, Plan
-from quaclrs.imaging.shared_layouts import plan as share_layouts
+from quaclrs.imaging.shared_layouts import Facts, SharedLayouts, share_layouts
 from quaclrs.shards import format as fmt
 from quaclrs.shards.packing.coordination import (
     WHAT_MUST_AGREE,
@@ -98,7 +97,7 @@ class _Packed:
 
     shard_records: list[ShardRecord]
     images_packed: int
-    shared: Plan | None
+    shared: SharedLayouts | None
     """What ``indexed`` shards share."""
     missing_folds: tuple[int, ...]
 

@@ -23,7 +23,7 @@ from quaclrs.errors import DataError, ShardError
 from quaclrs.imaging.indexed import IndexedImage, NotIndexable, decode, encode, recode
 from quaclrs.imaging.layout import Layout
 from quaclrs.imaging.png import PngFacts, decode_png
-from quaclrs.imaging.shared_layouts import Facts, Plan, image_facts
+from quaclrs.imaging.shared_layouts import Facts, SharedLayouts, image_facts
 from quaclrs.shards import format as fmt
 from quaclrs.shards.packing.write_shard import (
     PACKING_FOLDER,
@@ -85,7 +85,7 @@ def seen_facts(plan: ShardPlan, *, output_dir: Path) -> set[Facts] | None:
     return {Facts(height, width, *map(bytes.fromhex, sets)) for height, width, *sets in document["told"]}
 
 
-def write_indexed_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path, shared: Plan) -> ShardRecord:
+def write_indexed_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path, shared: SharedLayouts) -> ShardRecord:
     """Second round: write ``plan``'s shard on the ``shared`` layouts and palettes; one tick an image."""
 
     def prepared() -> Iterator[tuple[SampleSource, Prepared | fmt.SkippedRow]]:
@@ -95,14 +95,14 @@ def write_indexed_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path, shared
     return write_samples(plan, prepared(), tick, output_dir=output_dir, fingerprint=indexed_fingerprint(plan, shared))
 
 
-def finished_indexed_shard_record(plan: ShardPlan, *, output_dir: Path, shared: Plan) -> ShardRecord | None:
+def finished_indexed_shard_record(plan: ShardPlan, *, output_dir: Path, shared: SharedLayouts) -> ShardRecord | None:
     """As :func:`quaclrs.shards.packing.write_shard.finished_shard_record`, for a shard on the ``shared`` layouts and
     palettes.
     """
     return finished_shard_record(plan, output_dir=output_dir, fingerprint=indexed_fingerprint(plan, shared))
 
 
-def indexed_fingerprint(plan: ShardPlan, shared: Plan) -> str:
+def indexed_fingerprint(plan: ShardPlan, shared: SharedLayouts) -> str:
     """As :attr:`ShardPlan.fingerprint`, with the layouts and palettes that a shard's bytes depend on too."""
     layouts = json.dumps([layout.to_dict() for layout in shared.layouts])
     palettes = b"".join(palette.tobytes() + b"|" for palette in shared.palettes)
@@ -121,7 +121,7 @@ def _look(source: SampleSource, plan: ShardPlan) -> _Seen:
     return _Seen(image=image, facts=facts, pixels=fmt.pixel_digest(rgb))
 
 
-def _prepare(seen: _Seen, shared: Plan) -> Prepared:
+def _prepare(seen: _Seen, shared: SharedLayouts) -> Prepared:
     layout, palette = shared.choose(image_facts(seen.image))
     final = recode(seen.image, shared.layouts[layout], shared.palettes[palette])
     if fmt.pixel_digest(decode(final)) != seen.pixels:
