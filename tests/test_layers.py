@@ -128,11 +128,19 @@ def test_an_import_the_other_way_is_found(module: str, line: str) -> None:
 def test_no_import_goes_round_in_a_circle() -> None:
     all_sources = sources()
     waiting = {module: imported_modules(module, source, set(all_sources)) for module, source in all_sources.items()}
-    waiting["loaders.__init__"] -= {"loaders.dataset"}  # for type checkers only
     while waiting:
         free = [module for module, imported in waiting.items() if not imported & set(waiting)]
         assert free, f"among these: {sorted(waiting)}"
         waiting = {module: imported for module, imported in waiting.items() if module not in free}
+
+
+def test_reading_shards_needs_nothing_of_the_packer() -> None:
+    all_sources = sources()
+    read_side = [module for module in all_sources if module.startswith("shards.") and ".packing." not in module]
+    assert {"shards.format", "shards.work_folder", "shards.reader", "shards.verify"} < set(read_side)
+    for module in read_side:
+        imported = imported_modules(module, all_sources[module], set(all_sources))
+        assert not {name for name in imported if name.startswith("shards.packing.")}, module
 
 
 def importers(library: str) -> set[str]:
@@ -193,12 +201,12 @@ def test_the_command_line_reads_its_flags_without_libraries(flags: list[str]) ->
     assert loaded_by(code) == {"quaclrs"}
 
 
-@pytest.mark.parametrize("module", ["shards.packing.write_shard", "system.processes"])
+@pytest.mark.parametrize("module", ["shards.packing.work_queue", "system.processes"])
 def test_packing_workers_start_light(module: str) -> None:
     """Every spawned worker imports these anew."""
     loaded = loaded_by(f"import quaclrs.{module}")
     assert "quaclrs" in loaded
-    assert loaded <= {"quaclrs", "numpy", "PIL", "isal"}
+    assert loaded <= {"quaclrs", "numpy", "PIL", "isal", "tqdm"}
 
 
 def test_drawing_workers_start_light() -> None:
