@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from records import OWN_RESULTS, write_result
+from harness.records import OWN_RESULTS, write_result
 
 from quaclrs.cli.arguments import Parser
 

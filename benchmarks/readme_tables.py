@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import targets
-from records import RESULTS, Record, Row, find_row, newest, newest_path
+from harness.records import RESULTS, Record, Row, find_row, newest, newest_path
 
 from quaclrs.cli.arguments import Parser
 from quaclrs.errors import DataError, run_command

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from packing_speed import BARE
-from records import RESULTS, Record, Row, find_row, newest
+from harness.packing_speed import BARE
+from harness.records import RESULTS, Record, Row, find_row, newest
 
 from quaclrs.cli.arguments import Parser
 from quaclrs.training.models import ARCHITECTURES

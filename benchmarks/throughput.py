@@ -31,12 +31,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench_data import fewer_images, make_data
-from measure import Outcome
-from packing_speed import measure_packing
+from harness.bench_data import fewer_images, make_data
+from harness.measure import Outcome
+from harness.packing_speed import measure_packing
+from harness.records import OWN_RESULTS, save
+from harness.tables import summary
 from peers.registry import KEYS
-from records import OWN_RESULTS, save
-from tables import summary
 
 from quaclrs.cli.arguments import Parser, add_dataset_arguments
 from quaclrs.cli.demo import cache_root
@@ -217,7 +217,7 @@ def _measure_all(modes: Sequence[str], options: Any, work_dir: Path) -> None:
 @functools.cache
 def _machine_limits(device: torch.device) -> dict[str, float]:
     import torch
-    from limits import matmul_speed, memory_bandwidth
+    from harness.limits import matmul_speed, memory_bandwidth
 
     return memory_bandwidth(device) | matmul_speed(torch.float32, device)
 
@@ -226,10 +226,11 @@ def _measure(mode: str, options: Any, work_dir: Path) -> Outcome:
     if mode == "pack":
         return measure_packing(options, work_dir)
     if mode in ("step", "train"):
-        from training_speed import measure_training
+        from harness.training_speed import measure_training
 
         return measure_training(options, work_dir, train=mode == "train")
-    from loading_speed import measure_loading  # imports torch, for which spawned workers of `pack` shall not wait
+    # at the top it would make spawned workers of `pack` wait for torch
+    from harness.loading_speed import measure_loading
     from peers.registry import DECODING, READY
 
     if mode == "load":

@@ -29,16 +29,12 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import footprint  # noqa: E402
-import limits  # noqa: E402
-import loading_speed  # noqa: E402
-import measure  # noqa: E402
-import packing_speed  # noqa: E402
-import processes  # noqa: E402
 import throughput  # noqa: E402
-from measure import Contender, Group, race, repeated  # noqa: E402
-from peers.client import Pass  # noqa: E402
-from tables import summary, table  # noqa: E402
-from verdicts import BUSY, HANDING_OVER, NEAR_LIMIT, bound_by, training_bound_by  # noqa: E402
+from harness import limits, loading_speed, measure, packing_speed, processes  # noqa: E402
+from harness.bottleneck import BUSY, HANDING_OVER, NEAR_LIMIT, bound_by, training_bound_by  # noqa: E402
+from harness.measure import Contender, Group, race, repeated  # noqa: E402
+from harness.peer_process import Pass  # noqa: E402
+from harness.tables import summary, table  # noqa: E402
 
 CPU = torch.device("cpu")
 

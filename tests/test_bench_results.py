@@ -14,8 +14,8 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import plot  # noqa: E402
 import readme_tables  # noqa: E402
-import records  # noqa: E402
 import targets  # noqa: E402
+from harness import records  # noqa: E402
 
 from quaclrs.errors import DataError  # noqa: E402
 from quaclrs.training.models import ARCHITECTURES  # noqa: E402

@@ -24,14 +24,13 @@ from png_trees import PngTree
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import measure  # noqa: E402
-import records  # noqa: E402
-from measure import Contender, Group, Outcome  # noqa: E402
-from peers.client import HERE, Pass, Peer, PeerError, make_environment, read_requirements  # noqa: E402
+from harness import measure, records  # noqa: E402
+from harness.measure import Contender, Group, Outcome  # noqa: E402
+from harness.peer_contender import Setting, open_peer, tune, worker_counts  # noqa: E402
+from harness.peer_process import HERE, Pass, Peer, PeerError, make_environment, read_requirements  # noqa: E402
+from harness.tables import table  # noqa: E402
 from peers.registry import DECODING, KEYS, PEERS, READY, Entry  # noqa: E402
 from peers.serving import IMAGENET_MEAN, IMAGENET_STD, KeptBuffer, Tolerance, check_batch, check_epoch  # noqa: E402
-from peers.starting import Setting, open_peer, tune, worker_counts  # noqa: E402
-from tables import table  # noqa: E402
 
 SIZE = 32
 BATCH = 8
@@ -316,7 +315,7 @@ def test_a_peer_that_cannot_be_installed_is_left_out_with_its_reason(
     def install(name: str, requirements: list[str], folder: Path, *, over_ours: bool) -> Path:
         raise PeerError(name, "not installed: ERROR: No matching distribution found for ffcv==1.0.2")
 
-    monkeypatch.setattr("peers.starting.make_environment", install)
+    monkeypatch.setattr("harness.peer_contender.make_environment", install)
     with contextlib.ExitStack() as stack:
         contender = open_peer(entry("ffcv-raw"), _with(setting, environments=tmp_path), stack, lambda line: None)
         without = open_peer(entry("ffcv-raw"), setting, stack, lambda line: None)

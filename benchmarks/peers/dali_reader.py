@@ -7,7 +7,7 @@ over by DLPack, which copies nothing. DALI keeps two batches prepared, also betw
 least one. Compared: every value, which by DALI's resize may be up to 16 levels off Pillow's at an image's border, and
 in the mean half a level.
 
-Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+Speaks as serving.py says; started by harness/peer_process.py, which sets the PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
+
 from peers.serving import (
     IMAGENET_MEAN,
     IMAGENET_STD,

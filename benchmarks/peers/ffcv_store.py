@@ -7,7 +7,7 @@ a spectrogram's hard edges. In both images are resized by Pillow before they are
 squares, which this task does not do. os_cache, FFCV's own compiled pipeline and its threads, of which it needs at least
 one. On a GPU it sends uint8, and torch normalises there (FFCV's own way would need CuPy).
 
-Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+Speaks as serving.py says; started by harness/peer_process.py, which sets the PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from peers.serving import (
     EXACT,
     IMAGENET_MEAN,

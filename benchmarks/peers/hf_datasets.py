@@ -8,7 +8,7 @@ set_transform, as its manual has it. Compared: every value, equal to Pillow's.
 BatchSampler, which is half as fast again as by samples. Compared: every value, equal to Pillow's. DataLoader over the
 memory-mapped dataset, shuffled by the sampler; workers stay.
 
-Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+Speaks as serving.py says; started by harness/peer_process.py, which sets the PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 import datasets  # type: ignore[import-not-found, unused-ignore]
 import numpy as np
 import torch
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+
 from peers.images import collate, pillow_transform
 from peers.serving import Delivery, loader_options, make_parser, parse, read_images, serve_epochs
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 
 def main() -> None:

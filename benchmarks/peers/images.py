@@ -7,9 +7,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peers.serving import IMAGENET_MEAN, IMAGENET_STD
 from torchvision import transforms
 from torchvision.transforms import v2
+
+from peers.serving import IMAGENET_MEAN, IMAGENET_STD
 
 
 def pillow_transform(size: int, dtype: str) -> Any:

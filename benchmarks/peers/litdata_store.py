@@ -8,7 +8,7 @@ the mean).
 StreamingDataLoader with workers that stay, chunks of the default 64 MB, LitData's own shuffle. The folder is local and
 not copied.
 
-Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+Speaks as serving.py says; started by harness/peer_process.py, which sets the PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"  # it would ask the network
 import litdata  # type: ignore[import-not-found, unused-ignore]
 import numpy as np
 import torch
+
 from peers.images import collate, tensor_transform
 from peers.serving import (
     EXACT,

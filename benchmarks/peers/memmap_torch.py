@@ -5,7 +5,7 @@ lines.
 Its workers are torch's threads: at least one. With --keep_buffer float32 goes into one buffer that every batch
 overwrites, for those who know what fresh pages cost. Compared: every value, equal to Pillow's.
 
-Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+Speaks as serving.py says; started by harness/peer_process.py, which sets the PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+
 from peers.serving import IMAGENET_MEAN, IMAGENET_STD, Delivery, make_parser, on_gpu, parse, serve_epochs
 
 

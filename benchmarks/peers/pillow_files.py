@@ -4,7 +4,7 @@
 convert("RGB"), Resize, ToTensor and Normalize for each image; batches are collated in the worker, channels_last.
 Workers stay from epoch to epoch. Compared: every value, equal to Pillow's.
 
-Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+Speaks as serving.py says; started by harness/peer_process.py, which sets the PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers.images import collate, pillow_transform
-from peers.serving import Delivery, loader_options, make_parser, parse, read_images, serve_epochs
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+
+from peers.images import collate, pillow_transform
+from peers.serving import Delivery, loader_options, make_parser, parse, read_images, serve_epochs
 
 
 class Images(Dataset[tuple[torch.Tensor, int]]):

@@ -8,7 +8,7 @@ value, equal to Pillow's.
 Pillow's. DataLoader over StreamingDataset(local=...), workers that stay, shards of the default 64 MiB uncompressed, the
 default shuffle (py1e).
 
-Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+Speaks as serving.py says; started by harness/peer_process.py, which sets the PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers.images import collate, pillow_transform
-from peers.serving import Delivery, loader_options, make_parser, parse, read_images, serve_epochs
 from PIL import Image
 from streaming import MDSWriter, StreamingDataset  # type: ignore[import-not-found, unused-ignore]
 from torch.utils.data import DataLoader
+
+from peers.images import collate, pillow_transform
+from peers.serving import Delivery, loader_options, make_parser, parse, read_images, serve_epochs
 
 
 class Decoded(StreamingDataset):  # type: ignore[misc, unused-ignore]

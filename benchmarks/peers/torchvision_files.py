@@ -5,7 +5,7 @@ decode_image(mode=RGB) gives channels-last memory, which v2's resize, antialiase
 the batch is stacked without another layout. Compared: every value, which by v2's resize may be one level off Pillow's,
 and in the mean 0.05.
 
-Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+Speaks as serving.py says; started by harness/peer_process.py, which sets the PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers.images import collate, tensor_transform
-from peers.serving import Delivery, Tolerance, loader_options, make_parser, parse, read_images, serve_epochs
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
+
+from peers.images import collate, tensor_transform
+from peers.serving import Delivery, Tolerance, loader_options, make_parser, parse, read_images, serve_epochs
 
 TOLERANCE = Tolerance(most=1, mean=0.05)
 

@@ -6,7 +6,7 @@ that, with workers that stay. Shards are shared out to the workers, so with more
 to do, and each worker ends an epoch with a smaller batch. Mixing the workers' samples once more in the main process,
 which the manual offers, would copy them, and is left out. Compared: every value, equal to Pillow's.
 
-Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+Speaks as serving.py says; started by harness/peer_process.py, which sets the PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
+
 from peers.images import collate, pillow_transform
 from peers.serving import Delivery, loader_options, make_parser, parse, serve_epochs, shard_numbers
 

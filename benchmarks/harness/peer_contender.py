@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measure import Contender
-from peers.client import HERE, Pass, Peer, PeerError, make_environment, read_requirements
 from peers.registry import Entry
-from processes import peak_bytes, process_tree, reset_peaks
+
+from harness.measure import Contender
+from harness.peer_process import HERE, Pass, Peer, PeerError, make_environment, read_requirements
+from harness.processes import peak_bytes, process_tree, reset_peaks
 
 _EACH_COUNT_UP_TO = 4
 _TUNING_S = 0.5

@@ -14,12 +14,12 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measure import Contender, Group, Outcome, ratio
+from harness.measure import Contender, Group, Outcome, ratio
 
 if TYPE_CHECKING:  # spawned workers import the scripts anew, and shall not wait for torch
     import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 """The published ones, which the READMEs are made from."""
 OWN_RESULTS = Path("results", "benchmarks")
 """Where everybody's own runs go, in the current folder."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from quaclrs.errors import MissingDependencyError
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "peers"
 
 INSTALLED = "requirements.txt"
 """In an environment: what was installed there, written when it was whole."""

@@ -17,15 +17,15 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from bench_data import packed
-from limits import arithmetic_limit, flops_per_image
-from measure import Contender, Group, Outcome, race, spent
-from peers.client import Pass
 from peers.serving import DeviceClock, bytes_on_disk
-from processes import own_processes, peak_bytes, reset_peaks
-from tables import table
-from verdicts import training_bound_by
 
+from harness.bench_data import packed
+from harness.bottleneck import training_bound_by
+from harness.limits import arithmetic_limit, flops_per_image
+from harness.measure import Contender, Group, Outcome, race, spent
+from harness.peer_process import Pass
+from harness.processes import own_processes, peak_bytes, reset_peaks
+from harness.tables import table
 from quaclrs.config import TrainConfig
 from quaclrs.data.folds import class_weights
 from quaclrs.experiment.cross_validation import pick_device, refuse_for_device

@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from peers.client import Pass, PeerError
-from processes import cpu_seconds, own_processes
-from verdicts import bound_by
-
+from harness.bottleneck import bound_by
+from harness.peer_process import Pass, PeerError
+from harness.processes import cpu_seconds, own_processes
 from quaclrs.config import default_num_workers
 
 if TYPE_CHECKING:  # spawned workers import the scripts anew, and shall not wait for torch

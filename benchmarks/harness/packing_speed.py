@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_data import pack_config, synthesis
-from measure import Contender, Group, Outcome
-from peers.client import Pass
-from tables import race_and_print
-
+from harness.bench_data import pack_config, synthesis
+from harness.measure import Contender, Group, Outcome
+from harness.peer_process import Pass
+from harness.tables import race_and_print
 from quaclrs.cli.arguments import columns_of
 from quaclrs.system.processes import Tick, run_tasks
 
@@ -38,7 +37,7 @@ def measure_packing(options: Any, work_dir: Path) -> Outcome:
 
 
 def _packing(files: Sequence[Path], options: Any, work_dir: Path) -> Group:
-    from limits import inflate_limit
+    from harness.limits import inflate_limit
 
     limit = inflate_limit(files, options.num_workers)
     chunks = [[str(file) for file in files[start::40]] for start in range(40)]

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import Contender
-from peers.client import Pass
 from peers.serving import DeviceClock
 
+from harness.measure import Contender
+from harness.peer_process import Pass
 from quaclrs.imaging.png_check import inflating, read_stream
 from quaclrs.loaders.base import BatchMemory
 from quaclrs.training.models import build_model, forward_logits, input_size

@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_data import packed, pixels_of, tree_of, write_images
-from limits import copying_limit, inflate_limit, writing_limit
-from measure import Contender, Group, Outcome, repeated, spent
-from peers.client import Pass
 from peers.registry import DECODING, PEERS, READY, Entry
 from peers.serving import DeviceClock, bytes_on_disk
-from peers.starting import Setting, open_peer
-from processes import own_processes, peak_bytes, reset_peaks, resident_bytes
-from tables import race_and_print
 
+from harness.bench_data import packed, pixels_of, tree_of, write_images
+from harness.limits import copying_limit, inflate_limit, writing_limit
+from harness.measure import Contender, Group, Outcome, repeated, spent
+from harness.peer_contender import Setting, open_peer
+from harness.peer_process import Pass
+from harness.processes import own_processes, peak_bytes, reset_peaks, resident_bytes
+from harness.tables import race_and_print
 from quaclrs.config import ENCODINGS, default_num_workers
 from quaclrs.data.sampling import epoch_order, evaluation_batches
 from quaclrs.experiment.cross_validation import pick_device

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from measure import Contender, Group, race, ratio
+from harness.measure import Contender, Group, race, ratio
 
 if TYPE_CHECKING:
     from quaclrs.training.distributed import World
