@@ -31,10 +31,17 @@ sys.path.insert(0, str(BENCHMARKS))
 import footprint  # noqa: E402
 import throughput  # noqa: E402
 from harness import limits, loading_speed, measure, packing_speed, processes  # noqa: E402
-from harness.bottleneck import BUSY, HANDING_OVER, NEAR_LIMIT, bound_by, training_bound_by  # noqa: E402
-from harness.measure import Contender, Group, race, repeated  # noqa: E402
-from harness.peer_process import Pass  # noqa: E402
-from harness.tables import summary, table  # noqa: E402
+from harness.bottleneck import (  # noqa: E402
+    BUSY,
+    HANDING_OVER,
+    NEAR_LIMIT,
+    SPREAD,
+    find_bottleneck,
+    find_training_bottleneck,
+)
+from harness.contender import Contender, Group, Pass  # noqa: E402
+from harness.measure import race, repeat_run  # noqa: E402
+from harness.tables import group_table, summary_table  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -186,25 +193,25 @@ def _contender(name: str, images: float = 10, **options: Any) -> Contender:
 
 
 def test_limits_are_shown_and_compared_with_nothing() -> None:
-    limit = _contender("the machine", images=1e9, limit=True, work="memory writes")
-    ours, other = _contender("ours", bounded_by=limit), _contender("other")
+    limit = _contender("the machine", images=1e9, is_limit=True, work="memory writes")
+    ours, other = _contender("ours", limit=limit), _contender("other")
     group = Group(name="a group", contenders=[ours, other, limit], baseline=other)
     race(group.contenders, repeats=3)
     assert limit.facts["limit"] is True
     assert "bound_by" not in limit.facts
     assert 0 < ours.facts["share_of_limit"] < 1
     assert other.facts["share_of_limit"] is None
-    for text in (table(group), summary([group])):
+    for text in (group_table(group), summary_table([group])):
         assert "limit: the machine" in text
         assert "* other" in text
         assert "  ours" in text
 
 
-def test_the_yardstick_is_never_a_limit() -> None:
+def test_the_baseline_is_never_a_limit() -> None:
     ours = _contender("ours")
-    assert loading_speed._yardstick({}, [ours]) is ours
+    assert loading_speed._pick_baseline({}, [ours]) is ours
     failed, works = _contender("FFCV", left_out="no compiler"), _contender("memory map")
-    assert loading_speed._yardstick({"ffcv-raw": failed, "memmap": works}, [failed, works, ours]) is works
+    assert loading_speed._pick_baseline({"ffcv-raw": failed, "memmap": works}, [failed, works, ours]) is works
 
 
 def test_facts_are_medians_of_the_counted_repeats() -> None:
@@ -217,9 +224,9 @@ def test_facts_are_medians_of_the_counted_repeats() -> None:
 
 def test_several_epochs_are_one_pass() -> None:
     firsts = iter([0.3, 0.1, 0.2])
-    run = repeated(lambda: Pass(images=5, first_batch_s=next(firsts), device_s=1.5), 3)
+    run = repeat_run(lambda: Pass(images=5, first_batch_s=next(firsts), device_s=1.5), 3)
     assert run() == Pass(images=15, first_batch_s=0.2, device_s=4.5)
-    assert repeated(lambda: Pass(images=5), 2)() == Pass(images=10)
+    assert repeat_run(lambda: Pass(images=5), 2)() == Pass(images=10)
 
 
 class TwoRanks:
@@ -249,7 +256,7 @@ def test_images_of_all_ranks_over_the_slowest(monkeypatch: pytest.MonkeyPatch) -
     assert together.facts["images_per_s_per_process"] == together.median / 2
 
 
-# ---------------------------------------------------------------------- verdicts
+# ---------------------------------------------------------------------- bottlenecks
 
 
 @pytest.mark.parametrize(
@@ -263,16 +270,24 @@ def test_images_of_all_ranks_over_the_slowest(monkeypatch: pytest.MonkeyPatch) -
         (0.1, None, None),
     ],
 )
-def test_verdict(share: float | None, cores_busy: float | None, expected: str | None) -> None:
-    assert bound_by(share_of_limit=share, limit="memory writes", cores_busy=cores_busy, work="render") == expected
+def test_bottleneck(share: float | None, cores_busy: float | None, expected: str | None) -> None:
+    assert (
+        find_bottleneck(share_of_limit=share, limit="memory writes", cores_busy=cores_busy, work="render") == expected
+    )
 
 
 @pytest.mark.parametrize(
     ("data_wait", "ceiling", "share", "expected"),
-    [(0.03, 0.9, 0.9, "data"), (0.01, 0.9, 0.9, "host"), (0.01, 0.96, 0.8, "arithmetic"), (0.01, 1.0, None, "model")],
+    [
+        (0.03, 0.9, 0.9, "data"),
+        (0.01, 1 - SPREAD - 0.01, 0.9, "host"),
+        (0.01, 1 - SPREAD, NEAR_LIMIT, "arithmetic"),
+        (0.01, 1.0, NEAR_LIMIT - 0.01, "model"),
+        (0.01, 1.0, None, "model"),
+    ],
 )
-def test_verdict_of_training(data_wait: float, ceiling: float, share: float | None, expected: str) -> None:
-    assert training_bound_by(data_wait=data_wait, share_of_ceiling=ceiling, share_of_limit=share) == expected
+def test_bottleneck_of_training(data_wait: float, ceiling: float, share: float | None, expected: str) -> None:
+    assert find_training_bottleneck(data_wait=data_wait, share_of_ceiling=ceiling, share_of_limit=share) == expected
 
 
 # ---------------------------------------------------------------------- limits
@@ -284,7 +299,7 @@ def test_inflating_all_pixels(mode: str, tmp_path: Path) -> None:
     image = Image.fromarray(pixels.astype(np.uint16)) if mode == "I;16" else Image.fromarray(pixels).convert(mode)
     path = tmp_path / "image.png"
     image.save(path)
-    stream, room = limits._pixel_data(path.read_bytes())
+    stream, room = limits._zlib_stream(path.read_bytes())
     content = zlib.decompress(stream)
     bytes_of_a_pixel = {"RGBA": 4, "RGB": 3, "I;16": 2}.get(mode, 1)
     assert len(content) == 40 * (1 + 100 * bytes_of_a_pixel)
@@ -326,7 +341,7 @@ def test_operations_of_a_model() -> None:
 
 def test_arithmetic_is_that_of_the_faster_type() -> None:
     limit = limits.arithmetic_limit("alexnet", torch.bfloat16, CPU)
-    assert limit.limit
+    assert limit.is_limit
     assert limit.run().images > 0
     assert limit.facts["gflop_per_image"] == limits.flops_per_image("alexnet") / 1e9
 
@@ -340,19 +355,19 @@ def test_processes_are_counted_with_all_that_they_started() -> None:
     with subprocess.Popen(["sh", "-c", "sleep 60 & echo started; wait"], stdout=subprocess.PIPE) as shell:
         assert shell.stdout is not None
         shell.stdout.readline()
-        tree = processes.process_tree(shell.pid)
+        tree = processes.list_tree_pids(shell.pid)
         try:
             assert len(tree) == 2
-            assert processes.peak_bytes(tree) > processes.peak_bytes(tree[:1]) > 0
+            assert processes.read_peak_bytes(tree) > processes.read_peak_bytes(tree[:1]) > 0
         finally:
             for pid in reversed(tree):
                 os.kill(pid, 9)
-    assert processes.peak_bytes([shell.pid]) == 0  # it is gone
-    before = processes.cpu_seconds([os.getpid()])
-    while processes.cpu_seconds([os.getpid()]) == before:
+    assert processes.read_peak_bytes([shell.pid]) == 0  # it is gone
+    before = processes.read_cpu_seconds([os.getpid()])
+    while processes.read_cpu_seconds([os.getpid()]) == before:
         pass
     processes.reset_peaks([os.getpid()])
-    assert processes.peak_bytes([os.getpid()]) >= processes.resident_bytes([os.getpid()]) * 0.9
+    assert processes.read_peak_bytes([os.getpid()]) >= processes.read_resident_bytes([os.getpid()]) * 0.9
 
 
 def test_simulated_datasets_open_and_read(rgb_shards: Path, tmp_path: Path) -> None:
@@ -360,7 +375,7 @@ def test_simulated_datasets_open_and_read(rgb_shards: Path, tmp_path: Path) -> N
     from quaclrs.loaders.dataset import open_dataset
 
     for records in (7, 1000):
-        made = footprint._simulated(rgb_shards, records, tmp_path)
+        made = footprint.simulate_shards(rgb_shards, records, tmp_path)
         dataset = open_dataset(TrainConfig(shards=made), want_shards=False, log=lambda line: None)
         assert len(dataset) == records
         assert dataset.shards is not None

@@ -13,11 +13,11 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from png_trees import PngTree
 
@@ -25,12 +25,13 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from harness import measure, records  # noqa: E402
-from harness.measure import Contender, Group, Outcome  # noqa: E402
-from harness.peer_contender import Setting, open_peer, tune, worker_counts  # noqa: E402
-from harness.peer_process import HERE, Pass, Peer, PeerError, make_environment, read_requirements  # noqa: E402
-from harness.tables import table  # noqa: E402
+from harness.contender import Contender, Group, Outcome, Pass, PeerError  # noqa: E402
+from harness.peer_contender import Setting, open_peer, tune_workers, worker_counts  # noqa: E402
+from harness.peer_environment import make_environment, read_requirements  # noqa: E402
+from harness.peer_process import PEERS_FOLDER, Peer  # noqa: E402
+from harness.tables import group_table  # noqa: E402
 from peers.registry import DECODING, KEYS, PEERS, READY, Entry  # noqa: E402
-from peers.serving import IMAGENET_MEAN, IMAGENET_STD, KeptBuffer, Tolerance, check_batch, check_epoch  # noqa: E402
+from peers.serving import IMAGENET_MEAN, IMAGENET_STD, ReusedBuffer, Tolerance, check_batch, check_epoch  # noqa: E402
 
 SIZE = 32
 BATCH = 8
@@ -86,7 +87,7 @@ def entry(key: str) -> Entry:
 
 
 def served(python: Path, entry: Entry, setting: Setting, num_workers: int) -> tuple[int, Peer]:
-    peer = Peer(entry.name, python, HERE / entry.script, setting.arguments(entry, num_workers), deadline_s=120)
+    peer = Peer(entry.name, python, PEERS_FOLDER / entry.script, setting.arguments(entry, num_workers), deadline_s=120)
     with peer:
         done = peer.run()
         assert done.first_batch_s is not None
@@ -154,10 +155,10 @@ def test_a_peer_of_another_environment_serves_every_sample_once(key: str, settin
 def test_the_registry_is_whole() -> None:
     assert len(set(KEYS)) == len({entry.name for entry in PEERS}) == len(PEERS)
     for entry in PEERS:
-        assert (HERE / entry.script).is_file()
+        assert (PEERS_FOLDER / entry.script).is_file()
         assert entry.group in (DECODING, READY)
         if entry.environment is not None:
-            requirements = read_requirements(HERE / f"requirements-{entry.environment}.txt")
+            requirements = read_requirements(PEERS_FOLDER / f"requirements-{entry.environment}.txt")
             assert requirements
             assert all("==" in requirement for requirement in requirements)
 
@@ -168,7 +169,7 @@ def test_normalisation_of_the_peers_is_ours() -> None:
 
     assert (IMAGENET_MEAN, IMAGENET_STD) == (normalise.IMAGENET_MEAN, normalise.IMAGENET_STD)
     images = torch.arange(2 * 4 * 4 * 3, dtype=torch.uint8).reshape(2, 4, 4, 3)
-    kept = KeptBuffer(3, 4).normalise(images).permute(0, 3, 1, 2)
+    kept = ReusedBuffer(3, 4).normalise(images).permute(0, 3, 1, 2)
     torch.testing.assert_close(kept, normalise.normalise(images), rtol=0, atol=1e-6)
 
 
@@ -180,8 +181,6 @@ def _pixels() -> np.ndarray:
 
 
 def _batch(pixels: np.ndarray, dtype: str) -> Any:
-    import torch
-
     from quaclrs.imaging.normalise import normalise
 
     tensor = torch.from_numpy(pixels.copy())
@@ -354,11 +353,11 @@ def test_tuning_keeps_the_best_number_of_workers(tmp_path: Path) -> None:
             tried.append(Peer("a test's peer", Path(sys.executable), script, [count], deadline_s=30))
             return tried[-1]
 
-        best, rates, peer = tune(start, [0, 1, 2], stack)
+        best, rates, peer = tune_workers(start, [0, 1, 2], stack)
         assert best == 1
         assert peer is tried[1]
         assert peer.run() == Pass(images=7)
-        assert [other._process is None for other in tried] == [True, False, True]
+        assert [peer.is_open for peer in tried] == [False, True, False]
     assert list(rates) == [0, 1, 2]
     assert rates[1] == max(rates.values())
 
@@ -402,11 +401,11 @@ def test_tuning_passes_over_numbers_of_workers_that_fail() -> None:
 
     closed: list[int] = []
     with contextlib.ExitStack() as stack:
-        best, rates, _ = tune(Picky, [0, 1, 2], stack)  # type: ignore[arg-type]
+        best, rates, _ = tune_workers(Picky, [0, 1, 2], stack)  # type: ignore[arg-type]
         assert (best, list(rates)) == (1, [1])
         assert closed == [2]  # at once: its workers would take the cores from those that are timed
         with pytest.raises(PeerError, match="picky: wants a worker"):
-            tune(Picky, [0], stack)  # type: ignore[arg-type]
+            tune_workers(Picky, [0], stack)  # type: ignore[arg-type]
 
 
 def test_worker_counts() -> None:
@@ -434,12 +433,12 @@ def test_a_peer_that_fails_in_the_race_is_left_out_and_the_others_go_on(
     assert len(good.rates) == 3
     assert good.left_out is None
     assert bad.rates == []
-    assert "left out: ended early" in table(group)
+    assert "left out: ended early" in group_table(group)
     assert math.isnan(measure.ratio(good, bad))
 
     written: dict[str, Any] = {}
     monkeypatch.setattr(records, "write_result", lambda what, rows, setting, device, folder: written.update(rows=rows))
-    records.save(Outcome(what="load", groups=[group], setting={}, device=SimpleNamespace(type="cpu")), {}, tmp_path)  # type: ignore[arg-type]
+    records.save_outcome(Outcome(what="load", groups=[group], setting={}, device=torch.device("cpu")), {}, tmp_path)
     row = written["rows"][0]
     assert (row["group"], row["name"]) == ("a group", "weak")
     assert row["left_out"] == "ended early: file.py: killed"  # and nothing of the machine's folders
@@ -462,7 +461,7 @@ def _with(setting: Setting, **changes: Any) -> Setting:
 
 def test_no_script_hides_a_library() -> None:
     """A script's folder comes first where it looks for modules."""
-    names = {path.stem for path in HERE.glob("*.py")}
+    names = {path.stem for path in PEERS_FOLDER.glob("*.py")}
     libraries = ("litdata", "datasets", "streaming", "ffcv", "webdataset", "torch", "numpy", "PIL", "nvidia")
     assert not names.intersection(libraries)
     assert all(name not in sys.stdlib_module_names for name in names)

@@ -1,34 +1,37 @@
-"""What bounds a row, by what was measured and nothing else. Pure.
+"""The rules that name a row's bottleneck, from measured figures only. Pure functions, no torch.
 
-Loading and packing, in this order:
+Loading and packing; the first rule that holds decides:
 
-1. at ``NEAR_LIMIT`` of a physical limit or more: that limit;
-2. the cores were busy for ``BUSY`` of the time or more: the contender's own work on them (rendering, decoding, ...);
-3. else: handing over. Cores stood idle, waiting for a thread, a worker or Python.
+1. ``share_of_limit >= NEAR_LIMIT``: the physical limit itself;
+2. ``cores_busy >= BUSY``: the contender's own work on the cores (rendering, decoding, ...);
+3. otherwise "handing over": cores were idle while a thread, a worker process or Python was waited for.
 
-On a GPU only the first is known from outside; ``quaclrs-train --profile`` tells the rest.
+On a GPU only rule 1 can be decided from outside; ``quaclrs-train --profile`` tells the rest.
 
-Training: ``data`` where the training thread waited for them for more than ``DATA_WAIT_LIMIT`` of the time; ``model``,
-or ``arithmetic`` where that is near its limit, where training keeps up with the model's own step; else ``host``: Python
-and launches between the steps.
+Training; the first rule that holds decides:
+
+1. ``data_wait > DATA_WAIT_LIMIT``: "data";
+2. ``share_of_ceiling < 1 - SPREAD``: "host", that is Python and launches between the steps;
+3. ``share_of_limit >= NEAR_LIMIT``: "arithmetic";
+4. otherwise "model": training is as fast as the model's own step.
 """
 
 from __future__ import annotations
 
 NEAR_LIMIT = 0.7
-"""Share of a limit from which on it is what bounds: nothing can be half as fast again."""
+"""Share of a limit at which the limit is the bottleneck: no way of doing the work can be half as fast again."""
 BUSY = 0.8
-"""Share of their time in which cores have to work for the work to be what bounds."""
+"""Share of their time that the cores must be busy for the work on them to be the bottleneck."""
 DATA_WAIT_LIMIT = 0.02
-"""Share of the time that the training thread may wait for data before they are what bounds it."""
+"""Share of the time that training must wait for data for them to be the bottleneck."""
 SPREAD = 0.05
-"""Ratios to the ceiling closer to 1 than this are noise on machines that are shared."""
+"""Ratios to the ceiling closer to 1 than this are noise on shared machines."""
 
 HANDING_OVER = "handing over"
 
 
-def bound_by(*, share_of_limit: float | None, limit: str, cores_busy: float | None, work: str) -> str | None:
-    """What bounds a contender that loads or packs; None where nothing was measured that tells."""
+def find_bottleneck(*, share_of_limit: float | None, limit: str, cores_busy: float | None, work: str) -> str | None:
+    """Return what bounds a contender that loads or packs: ``limit``, ``work`` or HANDING_OVER; None if unknown."""
     if share_of_limit is not None and share_of_limit >= NEAR_LIMIT:
         return limit
     if cores_busy is None:
@@ -36,8 +39,8 @@ def bound_by(*, share_of_limit: float | None, limit: str, cores_busy: float | No
     return work if cores_busy >= BUSY else HANDING_OVER
 
 
-def training_bound_by(*, data_wait: float, share_of_ceiling: float, share_of_limit: float | None) -> str:
-    """What bounds a training."""
+def find_training_bottleneck(*, data_wait: float, share_of_ceiling: float, share_of_limit: float | None) -> str:
+    """Return what bounds a training: "data", "host", "arithmetic" or "model"."""
     if data_wait > DATA_WAIT_LIMIT:
         return "data"
     if share_of_ceiling < 1 - SPREAD:
