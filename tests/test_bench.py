@@ -24,6 +24,7 @@ from png_trees import PngTree
 
 from quaclrs.cli.demo import cache_root
 from quaclrs.errors import UsageError
+from quaclrs.training.bottleneck import DATA_WAIT
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -279,8 +280,8 @@ def test_bottleneck(share: float | None, cores_busy: float | None, expected: str
 @pytest.mark.parametrize(
     ("data_wait", "ceiling", "share", "expected"),
     [
-        (0.03, 0.9, 0.9, "data"),
-        (0.01, 1 - SPREAD - 0.01, 0.9, "host"),
+        (DATA_WAIT, 0.9, 0.9, "data"),
+        (DATA_WAIT - 0.01, 1 - SPREAD - 0.01, 0.9, "host"),
         (0.01, 1 - SPREAD, NEAR_LIMIT, "arithmetic"),
         (0.01, 1.0, NEAR_LIMIT - 0.01, "model"),
         (0.01, 1.0, None, "model"),

@@ -10,7 +10,7 @@ On a GPU only rule 1 can be decided from outside; ``quaclrs-train --profile`` te
 
 Training; the first rule that holds decides:
 
-1. ``data_wait > DATA_WAIT_LIMIT``: "data";
+1. ``data_wait >= DATA_WAIT``: "data". This is the profiler's own constant, ``quaclrs.training.bottleneck.DATA_WAIT``;
 2. ``share_of_ceiling < 1 - SPREAD``: "host", that is Python and launches between the steps;
 3. ``share_of_limit >= NEAR_LIMIT``: "arithmetic";
 4. otherwise "model": training is as fast as the model's own step.
@@ -18,12 +18,12 @@ Training; the first rule that holds decides:
 
 from __future__ import annotations
 
+from quaclrs.training.bottleneck import DATA_WAIT
+
 NEAR_LIMIT = 0.7
 """Share of a limit at which the limit is the bottleneck: no way of doing the work can be half as fast again."""
 BUSY = 0.8
 """Share of their time that the cores must be busy for the work on them to be the bottleneck."""
-DATA_WAIT_LIMIT = 0.02
-"""Share of the time that training must wait for data for them to be the bottleneck."""
 SPREAD = 0.05
 """Ratios to the ceiling closer to 1 than this are noise on shared machines."""
 
@@ -41,7 +41,7 @@ def find_bottleneck(*, share_of_limit: float | None, limit: str, cores_busy: flo
 
 def find_training_bottleneck(*, data_wait: float, share_of_ceiling: float, share_of_limit: float | None) -> str:
     """Return what bounds a training: "data", "host", "arithmetic" or "model"."""
-    if data_wait > DATA_WAIT_LIMIT:
+    if data_wait >= DATA_WAIT:
         return "data"
     if share_of_ceiling < 1 - SPREAD:
         return "host"
