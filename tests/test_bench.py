@@ -1,6 +1,4 @@
-"""The benchmark's own contract: what it refuses, that limits are limits, what a verdict is made of, and one small run
-of it all.
-"""
+"""The benchmark's contract: what it refuses, that limits are limits, how a bottleneck is found, and one small run."""
 
 from __future__ import annotations
 
@@ -10,29 +8,20 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import benchmarking
+import footprint
 import numpy as np
 import pytest
+import throughput
 import torch
-from PIL import Image
-from png_trees import PngTree
-
-from quaclrs.cli.demo import cache_root
-from quaclrs.errors import UsageError
-from quaclrs.training.bottleneck import DATA_WAIT
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import footprint  # noqa: E402
-import throughput  # noqa: E402
-from harness import limits, loading_speed, measure, packing_speed, processes  # noqa: E402
-from harness.bottleneck import (  # noqa: E402
+from harness import limits, loading_speed, measure, packing_speed, processes
+from harness.bottleneck import (
     BUSY,
     HANDING_OVER,
     NEAR_LIMIT,
@@ -40,11 +29,24 @@ from harness.bottleneck import (  # noqa: E402
     find_bottleneck,
     find_training_bottleneck,
 )
-from harness.contender import Contender, Group, Pass  # noqa: E402
-from harness.measure import race, repeat_run  # noqa: E402
-from harness.tables import group_table, summary_table  # noqa: E402
+from harness.contender import Contender, Group, Pass
+from harness.measure import race, repeat_run
+from harness.tables import group_table, summary_table
+from PIL import Image
+from png_trees import PngTree
+
+from quaclrs.cli.demo import cache_root
+from quaclrs.errors import UsageError
+from quaclrs.training.bottleneck import DATA_WAIT
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_trials() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        benchmarking.shorten_trials(patch)
+        yield
 
 
 # ---------------------------------------------------------------------- the command line
@@ -115,20 +117,31 @@ def test_the_one_command() -> None:
     assert several.peers == Path("envs")
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """As in conftest.py, whose fixture comes later than those of a module."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def small_run(png_tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """Result documents by mode, and what was printed, of one run over everything of our own."""
+    """Result documents by mode, and the printed text, of one run of every mode with all of our own loaders."""
     folder = tmp_path_factory.mktemp("bench")
+    csv_file = benchmarking.write_small_csv(png_tree, folder / "data.csv", rows=40)
     arguments = [
         *("--all", "--device", "cpu", "--only", "quaclrs"),
-        *("--csv_file", str(png_tree.csv_file), "--spectrograms_dir", str(png_tree.spectrograms_dir)),
-        *("--work_dir", str(folder / "work"), "--results_dir", str(folder / "results"), "--decode_images", "40"),
+        *("--csv_file", str(csv_file), "--spectrograms_dir", str(png_tree.spectrograms_dir)),
+        *("--work_dir", str(folder / "work"), "--results_dir", str(folder / "results"), "--decode_images", "20"),
         *("--image_size", "32", "--batch_size", "16", "--repeats", "1", "--load_epochs", "2", "--encodings", "png"),
         *("--num_workers", "1", "--models", "mobilenet", "--train_batch_sizes", "2", "--steps", "1"),
     ]
     said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
-        patch.setattr(limits, "_TRIAL_S", 0.01)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), _one_thread():
         patch.setattr(packing_speed, "SYNTHESIS_FOLDS", 1)
         assert throughput.main(arguments) == 0
     files = [json.loads(path.read_bytes()) for path in (folder / "results").iterdir()]
@@ -334,10 +347,11 @@ def test_limits_of_memory_count_every_image() -> None:
     assert limits.copying_limit(pixels, [np.array([1, 2, 3]), np.array([0, 4])], CPU).run() == Pass(images=5)
 
 
-def test_operations_of_a_model() -> None:
-    # the papers' products and sums of a forward pass, each two operations; backward twice that but for the first layer
-    assert limits.flops_per_image("resnet18") == pytest.approx(3 * 2 * 1.8e9, rel=0.03)
-    assert limits.flops_per_image("mobilenet") == pytest.approx(3 * 2 * 0.3e9, rel=0.03)  # depthwise convolutions
+@pytest.mark.parametrize(("model_name", "multiply_adds"), [("resnet18", 1.8e9), ("mobilenet", 0.3e9)])
+def test_operations_of_a_model(model_name: str, multiply_adds: float) -> None:
+    """The papers' multiply-adds of a forward pass, two operations each; backward costs twice as much. MobileNetV2 has
+    depthwise convolutions."""
+    assert limits.flops_per_image(model_name) == pytest.approx(3 * 2 * multiply_adds, rel=0.03)
 
 
 def test_arithmetic_is_that_of_the_faster_type() -> None:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import benchmarking
+import plot
 import pytest
+import readme_tables
+import targets
+from harness import records
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import plot  # noqa: E402
-import readme_tables  # noqa: E402
-import targets  # noqa: E402
-from harness import records  # noqa: E402
-
-from quaclrs.errors import DataError  # noqa: E402
-from quaclrs.training.models import ARCHITECTURES  # noqa: E402
+from quaclrs.errors import DataError
+from quaclrs.training.models import ARCHITECTURES
 
 CPU = {"cpu": "a processor", "cpus_usable": 2, "python": "3.11", "packages": {"torch": "2.14"}, "commit": "1"}
 
@@ -157,7 +153,7 @@ def test_readmes_hold_what_the_results_make_of_them(document: Path) -> None:
 
 
 def test_the_targets_are_shown() -> None:
-    text = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    text = (benchmarking.BENCHMARKS / "README.md").read_text(encoding="utf-8")
     assert f"<!-- table: targets -->\n{targets.targets_table()}\n<!-- /table -->" in text
 
 

@@ -41,6 +41,8 @@ enough for any machine's memory.
 _MOST_INFLATED = 520
 """Compressed images held in memory; a larger dataset is subsampled evenly."""
 _MATMUL_S = 0.3
+_MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+"""Rows and columns of the matrices whose product counts as a large one, by device type."""
 
 
 # --- memory ---
@@ -248,14 +250,14 @@ def matmul_speed(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
 def _matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Work, float, torch.dtype]:
     """Return the product as work, its floating-point operations, and the dtype it is computed in."""
     if device.type == "cuda":
-        return *_square_product(8192, dtype, device), dtype
+        return *_square_product(_MATMUL_SIZE["cuda"], dtype, device), dtype
     # a CPU without units for a 16-bit type is a thousand times slower in it; nobody would use it there
     small = {
         candidate: _calls_per_s(_square_product(256, candidate, device)[0], 1, device)
         for candidate in {dtype, torch.float32}
     }
     fastest = max(small, key=lambda candidate: small[candidate])
-    return *_square_product(2048, fastest, device), fastest
+    return *_square_product(_MATMUL_SIZE["cpu"], fastest, device), fastest
 
 
 def _square_product(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Work, float]:
