@@ -1,14 +1,12 @@
-#!/usr/bin/env python3
-"""Pack a CSV and its PNG tree into per-fold WebDataset shards, once. The format is described in
-quaclrs/shards/format.py.
-"""
+"""``quaclrs-pack``: pack a CSV and its PNG tree into per-fold WebDataset shards, once."""
 
 from __future__ import annotations
 
-import sys
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from quaclrs.cli.arguments import Parser, add_dataset_arguments, columns_of
+from quaclrs.cli.arguments import Parser, add_dataset_arguments, add_version_argument, columns_of
 from quaclrs.config import (
     DEFAULT_IMAGE_SIZE,
     ENCODINGS,
@@ -21,11 +19,24 @@ from quaclrs.config import (
 )
 from quaclrs.errors import run_command
 
+PROGRAM = "quaclrs-pack"
 _ENCODING_HELP = "png keeps the files' bytes; indexed keeps colour-mapped grids, lossless and smaller; rgb resizes once"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="shard_dataset.py", description=__doc__)
+def main(arguments: Sequence[str] | None = None, *, program: str = PROGRAM) -> int:
+    """Run the command line; returns the exit code. ``program`` is the name that messages begin with."""
+    options = build_parser(program).parse_args(arguments)
+    return run_command(lambda: _pack(to_config(options)), program)
+
+
+def build_parser(program: str = PROGRAM) -> Parser:
+    """All flags of ``quaclrs-pack``."""
+    parser = Parser(
+        prog=program,
+        description="Pack a CSV and its PNG tree into per-fold WebDataset shards, once. Run it again to "
+        "go on after an interruption.",
+    )
+    add_version_argument(parser)
     add_dataset_arguments(parser)
     parser.add_argument(
         "--from_shards", type=Path, metavar="SHARDS", help="png shards to pack from, in place of CSV and folder"
@@ -40,43 +51,42 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--folds", metavar="1-3,7", help="pack only these; other calls, at the same time or later, pack the others"
     )
-    options = parser.parse_args(arguments)
+    return parser
 
-    def command() -> None:
-        from quaclrs.shards.packing.pack import pack
-        from quaclrs.shards.packing.summary import describe_packing, indexing_advice
-        from quaclrs.shards.reader import ShardSet
 
-        config = PackConfig(
-            csv_file=options.csv_file,
-            spectrograms_dir=options.spectrograms_dir,
-            from_shards=options.from_shards,
-            output_dir=options.output_dir,
-            encoding=options.encoding,
-            image_size=options.image_size,
-            shard_size=parse_bytes(options.shard_size),
-            seed=options.seed,
-            num_workers=options.num_workers,
-            on_error=options.on_error,
-            folds=None if options.folds is None else parse_folds(options.folds),
-            columns=columns_of(options),
+def to_config(options: argparse.Namespace) -> PackConfig:
+    """The packing that ``options`` describe. Raises :class:`UsageError` naming a flag whose value cannot work."""
+    return PackConfig(
+        csv_file=options.csv_file,
+        spectrograms_dir=options.spectrograms_dir,
+        from_shards=options.from_shards,
+        output_dir=options.output_dir,
+        encoding=options.encoding,
+        image_size=options.image_size,
+        shard_size=parse_bytes(options.shard_size),
+        seed=options.seed,
+        num_workers=options.num_workers,
+        on_error=options.on_error,
+        folds=None if options.folds is None else parse_folds(options.folds),
+        columns=columns_of(options),
+    )
+
+
+def _pack(config: PackConfig) -> None:
+    from quaclrs.shards.packing.pack import pack
+    from quaclrs.shards.packing.summary import describe_packing, indexing_advice
+    from quaclrs.shards.reader import ShardSet
+
+    summary = pack(config, progress=True)
+    print(describe_packing(summary, config.output_dir))
+    if summary.missing_folds:
+        missing = folds_text(summary.missing_folds)
+        print(
+            f"{config.output_dir}: fold(s) {missing} are not there yet; the call that finds all folds there writes "
+            "the manifest"
         )
-        summary = pack(config, progress=True)
-        print(describe_packing(summary, config.output_dir))
-        if summary.missing_folds:
-            missing = folds_text(summary.missing_folds)
-            print(
-                f"{config.output_dir}: fold(s) {missing} are not there yet; the call that finds all folds there writes "
-                "the manifest"
-            )
-            return
-        with ShardSet(config.output_dir) as shards:
-            advice = indexing_advice(shards)
-        if advice:
-            print(advice)
-
-    return run_command(command, parser.prog)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        return
+    with ShardSet(config.output_dir) as shards:
+        advice = indexing_advice(shards)
+    if advice:
+        print(advice)

@@ -101,8 +101,7 @@ class DaliLoader:
         except RuntimeError as error:  # DALI calls its pipeline invalid after such an error
             self._pipeline = None
             failure = ShardError(
-                f"{self._guilty(numbers)}: DALI cannot decode it ({_gist(error)}); check with tools/inspect_shards.py "
-                "verify"
+                f"{self._guilty(numbers)}: DALI cannot decode it ({_gist(error)}); check with quaclrs-inspect verify"
             )
         raise failure  # out here: DALI's own error in its context would keep the pipeline and its threads alive
 

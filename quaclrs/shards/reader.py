@@ -201,7 +201,7 @@ def read_manifest(root: Path) -> fmt.Manifest:
     """The manifest of the shard folder ``root``; errors as :class:`ShardSet`."""
     path = root / fmt.MANIFEST_FILE
     if not path.is_file():
-        raise ShardError(f"{path}: no such file{_unfinished(root)}; make shards with tools/shard_dataset.py")
+        raise ShardError(f"{path}: no such file{_unfinished(root)}; make shards with quaclrs-pack")
     return fmt.Manifest.from_json(_read(path), str(path))
 
 
@@ -211,7 +211,7 @@ def _unfinished(root: Path) -> str:
         return ""
     folds = folds_not_there(root)
     missing = f"; fold(s) {folds_text(folds)} are missing" if folds else ""
-    return f" (a packing was begun here: run tools/shard_dataset.py again to finish it, if it is not running{missing})"
+    return f" (a packing was begun here: run quaclrs-pack again to finish it, if it is not running{missing})"
 
 
 def _read(path: Path) -> bytes:
