@@ -36,7 +36,7 @@ from quaclrs.training import loop
 from quaclrs.training.cuda_graph import GraphedStep
 from quaclrs.training.distributed import World
 from quaclrs.training.models import build_model, input_size
-from quaclrs.training.state import Training, amp_dtype, set_tf32
+from quaclrs.training.state import TrainState, amp_dtype, set_tf32
 
 CEILING = "step on one batch (ceiling)"
 _FLOP_OF_A_REPEAT, _MOST_STEPS_ON_CPU = 5e11, 3
@@ -128,7 +128,9 @@ def measure_case(
     reset_peaks(own_processes())
     torch.manual_seed(0)
     weights = class_weights(dataset.label, dataset.classes)
-    training = Training.begin(build_model(case.model_name, len(dataset.classes)), weights, device, case.config, world)
+    training = TrainState.create(
+        build_model(case.model_name, len(dataset.classes)), weights, device, case.config, world
+    )
     loader_config = LoaderConfig(
         image_size=input_size(case.model_name),
         device=device,
@@ -175,19 +177,19 @@ def _judge(trained: Contender, ceiling: Contender, dataset: Dataset, opened_s: f
     }
 
 
-def _steps_on(batch: Batch, training: Training, case: Case) -> Callable[[], Pass]:
+def _steps_on(batch: Batch, training: TrainState, case: Case) -> Callable[[], Pass]:
     images, labels = batch.images, batch.labels
-    share = 1 / training.class_weights[labels].sum()
+    loss_scale = 1 / training.class_weights[labels].sum()
     if case.compile == "cudagraph":
         graphed = GraphedStep(training, _OneBatch(images, labels), len(labels))
         index = torch.arange(len(labels), device=images.device)
 
         def step() -> None:
-            graphed(index, share)
+            graphed(index, loss_scale)
     else:
 
         def step() -> None:
-            training.step(images, labels, share)
+            training.step(images, labels, loss_scale)
 
     def run() -> Pass:
         training.model.train()
@@ -217,7 +219,7 @@ class _OneBatch:
         pass
 
 
-def _epochs_of(training: Training, loader: Loader, dataset: Dataset, case: Case) -> Callable[[], Pass]:
+def _epochs_of(training: TrainState, loader: Loader, dataset: Dataset, case: Case) -> Callable[[], Pass]:
     """Each call trains the first ``case.steps`` batches of another epoch."""
     graphed = None
     if case.compile == "cudagraph":
@@ -231,7 +233,10 @@ def _epochs_of(training: Training, loader: Loader, dataset: Dataset, case: Case)
         plan = loop.plan_epoch(training, samples, dataset.label, case.batch_size * world.size, seed=0, epoch=epoch)
         part = slice(case.steps)
         plan = loop.EpochPlan(
-            batches=plan.batches[part], samples=plan.samples[part], shares=plan.shares[part], seeds=plan.seeds[part]
+            batches=plan.batches[part],
+            samples=plan.samples[part],
+            loss_scales=plan.loss_scales[part],
+            seeds=plan.seeds[part],
         )
         first: list[float] = []
         with DeviceClock(training.device) as clock:

@@ -27,7 +27,7 @@ from quaclrs.imaging.kernels.normalise_cpu import normalise_cpu
 from quaclrs.loaders import dali
 from quaclrs.report import metrics
 from quaclrs.system.atomic_files import write_bytes
-from quaclrs.training import loop, models, progress
+from quaclrs.training import models, progress, trainer
 
 metrics.compute_metrics(np.array([0, 1]), np.eye(2, dtype=np.float32), ("a", "b"))  # scikit-learn imports on first use
 normalise_cpu(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.zeros(1, 3, 1, 1))  # Numba loads what it has compiled
@@ -77,8 +77,8 @@ class _Patched:
         dali.dali_missing = lambda: "takes long to import"
         if not self._disturbance.plots:
             fold.write_plots = _write_something  # type: ignore[assignment]
-        run_fold, hooks = cross_validation.run_fold, loop.Hooks(step_meter=self._step_meter)
-        loop.Hooks = lambda: hooks  # type: ignore[assignment, misc]
+        run_fold, hooks = cross_validation.run_fold, trainer.Hooks(step_meter=self._step_meter)
+        trainer.Hooks = lambda: hooks  # type: ignore[assignment, misc]
         progress.console_hooks = lambda epochs: hooks
 
         def noting_the_fold(run: fold.Run, number: int) -> dict[str, Any]:

@@ -32,8 +32,8 @@ from quaclrs.experiment import cross_validation, fold
 from quaclrs.experiment.cross_validation import FoldRunner, run_cross_validation, tasks
 from quaclrs.experiment.fold import Run
 from quaclrs.experiment.run_status import claimed, note, note_done, read_run_status
-from quaclrs.training.loop import Hooks
 from quaclrs.training.models import ARCHITECTURES
+from quaclrs.training.trainer import Hooks
 
 CLASSES = ("dog_bark", "drilling", "traffic")
 DEADLINE_S = 120
@@ -241,10 +241,10 @@ def sabotage(where: dict[str, str]) -> None:
     """
     import quaclrs.experiment.cross_validation
     import quaclrs.experiment.fold
-    from quaclrs.training.state import Training
+    from quaclrs.training.state import TrainState
 
     quaclrs.experiment.fold.write_plots = lambda *_: []
-    run_fold, step = quaclrs.experiment.cross_validation.run_fold, Training.step
+    run_fold, step = quaclrs.experiment.cross_validation.run_fold, TrainState.step
     steps: list[None] = []
     now = [""]
 
@@ -264,7 +264,7 @@ def sabotage(where: dict[str, str]) -> None:
         return step(*arguments)
 
     quaclrs.experiment.cross_validation.run_fold = sabotaged_fold
-    Training.step = sabotaged_step  # type: ignore[assignment, method-assign]
+    TrainState.step = sabotaged_step  # type: ignore[assignment, method-assign]
 
 
 def site_with(code: str, folder: Path) -> str:

@@ -33,10 +33,11 @@ from quaclrs.experiment import fold as fold_module
 from quaclrs.experiment.cross_validation import run_cross_validation
 from quaclrs.loaders.base import Batch
 from quaclrs.loaders.dataset import open_dataset
-from quaclrs.training import checkpoint, loop
-from quaclrs.training.loop import Hooks
+from quaclrs.training import checkpoint, loop, trainer
 from quaclrs.training.progress import StepMeter, epoch_line
-from quaclrs.training.state import RunningMetrics, Training
+from quaclrs.training.running_metrics import RunningMetrics
+from quaclrs.training.state import TrainState
+from quaclrs.training.trainer import Hooks
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
@@ -404,12 +405,15 @@ def test_the_auxiliary_loss_counts_two_fifths_in_training_only() -> None:
             criterion(model.aux(images.flatten(1)), labels),
         )
     config = TrainConfig(learning_rate=1e-30, weight_decay=0.0)
-    training = Training.begin(model, weights, torch.device("cpu"), config)
+    training = TrainState.create(model, weights, torch.device("cpu"), config)
     loader, everything = _Given(images, labels), np.arange(8)
     plan = loop.plan_epoch(training, everything, labels.numpy(), global_batch=8, seed=0, epoch=1)
     assert loop.train_epoch(training, loader, plan).loss == pytest.approx((main_loss + 0.4 * aux_loss).item(), rel=1e-6)
     for batch_size in (8, 5):  # the mean does not depend on how it is cut
-        assert loop.evaluate(training, loader, everything, batch_size).loss == pytest.approx(main_loss.item(), rel=1e-6)
+        found = loop.evaluate(
+            training.model, loader, everything, global_batch=batch_size, class_weights=training.class_weights
+        )
+        assert found.loss == pytest.approx(main_loss.item(), rel=1e-6)
 
 
 # --- schedules and early stopping ---
@@ -754,12 +758,12 @@ def test_an_epoch_without_finite_predictions_is_never_the_best(
     """Of NaN scores class 0 is the prediction, and may look better than honest ones; and NaN has no place in JSON."""
     evaluate, calls = loop.evaluate, []
 
-    def first_is_nan(*arguments: Any) -> loop.Evaluation:
+    def first_is_nan(*arguments: Any, **options: Any) -> loop.Evaluation:
         calls.append(arguments)
-        found = evaluate(*arguments)
+        found = evaluate(*arguments, **options)
         return dataclasses.replace(found, loss=math.nan, accuracy=1.0) if len(calls) == 1 else found
 
-    monkeypatch.setattr(loop, "evaluate", first_is_nan)
+    monkeypatch.setattr(trainer, "evaluate", first_is_nan)
     metrics, _ = train(config_for(tree, tmp_path, epochs=2))
     assert metrics["best_epoch"] == 2
     assert [entry["val_loss"] is None for entry in metrics["history"]] == [True, False]

@@ -45,7 +45,8 @@ def to_config(options: argparse.Namespace) -> TrainConfig:
 def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     config = to_config(options)
 
-    from quaclrs.training.distributed import is_rank, launch, processes_wanted, run_rank
+    from quaclrs.training.distributed import is_rank, run_rank
+    from quaclrs.training.launcher import launch, processes_wanted
 
     if is_rank():
         return run_rank(lambda: _train_as_rank(config, options), PROGRAM)
@@ -75,8 +76,8 @@ def _train_here(config: TrainConfig, demo: bool) -> None:
     """Train in this process, be it alone or one of several; ``demo`` that its data are still to be made."""
     from quaclrs.experiment.cross_validation import run_cross_validation
     from quaclrs.training.distributed import joined_world
-    from quaclrs.training.loop import Hooks
     from quaclrs.training.progress import console_hooks
+    from quaclrs.training.trainer import Hooks
 
     with joined_world(config.device) as world:
         if demo:

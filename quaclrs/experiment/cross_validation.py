@@ -30,7 +30,7 @@ from quaclrs.system.atomic_files import make_folder, write_json
 from quaclrs.system.environment import free_memory
 from quaclrs.system.file_locks import folder_lock
 from quaclrs.system.signals import SignalHandler
-from quaclrs.training import loop
+from quaclrs.training import trainer
 from quaclrs.training.distributed import World
 from quaclrs.training.models import ARCHITECTURES, check_input_size, input_size
 from quaclrs.training.state import amp_dtype, set_tf32
@@ -39,7 +39,7 @@ SUMMARY_FILE = "summary.json"
 
 
 def run_cross_validation(
-    config: TrainConfig, log: Log = print, hooks: loop.Hooks | None = None, world: World | None = None
+    config: TrainConfig, log: Log = print, hooks: trainer.Hooks | None = None, world: World | None = None
 ) -> dict[str, dict[str, Any]]:
     """Train and test the fold(s) of ``config``'s model(s); returns by model the summary that is also written to
     ``summary.json``.
@@ -86,10 +86,10 @@ def image_size_of(name: str, config: TrainConfig) -> int:
 class FoldRunner:
     """What one process keeps over all folds and models: its device, the dataset, and the loader of one image size."""
 
-    def __init__(self, config: TrainConfig, log: Log, hooks: loop.Hooks | None, world: World) -> None:
+    def __init__(self, config: TrainConfig, log: Log, hooks: trainer.Hooks | None, world: World) -> None:
         self._config, self._log, self._world = config, log, world
         self._watch = SignalHandler(config.checkpoint_minutes)
-        self._hooks = hooks or loop.Hooks()
+        self._hooks = hooks or trainer.Hooks()
         self.summaries: dict[str, dict[str, Any]] = {}
         """By model, of the folds trained here and those found."""
         with told_once():
@@ -109,7 +109,7 @@ class FoldRunner:
     @classmethod
     @contextmanager
     def opened(
-        cls, config: TrainConfig, log: Log = print, hooks: loop.Hooks | None = None, world: World | None = None
+        cls, config: TrainConfig, log: Log = print, hooks: trainer.Hooks | None = None, world: World | None = None
     ) -> Iterator[FoldRunner]:
         """A workplace for the block. Checks all that the folds will need."""
         place = cls(config, log, hooks, world or World())

@@ -26,11 +26,11 @@ from quaclrs.report.plots import write_plots
 from quaclrs.system.atomic_files import TEMPORARY_SUFFIX, make_folder, write_json
 from quaclrs.system.environment import describe_environment
 from quaclrs.system.signals import SignalHandler
-from quaclrs.training import checkpoint, loop
+from quaclrs.training import checkpoint, loop, trainer
 from quaclrs.training.distributed import World
 from quaclrs.training.models import build_model
 from quaclrs.training.profiler import with_profile
-from quaclrs.training.state import Training, amp_dtype
+from quaclrs.training.state import TrainState, amp_dtype
 
 METRICS_FILE = "metrics.json"
 RUN_FILE = "run.json"
@@ -52,7 +52,7 @@ class Run:
     world: World
     watch: SignalHandler
     log: Log
-    hooks: loop.Hooks = field(default_factory=loop.Hooks)
+    hooks: trainer.Hooks = field(default_factory=trainer.Hooks)
 
     @property
     def folder(self) -> Path:
@@ -120,15 +120,15 @@ def agreed_global_batch(config: TrainConfig, world: World) -> int:
     return now
 
 
-def fold_samples(dataset: Dataset, fold: int, num_folds: int) -> loop.FoldSamples:
-    """The sample numbers of test fold ``fold``. Raises :class:`TrainingError` when a part, or a class in training, is
+def fold_samples(dataset: Dataset, fold: int, num_folds: int) -> trainer.FoldSamples:
+    """The sample numbers of test fold ``fold``. Raises :class:`TrainingError` when a part, or a class in state, is
     empty.
     """
     train, validation, test = select(dataset.fold, split_for(fold, num_folds))
     class_weights(dataset.label[train], dataset.classes)
     if len(train) < 2:
         raise TrainingError(f"--fold {fold}: training on {len(train)} sample(s) is not possible; it takes two at least")
-    return loop.FoldSamples(train=train, validation=validation, test=test, label=dataset.label)
+    return trainer.FoldSamples(train=train, validation=validation, test=test, label=dataset.label)
 
 
 def run_fold(run: Run, fold: int) -> dict[str, Any]:
@@ -159,33 +159,33 @@ def _train_and_test(run: Run, fold: int) -> dict[str, Any]:
         f"{len(samples.test)}"
     )
     started = time.monotonic()
-    training = _begin(run, samples, fold)
+    state = _create_state(run, samples, fold)
     if run.world.is_main:
         make_folder(folder)
     if config.resume:
-        _restore(run, training, folder, identity)
+        _restore(run, state, folder, identity)
     if run.world.is_main:
         write_json(folder / RUN_FILE, {"run": identity, "batch_size": config.batch_size, "processes": run.world.size})
-    with with_profile(run.hooks, config, training, run.loader.name, folder, run.log) as hooks:
-        fitting = loop.Trainer(
-            training, run.loader, samples, config, run.global_batch, folder, identity, run.watch, hooks
+    with with_profile(run.hooks, config, state, run.loader.name, folder, run.log) as hooks:
+        fold_trainer = trainer.Trainer(
+            state, run.loader, samples, config, run.global_batch, folder, identity, run.watch, hooks
         )
-        stopped_early = fitting.fit()
-        tested = fitting.test()
+        stopped_early = fold_trainer.fit()
+        test_result = fold_trainer.test()
     if not run.world.is_main:
         return {}
-    metrics = _report(run, training, samples, tested, folder)
+    metrics = _report(run, state, samples, test_result, folder)
     more = {"fold": fold, "stopped_early": stopped_early, "seconds": time.monotonic() - started, "run": identity}
     metrics = to_json_safe(metrics | more)
     write_json(folder / METRICS_FILE, metrics)
     run.log(
         f"fold {fold}: test accuracy {metrics['test_accuracy']:.2%}, macro F1 {metrics['macro_f1']:.3f}, best epoch "
-        f"{training.best_epoch} of {len(training.history)}, {metrics['seconds']:.0f} s"
+        f"{state.best_epoch} of {len(state.history)}, {metrics['seconds']:.0f} s"
     )
     return metrics
 
 
-def _begin(run: Run, samples: loop.FoldSamples, fold: int) -> Training:
+def _create_state(run: Run, samples: trainer.FoldSamples, fold: int) -> TrainState:
     config = run.config
     # each fold starts from its own seed, so its result does not depend on which folds ran before it in this process
     torch.manual_seed(int(np.random.SeedSequence([config.seed, fold]).generate_state(1)[0]))
@@ -196,29 +196,29 @@ def _begin(run: Run, samples: loop.FoldSamples, fold: int) -> Training:
         freeze_features=config.freeze_features,
     )
     weights = class_weights(run.dataset.label[samples.train], run.dataset.classes)
-    return Training.begin(model, weights, run.device, config, run.world)
+    return TrainState.create(model, weights, run.device, config, run.world)
 
 
-def _restore(run: Run, training: Training, folder: Path, identity: dict[str, Any]) -> None:
-    state = run.world.broadcast_object(checkpoint.load_checkpoint(folder, identity) if run.world.is_main else None)
+def _restore(run: Run, state: TrainState, folder: Path, identity: dict[str, Any]) -> None:
+    saved = run.world.broadcast_object(checkpoint.load_checkpoint(folder, identity) if run.world.is_main else None)
     if run.world.is_main:
         for half_written in folder.rglob(f"*{TEMPORARY_SUFFIX}"):
             half_written.unlink(missing_ok=True)
-    if state is None:
+    if saved is None:
         run.log(f"{folder}: no checkpoint to resume from; starting at the beginning")
         return
-    training.restore(state)
-    if run.world.is_main and training.progress is None:
-        _finish_epoch(training, folder, run.config.keep_checkpoints)
-    within = "" if training.progress is None else f" and step {training.progress.step} of the next"
-    run.log(f"{folder}: resuming after epoch {len(training.history)}{within}")
+    state.load_state_dict(saved)
+    if run.world.is_main and state.progress is None:
+        _finish_epoch(state, folder, run.config.keep_checkpoints)
+    within = "" if state.progress is None else f" and step {state.progress.step} of the next"
+    run.log(f"{folder}: resuming after epoch {len(state.history)}{within}")
 
 
-def _finish_epoch(training: Training, folder: Path, keep: int) -> None:
+def _finish_epoch(state: TrainState, folder: Path, keep: int) -> None:
     """Do what comes after an epoch's checkpoint, which a process that was killed had no time for."""
     checkpoint.delete_superseded(folder, keep)
-    if training.best_epoch == len(training.history):
-        checkpoint.save(folder / checkpoint.BEST_MODEL_FILE, training.model.state_dict())
+    if state.best_epoch == len(state.history):
+        checkpoint.save(folder / checkpoint.BEST_MODEL_FILE, state.model.state_dict())
 
 
 def _finished(run: Run, fold: int) -> dict[str, Any] | None:
@@ -252,36 +252,36 @@ def _set_aside(folder: Path, log: Log) -> None:
 
 
 def _report(
-    run: Run, training: Training, samples: loop.FoldSamples, tested: loop.Evaluation, folder: Path
+    run: Run, state: TrainState, samples: trainer.FoldSamples, test_result: loop.Evaluation, folder: Path
 ) -> dict[str, Any]:
     """Write plots, report and Grad-CAMs of the test; returns the content of metrics.json."""
     dataset, config = run.dataset, run.config
-    labels = dataset.label[tested.index]
-    is_original = None if dataset.is_original is None else dataset.is_original[tested.index]
-    scores = compute_metrics(labels, tested.probabilities, dataset.classes, is_original)
-    write_plots(folder / "plots", training.history, scores)
+    labels = dataset.label[test_result.index]
+    is_original = None if dataset.is_original is None else dataset.is_original[test_result.index]
+    scores = compute_metrics(labels, test_result.probabilities, dataset.classes, is_original)
+    write_plots(folder / "plots", [record.to_json() for record in state.history], scores)
     write_json(folder / "classification_report.json", scores["classification_report"])
-    _write_gradcams(run, training, tested, folder / "grad_cam")
-    best = training.history[training.best_epoch - 1]
+    _write_gradcams(run, state, test_result, folder / "grad_cam")
+    best = state.history[state.best_epoch - 1]
     return {
         "model_name": config.model_name,
         "test_accuracy": scores["accuracy"],
-        "test_loss": tested.loss,
+        "test_loss": test_result.loss,
         "test_accuracy_originals": scores["accuracy_originals"],
         "num_test_originals": scores["num_originals"],
         "macro_f1": scores["macro_f1"],
         "macro_auc": scores["roc"]["macro"]["auc"],
-        "best_epoch": training.best_epoch,
-        "best_val_accuracy": best["val_accuracy"],
-        "best_val_loss": best["val_loss"],
-        "epochs_run": len(training.history),
+        "best_epoch": state.best_epoch,
+        "best_val_accuracy": best.val_accuracy,
+        "best_val_loss": best.val_loss,
+        "epochs_run": len(state.history),
         "num_samples": {"train": len(samples.train), "validation": len(samples.validation), "test": len(samples.test)},
-        "train_images_per_s": statistics.median(entry["train_images_per_s"] for entry in training.history),
-        "train_data_wait": statistics.median(entry["train_data_wait"] for entry in training.history),
-        "test_images_per_s": len(tested.index) / tested.seconds,
+        "train_images_per_s": statistics.median(record.train_images_per_s for record in state.history),
+        "train_data_wait": statistics.median(record.train_data_wait for record in state.history),
+        "test_images_per_s": len(test_result.index) / test_result.seconds,
         "class_names": list(dataset.classes),
         "confusion_matrix": scores["confusion_matrix"],
-        "history": training.history,
+        "history": [record.to_json() for record in state.history],
         **provenance(run),
     }
 
@@ -307,15 +307,15 @@ def provenance(run: Run) -> dict[str, Any]:
     }
 
 
-def _write_gradcams(run: Run, training: Training, tested: loop.Evaluation, folder: Path) -> None:
+def _write_gradcams(run: Run, state: TrainState, test_result: loop.Evaluation, folder: Path) -> None:
     dataset = run.dataset
-    labels, predictions = dataset.label[tested.index], tested.probabilities.argmax(axis=1)
-    is_original = None if dataset.is_original is None else dataset.is_original[tested.index]
+    labels, predictions = dataset.label[test_result.index], test_result.probabilities.argmax(axis=1)
+    is_original = None if dataset.is_original is None else dataset.is_original[test_result.index]
     picked = pick_samples(labels, predictions, is_original, run.config.gradcam_per_class)
     if len(picked) == 0:
         return
-    batches = evaluation_batches(tested.index[picked], run.global_batch // run.world.size)
+    batches = evaluation_batches(test_result.index[picked], run.global_batch // run.world.size)
     images = torch.cat([batch.images.float() for batch in run.loader.load(batches)])
     write_gradcams(
-        training.model, run.config.model_name, images, labels[picked], predictions[picked], dataset.classes, folder
+        state.model, run.config.model_name, images, labels[picked], predictions[picked], dataset.classes, folder
     )

@@ -33,9 +33,10 @@ from quaclrs.loaders.dataset import open_dataset
 from quaclrs.system.atomic_files import make_folder
 from quaclrs.system.processes import exit_with_parent, interrupts_held
 from quaclrs.system.signals import SignalHandler
-from quaclrs.training.distributed import World, share_processors
-from quaclrs.training.loop import Hooks
+from quaclrs.training.distributed import World
+from quaclrs.training.launcher import set_threads_per_process
 from quaclrs.training.progress import epoch_line
+from quaclrs.training.trainer import Hooks
 
 _POLL_S = 0.5
 Task = tuple[str, int]
@@ -105,7 +106,7 @@ class _Pool:
     def run(self) -> None:
         self.waiting.extend(self.to_do)
         processes = min(self.config.nproc or 1, len(self.to_do))
-        share_processors(processes)
+        set_threads_per_process(processes)
         on_gpu = find_device(self.config.device).type == "cuda"
         try:
             for i in range(processes):
@@ -241,7 +242,7 @@ def _work(connection: Connection, config: TrainConfig) -> None:
             print(text, flush=True)
             say("log", f"{task[0][0]}: {text}")
 
-    hooks = Hooks(epoch_done=lambda entry: log(f"fold {task[0][1]}: {epoch_line(entry, config.epochs)}"))
+    hooks = Hooks(epoch_done=lambda record: log(f"fold {task[0][1]}: {epoch_line(record, config.epochs)}"))
     try:
         with FoldRunner.opened(config, log, hooks) as place:
             say("ready", None)
