@@ -8,7 +8,6 @@ commands ``quaclrs-pack`` and ``quaclrs-train`` run.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from quaclrs.config import PackConfig, TrainConfig, default_num_workers
 from quaclrs.data.folds import SampleSplit, class_weights
@@ -29,8 +27,9 @@ from quaclrs.loaders.dataset import Dataset, open_dataset
 from quaclrs.loaders.resident import resident_bytes
 from quaclrs.shards.packing.pack import PackSummary
 from quaclrs.system.environment import free_memory
+from quaclrs.training import loop
 from quaclrs.training.loop import Evaluation
-from quaclrs.training.models import build_model, forward_logits
+from quaclrs.training.models import build_model
 
 __all__ = [
     "Batch",
@@ -163,38 +162,24 @@ def evaluate(
     """Loss, accuracy and class probabilities of ``model`` over ``samples`` (N,), each sample once.
 
     ``class_weights`` (classes,) weight the loss, as :func:`quaclrs.class_weights` gives them: Σ w·loss / Σ w. The model
-    is in evaluation mode meanwhile, and afterwards in the mode it was in; it must be on the loader's device. Raises
-    ValueError when there are no samples.
+    computes in the loader's dtype, by autocast. It is in evaluation mode meanwhile, and afterwards in the mode it was
+    in; it must be on the loader's device. Raises ValueError when there are no samples.
     """
     if len(samples) == 0:
         raise ValueError("no samples to evaluate")
-    started, was_training = time.perf_counter(), model.training
-    model.eval()
+    weights = None if class_weights is None else torch.from_numpy(class_weights).to(loader.device)
+    was_training = model.training
     try:
-        with torch.inference_mode():
-            parts = [_score(model, batch, class_weights) for batch in batches(loader, samples)]
+        return loop.evaluate(
+            model,
+            loader,
+            samples,
+            global_batch=loader.batch_size,
+            class_weights=weights,
+            dtype=loader.config.dtype,
+        )
     finally:
         model.train(was_training)
-    probabilities, correct, losses, weights = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-    return Evaluation(
-        loss=float(losses.double().sum() / weights.double().sum()),
-        accuracy=float(correct.double().mean()),
-        index=samples,
-        probabilities=probabilities.numpy(),
-        seconds=time.perf_counter() - started,
-        waited_s=0.0,
-    )
-
-
-def _score(
-    model: nn.Module, batch: Batch, weights: np.ndarray | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per sample of ``batch``: probabilities (B, classes), whether the prediction is right, weighted loss, weight."""
-    logits = forward_logits(model, batch.images)[0].float()
-    weight = torch.ones(logits.shape[1]) if weights is None else torch.from_numpy(weights)
-    weight = weight.to(logits.device)
-    loss = functional.cross_entropy(logits, batch.labels, weight, reduction="none")
-    return logits.softmax(1), logits.argmax(1) == batch.labels, loss, weight[batch.labels]
 
 
 def pack(**settings: Any) -> PackSummary:
@@ -218,9 +203,10 @@ def train(*, log: Callable[[str], None] = print, **settings: Any) -> dict[str, d
     """
     from quaclrs.experiment.cross_validation import run_cross_validation
     from quaclrs.experiment.fold_pool import run_in_parallel
-    from quaclrs.training.distributed import joined_world, processes_wanted
-    from quaclrs.training.loop import Hooks
+    from quaclrs.training.distributed import joined_world
+    from quaclrs.training.launcher import processes_wanted
     from quaclrs.training.progress import console_hooks
+    from quaclrs.training.trainer import Hooks
 
     config = TrainConfig(**_with_paths(settings))
     if config.parallel:
