@@ -1,7 +1,7 @@
 """Modes ``step`` and ``train`` of throughput.py: what a model can learn per second when data cost nothing, and what it
 does learn.
 
-The ceiling is the trainer's own step (quaclrs.training.state.Training.step) on one batch that is on the device already;
+The ceiling is the trainer's step (quaclrs.training.state.TrainState.step) on one batch that is on the device already;
 ``train`` is the trainer's own epoch (quaclrs.training.loop.train_epoch) over a loader. Both run in turn, on the same
 model, so their ratio is honest. Under torchrun both average their gradients over the ranks, as the trainer does.
 """

@@ -58,10 +58,14 @@ _log = logging.getLogger("quaclrs")
 def open_shards(folder: str | Path) -> Dataset:
     """The samples of a shard folder that ``quaclrs-pack`` wrote: their classes, labels and folds, and where they lie.
 
-    What is to know about the data (a recording in two folds, skipped rows) goes to the logger ``quaclrs`` as a
-    warning. Raises :class:`ShardError` naming the file when the folder is not one, is incomplete or damaged.
+    Warnings about the data (a recording in two folds, skipped rows) go to the logger ``quaclrs``. Raises
+    :class:`ShardError` naming the file when the folder is not one, is incomplete or damaged.
     """
-    return open_dataset(TrainConfig(shards=Path(folder)), want_shards=False, log=_log.warning)
+    return open_dataset(TrainConfig(shards=Path(folder)), want_shards=False, log=_log_line)
+
+
+def _log_line(text: str) -> None:
+    _log.log(logging.INFO if text.startswith("note:") else logging.WARNING, "%s", text)
 
 
 class BatchLoader:
