@@ -131,7 +131,7 @@ class TrainConfig:
     spectrograms_dir: Path | None = None
     """None takes DEFAULT_SPECTROGRAMS_DIR."""
     shards: Path | None = None
-    """A folder of tools/shard_dataset.py; None packs into a cache beside the CSV."""
+    """A folder of quaclrs-pack; None packs into a cache beside the CSV."""
     columns: Columns = field(default_factory=Columns)
 
     model_name: str = "resnet18"

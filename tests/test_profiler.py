@@ -670,7 +670,7 @@ def test_advice(bound: str, setting: Setting, said: list[str], unsaid: list[str]
 
 
 def pack_flags() -> set[str]:
-    source = (Path(__file__).parents[1] / "tools" / "shard_dataset.py").read_text()
+    source = (Path(__file__).parents[1] / "quaclrs" / "cli" / "pack.py").read_text()
     return set(re.findall(r'"(--\w+)"', source))
 
 

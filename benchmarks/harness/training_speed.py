@@ -1,9 +1,9 @@
 """Modes ``step`` and ``train`` of throughput.py: training throughput if data cost nothing, and with a loader.
 
-The ceiling is the trainer's own step (quaclrs.training.state.Training.step) on one batch that is on the device already;
-``train`` is the trainer's own epoch (quaclrs.training.loop.train_epoch) over a loader. Both take turns on the same
-model, so that a drift of the machine cannot distort their ratio. Under torchrun both average gradients over the ranks,
-as the trainer does.
+The ceiling is the trainer's own step (quaclrs.training.state.TrainState.step) on one batch that is on the device
+already; ``train`` is the trainer's own epoch (quaclrs.training.loop.train_epoch) over a loader. Both take turns on the
+same model, so that a drift of the machine cannot distort their ratio. Under torchrun both average gradients over the
+ranks, as the trainer does.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def _add_data_arguments(group: Any) -> None:
     _add(
         group,
         "shards",
-        "folder of tools/shard_dataset.py; without it, the CSV's images are packed once",
+        "folder of quaclrs-pack; without it, the CSV's images are packed once",
         type=Path,
         metavar="DIR",
     )
