@@ -355,7 +355,7 @@ def test_shards_that_do_not_fit(
     assert "--image_size 8: " in refused(capsys, *flags, str(rgb_shards))
     assert "already resized to 32; use --image_size 32" in refused(capsys, *flags, str(rgb_shards))
     assert "--loader dali: " in refused(capsys, *flags, str(rgb_shards), "--loader", "dali")
-    assert "manifest.json: no such file; make shards with tools/shard_dataset.py" in refused(capsys, *flags, "nowhere")
+    assert "manifest.json: no such file; make shards with quaclrs-pack" in refused(capsys, *flags, "nowhere")
 
     changed = tmp_path / "changed"
     shutil.copytree(png_shards, changed)

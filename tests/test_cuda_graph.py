@@ -144,6 +144,7 @@ def test_a_checkpoint_moves_between_ways_of_computing() -> None:
 # --- torch.compile ---
 
 
+@pytest.mark.exhaustive  # a compiler's run
 def test_inductor_learns_what_plain_steps_do() -> None:
     """And leaves the names of the weights alone, so that checkpoints fit."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
@@ -183,7 +184,7 @@ def test_amp_dtype_follows_the_gpu(
 
 
 def test_tf32_is_off_unless_asked_for() -> None:
-    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    flags: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
     before = [flag.allow_tf32 for flag in flags]
     try:
         for allowed in (True, False):
@@ -201,7 +202,7 @@ def test_float16_scales_its_loss() -> None:
         ({"use_amp": True}, False),
         ({"use_amp": True, "amp_dtype": "float16"}, True),
     ):
-        config = TrainConfig(**options)  # type: ignore[arg-type]
+        config = TrainConfig(**options)
         training = TrainState.create(nn.Linear(2, 4), np.ones(4, np.float32), torch.device("cpu"), config)
         assert training.scaler.is_enabled() is enabled
         loss, _ = training.step(torch.ones(3, 2), torch.tensor([0, 1, 2]), torch.tensor(1 / 3))

@@ -20,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,7 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """
 
     def with_first(first: Callable[..., None], *arguments: object) -> None:
+        forkserver.ensure_running()  # not first in the pool, which blocks SIGINT then: all processes would inherit that
         monkeypatch.setattr(multiprocessing, "get_context", lambda method: _processes)
         monkeypatch.setattr(fold_pool, "_work", functools.partial(_work_after, first, arguments))
 

@@ -92,7 +92,7 @@ def test_trains_at_its_smallest_size(name: str) -> None:
 def test_the_tables_smallest_sizes_are_the_smallest(name: str) -> None:
     row, model = architectures.ARCHITECTURES[name], on_meta(name)
     smallest = row.min_input_size
-    assert can_train(model, 2, smallest)  # no batch is smaller, see order.py
+    assert can_train(model, 2, smallest)  # no batch is smaller, see sampling.py
     assert smallest == 1 or not can_train(model, 2, smallest - 1)
 
 

@@ -1,4 +1,4 @@
-"""Contract of order.py and folds.py: which sample comes when, held for every small world, and which folds train on
+"""Contract of sampling.py and folds.py: which sample comes when, held for every small world, and which folds train on
 what.
 """
 

@@ -158,7 +158,7 @@ def files_below(folder: Path) -> set[str]:
 
 
 def fold_files(per_class: dict[str, int], epochs: int) -> set[str]:
-    """The original's names (dataset.md), with the last checkpoint only."""
+    """The original's names, with the last checkpoint only."""
     return {
         *("run.json", "best_model.pth", f"checkpoint_epoch_{epochs}.pth", "metrics.json", "original_metrics.json"),
         "classification_report.json",

@@ -55,7 +55,8 @@ def to_config(options: argparse.Namespace) -> TrainConfig:
 def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     config = to_config(options)
 
-    from quaclrs.training.distributed import is_rank, launch, processes_wanted, run_rank
+    from quaclrs.training.distributed import is_rank, run_rank
+    from quaclrs.training.launcher import launch, processes_wanted
 
     if is_rank():
         return run_rank(lambda: _train_as_rank(config, options), PROGRAM)

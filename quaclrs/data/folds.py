@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,14 @@ class Split:
     test: int
 
 
+class SampleSplit(NamedTuple):
+    """Sample numbers (int64, ascending) of one training: those of its training, validation and test folds."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
 def split_for(test_fold: int, num_folds: int = DEFAULT_NUM_FOLDS) -> Split:
     """The original's split: validation is the fold before the test fold, going round from 1 to ``num_folds``.
 
@@ -34,7 +43,7 @@ def split_for(test_fold: int, num_folds: int = DEFAULT_NUM_FOLDS) -> Split:
     return Split(train=train, validation=validation, test=test_fold)
 
 
-def select(fold: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def select(fold: np.ndarray, split: Split) -> SampleSplit:
     """Sample numbers (int64, ascending) for training, validation and test, given each sample's ``fold`` (N,).
 
     Raises :class:`TrainingError` naming the fold when one of the three has no samples.
@@ -49,7 +58,7 @@ def select(fold: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray, np.n
                 f"--fold {split.test}: its {name} fold(s) {chosen} have no rows (folds with rows: {present}); "
                 "choose another --fold, or say how many folds there are with --num_folds"
             )
-    return parts[0], parts[1], parts[2]
+    return SampleSplit(*parts)
 
 
 def class_weights(labels: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:

@@ -29,13 +29,14 @@ from quaclrs.experiment.cross_validation import FoldRunner, tasks
 from quaclrs.experiment.results import SUMMARY_FILE, Summary, read_document
 from quaclrs.experiment.run import Log, model_folder
 from quaclrs.experiment.run_status import note
-from quaclrs.loaders import choose_loader
+from quaclrs.loaders import needs_shards
 from quaclrs.loaders.dataset import open_dataset
 from quaclrs.system.atomic_files import make_folder
 from quaclrs.system.processes import exit_with_parent, interrupts_held
 from quaclrs.system.signals import SignalHandler
 from quaclrs.training.device import refuse_for_device, resolve_device
-from quaclrs.training.distributed import World, share_processors
+from quaclrs.training.distributed import World
+from quaclrs.training.launcher import set_threads_per_process
 from quaclrs.training.progress import epoch_line
 from quaclrs.training.trainer import Hooks
 
@@ -70,8 +71,7 @@ def _prepare_data(config: TrainConfig, log: Log) -> None:
     """Pack, where that is to be done, and see that the data can be opened, before there are processes that would all do
     it.
     """
-    wants_shards = config.shards is None and choose_loader(config.loader, "png").name != "files"
-    open_dataset(config, want_shards=wants_shards, log=log).close()
+    open_dataset(config, want_shards=needs_shards(config), log=log).close()
 
 
 # --- the process that hands out folds ---
@@ -107,7 +107,7 @@ class _Pool:
     def run(self) -> None:
         self.waiting.extend(self.to_do)
         processes = min(self.config.nproc or 1, len(self.to_do))
-        share_processors(processes)
+        set_threads_per_process(processes)
         on_gpu = resolve_device(self.config.device).type == "cuda"
         try:
             for i in range(processes):

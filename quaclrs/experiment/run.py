@@ -88,7 +88,7 @@ class Run:
             data={
                 "csv_sha256": self.dataset.fingerprint,
                 "shards_sha256": shards.manifest.data_fingerprint if shards else None,
-                "encoding": shards.encoding if shards else None,
+                "encoding": shards.encoding.name if shards else None,
                 "num_samples": len(self.dataset),
             },
             environment=describe_environment(self.device),

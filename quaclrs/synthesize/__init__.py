@@ -1,4 +1,4 @@
-"""A made-up dataset with the geometry and the traps of the real one (dataset.md), for tests, demos and benchmarks.
+"""A made-up dataset with the geometry and the traps of the real one, for tests, demos and benchmarks.
 
 ``plan`` says which rows and files there are, ``sounds`` makes a sample's decibels, ``image`` draws them as
 matplotlib would, ``write`` puts everything on disk. Nothing here imports torch, pandas or pyplot: workers start fast.

@@ -1,7 +1,7 @@
 """Builds the models of training/architectures.py.
 
-Constructors and ImageNet weights are torchvision's. As in the original trainer, only the last ``Linear`` is replaced by
-a fresh one; everything before it is untouched.
+Constructors and ImageNet weights are torchvision's. As in the original trainer, the last ``Linear`` is replaced by a
+fresh one with the dataset's number of classes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ AUX_LOSS_WEIGHT = 0.4
 """Weight of InceptionV3's auxiliary loss in training, as in the original trainer."""
 
 DOWNLOAD_TIMEOUT_S = 30.0
-"""Longest silence of the weights' server. Without it, a network that swallows packets would be waited for by the
-minute.
+"""Longest wait for the weights' server in seconds. torch.hub sets no timeout, and a network that drops packets would
+stall for minutes.
 """
 
 
@@ -40,14 +40,14 @@ def gradcam_layer(model: nn.Module, name: str) -> nn.Module:
 
 
 def build_model(name: str, num_classes: int, *, pretrained: bool = False, freeze_features: bool = False) -> nn.Module:
-    """A model of the architecture ``name`` on the CPU, in training mode and channels_last memory.
+    """A model of the architecture ``name`` on the CPU, in training mode, channels_last.
 
-    Fresh weights come from torch's global random generator: seed it before. ``pretrained`` takes ImageNet weights for
-    all but the heads; ``freeze_features`` leaves only the row's ``trainable`` modules learning (BatchNorm's running
-    statistics still follow the data in training mode, as in the original trainer).
+    Random weights come from torch's global generator: seed it before. ``pretrained`` loads ImageNet weights for all but
+    the heads. ``freeze_features`` leaves only the row's ``trainable`` modules with gradients; BatchNorm's running
+    statistics still follow the data in training mode, as in the original trainer.
 
-    Raises :class:`UsageError` for an unknown name, and for weights that are neither on disk nor to be had
-    :class:`MissingDependencyError` naming the file to provide, or :class:`StorageError` when it cannot be stored.
+    Raises :class:`UsageError` for an unknown name; :class:`MissingDependencyError`, naming the file to provide, for
+    weights that are not on disk and cannot be downloaded; :class:`StorageError` when they cannot be stored.
     """
     row = architecture(name)
     model = _load_pretrained(name) if pretrained else _construct(row, row.options)
@@ -67,9 +67,7 @@ def forward_logits(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor
     ``loss(logits) + AUX_LOSS_WEIGHT * loss(aux_logits)``.
     """
     output = model(images)
-    if isinstance(
-        output, tuple
-    ):  # torchvision's InceptionOutputs, which DDP and torch.compile may turn into a bare tuple
+    if isinstance(output, tuple):  # InceptionOutputs, which DDP and torch.compile may turn into a plain tuple
         logits, aux_logits = output
         return logits, aux_logits
     return output, None
@@ -90,7 +88,7 @@ def _freeze_all_but(model: nn.Module, trainable: tuple[str, ...]) -> None:
 def _load_pretrained(name: str) -> nn.Module:
     """The architecture ``name`` with its ImageNet weights, 1000-way heads included."""
     row = architecture(name)
-    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
+    with torch.device("meta"):  # these weights are about to be replaced: take no memory and no random numbers
         model = _construct(row, row.pretrained_options)
     path = weights_path(name)
     try:
@@ -105,7 +103,7 @@ def _load_pretrained(name: str) -> nn.Module:
 
 
 def weights_path(name: str) -> Path:
-    """Where torch keeps, and looks for, the ImageNet weights of the architecture ``name``."""
+    """The file in torch.hub's cache that holds the ImageNet weights of the architecture ``name``."""
     return Path(torch.hub.get_dir(), "checkpoints", Path(_weights_url(name)).name)
 
 
@@ -115,7 +113,7 @@ def _weights_url(name: str) -> str:
 
 @contextlib.contextmanager
 def _network_deadline() -> Iterator[None]:
-    """Bound every wait for the network: torch.hub opens its connection without a timeout of its own."""
+    """Bound each wait for the network within the block; torch.hub sets no timeout."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:
@@ -125,9 +123,9 @@ def _network_deadline() -> Iterator[None]:
 
 
 def _weights_error(name: str, path: Path, error: Exception) -> QuaclrsError:
-    """Say which of three things went wrong: the file is no good, the disk refused it, or it could not be fetched."""
+    """The error to raise: the file is damaged, the disk refused it, or it could not be downloaded."""
     url = _weights_url(name)
-    if path.exists():  # torch.hub gives a download its name only once it is whole
+    if path.exists():  # torch.hub renames a download only once it is complete
         return MissingDependencyError(
             f"{path} does not hold the weights of {name} ({_short_reason(error)}); delete it, or replace it with {url}"
         )
@@ -140,7 +138,7 @@ def _weights_error(name: str, path: Path, error: Exception) -> QuaclrsError:
 
 
 def _is_disk_error(error: OSError) -> bool:
-    """Whether ``error`` comes from writing the file rather than from the network (URLError is an OSError too)."""
+    """Whether ``error`` comes from writing the file, not from the network (URLError is an OSError too)."""
     if isinstance(error, URLError):
         return False
     return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)

@@ -77,4 +77,5 @@ def _record_event(batch: Batch) -> torch.cuda.Event | None:
     """An event on the stream of ``batch``, to ask whether the copy queued before it is done; None on the CPU."""
     if batch.images.device.type != "cuda":
         return None
-    return torch.cuda.current_stream(batch.images.device).record_event()
+    event: torch.cuda.Event = torch.cuda.current_stream(batch.images.device).record_event()
+    return event
