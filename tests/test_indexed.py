@@ -31,7 +31,7 @@ Drawn = tuple[NDArray[np.uint8], NDArray[np.uint8], Layout]
 
 
 def paint(grid: NDArray[np.uint8], palette: NDArray[np.uint8], layout: Layout) -> NDArray[np.uint8]:
-    """The oracle: (H, W, 3) uint8, each pixel looks its cell up."""
+    """The oracle: (H, W, 3) uint8, painted pixel by pixel."""
     row = [max(i for i, edge in enumerate(layout.row_edges) if edge <= y) for y in range(layout.height)]
     column = [max(i for i, edge in enumerate(layout.column_edges) if edge <= x) for x in range(layout.width)]
     pixels: NDArray[np.uint8] = palette[grid[np.ix_(row, column)]]

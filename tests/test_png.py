@@ -1,4 +1,4 @@
-"""Contract of imaging/png.py: every good PNG becomes what Pillow makes of it, every bad one a message with its name."""
+"""Contract of imaging/png.py: good PNGs decode as by Pillow, bad ones raise one line with the image's name."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_resize_is_the_originals() -> None:
 
 
 def refusal(data: bytes, name: str = "row 7: data/fold3/b.png") -> str:
-    """The message about an image that must be refused, by checking and by decoding."""
+    """The message about an image that must be refused; the same from checking and from decoding."""
     messages = []
     for read in (check_png, decode_png):
         with pytest.raises(DataError) as caught:

@@ -68,7 +68,7 @@ def paeth(left: int, above: int, corner: int) -> int:
 
 
 def filtered(pixels: NDArray[np.uint8], types: list[int]) -> bytes:
-    """(H, W, C) uint8 as lines of a PNG, row y under filter ``types[y]``."""
+    """The pixel rows of (H, W, C) uint8 as PNG stores them, row y with filter ``types[y]``."""
     height, width, channels = pixels.shape
     rows = pixels.reshape(height, -1).tolist()
     lines = bytearray()
@@ -83,7 +83,7 @@ def filtered(pixels: NDArray[np.uint8], types: list[int]) -> bytes:
 
 
 def assembled(head: bytes, stream: bytes, idat_bytes: int | None = None, *extra: bytes) -> bytes:
-    """A PNG of a deflated ``stream``, in IDAT chunks of ``idat_bytes``."""
+    """A PNG of a compressed ``stream``, in IDAT chunks of ``idat_bytes``."""
     step = idat_bytes or max(len(stream), 1)
     parts = [chunk(b"IDAT", stream[start : start + step]) for start in range(0, len(stream), step)]
     return head + b"".join(extra) + b"".join(parts) + chunk(b"IEND", b"")
@@ -319,7 +319,7 @@ SHORT = {
 @pytest.mark.parametrize("missing_rows", [1, 4, 9])
 @pytest.mark.parametrize("kind", SHORT)
 def test_missing_rows_under_a_proper_end_are_found(kind: str, missing_rows: int) -> None:
-    """Pillow leaves such rows black and says nothing."""
+    """Pillow leaves such rows black and reports nothing."""
     bits, colour_type, lines = SHORT[kind]
     palette = chunk(b"PLTE", bytes(range(256)) * 3)
     head = header(21, 10, bits, colour_type) + (palette if colour_type == PALETTE else b"")

@@ -1,6 +1,4 @@
-"""Contract of order.py and folds.py: which sample comes when, held for every small world, and which folds train on
-what.
-"""
+"""Contract of data/sampling.py and data/folds.py: sample order, checked for every small world_size, and fold splits."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ def ranks(order: np.ndarray, global_batch: int, world: int) -> list[list[np.ndar
 
 
 def global_batches(order: np.ndarray, global_batch: int, world: int) -> list[list[int]]:
-    """What all ranks together train on, step by step."""
+    """The samples that all ranks together train on in each step."""
     return [np.concatenate(step).tolist() for step in zip(*ranks(order, global_batch, world), strict=True)]
 
 
@@ -157,7 +155,7 @@ def test_evaluation_alone_keeps_the_order() -> None:
     ],
 )
 def test_permutations_never_change(entropy: tuple[int, ...], expected: list[int]) -> None:
-    """Golden: shards and runs of an older quaclrs are only comparable as long as this holds."""
+    """Golden values: existing shards and runs depend on them."""
     assert stable_permutation(10, *entropy).tolist() == expected
 
 

@@ -122,7 +122,7 @@ def test_one_image_per_class_and_fold_is_what_matplotlib_draws(fold: int) -> Non
 
 
 def test_the_images_compared_with_matplotlib_have_every_width_and_augmentation() -> None:
-    """Those of fold 1 already have."""
+    """Fold 1 alone has all of them."""
     rows = [row for row in plan_rows(1, 10) if row.fold == 1]
     assert {row.sample.tag for row in rows} == set(LONG_FORMS)
     widths = {tag: mel_grid(row.sample, 0).shape for row in rows for tag in [row.sample.tag]}

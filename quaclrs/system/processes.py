@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -58,14 +58,7 @@ def run_tasks(
         try:
             with interrupts_held():
                 futures = [pool.submit(_call, work, task) for task in tasks]
-            seen, pending = 0, set(futures)
-            while pending:
-                done, pending = wait(pending, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
-                units = counter.get_obj().value
-                on_progress(units - seen)
-                seen = units
-                for future in done:
-                    future.result()
+            _wait_for_all(futures, counter, on_progress)
         except BaseException as error:
             stop.value = 1
             if isinstance(error, BrokenProcessPool):  # a worker that is just starting would never hear of the stop
@@ -79,6 +72,18 @@ def run_tasks(
                 ) from None
             raise
     return [future.result() for future in futures]
+
+
+def _wait_for_all(futures: list[Future[Any]], counter: Any, on_progress: Callable[[int], object]) -> None:
+    """Report progress until all ``futures`` are done. Raises the first exception of any."""
+    seen, pending = 0, set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
+        units = counter.get_obj().value
+        on_progress(units - seen)
+        seen = units
+        for future in done:
+            future.result()
 
 
 @contextlib.contextmanager
