@@ -24,7 +24,6 @@ from quaclrs.errors import QuaclrsError
 from quaclrs.loaders import MemoryEstimate, build_loader, choose_loader
 from quaclrs.loaders.base import Batch, Loader, LoaderConfig
 from quaclrs.loaders.dataset import Dataset, open_dataset
-from quaclrs.loaders.resident import resident_bytes
 from quaclrs.shards.packing.pack import PackSummary
 from quaclrs.system.environment import free_memory
 from quaclrs.training import loop
@@ -140,7 +139,7 @@ def make_loader(
         num_workers=default_num_workers() if num_workers is None else num_workers,
         prefetch=prefetch,
     )
-    encoding = data.shards.encoding if data.shards else None
+    encoding = data.shards.encoding.name if data.shards else None
     choice = choose_loader(loader, encoding, _estimate_resident_memory(data, config, wanted=loader == "resident"))
     return BatchLoader(build_loader(choice, data, config), config, batch_size)
 
@@ -239,5 +238,4 @@ def _estimate_resident_memory(data: Dataset, config: LoaderConfig, wanted: bool)
     """The data against the device's free memory; None on the CPU, where the page cache holds them, unless wanted."""
     if data.shards is None or not (wanted or config.device.type == "cuda"):
         return None
-    needed = resident_bytes(data.shards, config.image_size)
-    return MemoryEstimate(needed=needed, free=free_memory(config.device) or 0)
+    return MemoryEstimate(needed=data.shards.memory_bytes(config.image_size), free=free_memory(config.device) or 0)

@@ -16,6 +16,7 @@ DEFAULT_SPECTROGRAMS_DIR = Path("spectrograms")
 DEFAULT_IMAGE_SIZE = 224
 
 ENCODINGS = ("png", "indexed", "rgb")
+"""The encodings of quaclrs itself, for command lines; quaclrs.shards.encodings has their classes, and takes more."""
 SCHEDULERS = ("plateau", "cosine", "none")
 AMP_DTYPES = ("float16", "bfloat16")
 COMPILERS = ("none", "inductor", "cudagraph")
@@ -86,20 +87,19 @@ class PackConfig:
     csv_file: Path | None = None
     spectrograms_dir: Path | None = None
     from_shards: Path | None = None
-    """``png`` shards to take the CSV and the images from, in place of the two above."""
+    """``png`` shards to take the CSV and the images from, instead of ``csv_file`` and ``spectrograms_dir``."""
     output_dir: Path
     encoding: str = "png"
+    """A name registered in quaclrs.shards.encodings; packing refuses an unknown one."""
     image_size: int = DEFAULT_IMAGE_SIZE
-    """S of the ``rgb`` encoding, in pixels; the others keep the image's own size."""
+    """S of the ``rgb`` encoding, in pixels; ``png`` and ``indexed`` keep the image's own size."""
     shard_size: int = 256 * 2**20
     """Upper bound of one tar in bytes; a single sample may exceed it."""
     seed: int = 0
     num_workers: int = field(default_factory=default_num_workers)
     on_error: str = "stop"
     folds: tuple[int, ...] | None = None
-    """Pack only these, beside other calls that pack the others into the same folder; None packs all that are not there
-    yet.
-    """
+    """Pack only these, beside other calls that pack other folds into the same folder; None packs all missing folds."""
     columns: Columns = field(default_factory=Columns)
 
     def __post_init__(self) -> None:
@@ -109,7 +109,6 @@ class PackConfig:
             from_tree != (self.from_shards is not None) and from_tree == from_anything,
             "give --csv_file and --spectrograms_dir, or --from_shards alone",
         )
-        _require(self.encoding in ENCODINGS, f"--encoding {self.encoding}: choose one of {', '.join(ENCODINGS)}")
         _require(self.on_error in ON_ERROR, f"--on_error {self.on_error}: choose one of {', '.join(ON_ERROR)}")
         _require(1 <= self.image_size <= 4096, f"--image_size {self.image_size}: choose 1 to 4096 pixels")
         _require(self.shard_size >= 1, f"--shard_size {self.shard_size}: at least 1 byte")

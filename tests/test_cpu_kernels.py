@@ -17,7 +17,7 @@ from quaclrs.imaging.resample import HALF, WEIGHT_BITS
 
 pytest.importorskip("numba", reason="numba is not installed")
 
-from quaclrs.imaging.kernels import intrinsics, normalise_cpu, render_cpu
+from quaclrs.imaging.kernels import intrinsics, normalise_cpu, render_cpu, render_cpu_tables
 
 
 def every_level(size: int) -> torch.Tensor:
@@ -83,7 +83,7 @@ def two_weights(excess: int) -> np.ndarray:
 def test_blend_is_used_exactly_where_it_is_exact(excess: int) -> None:
     """Against the sum itself, for all 65,536 pairs of levels: neither a wrong blend nor a needless detour."""
     weights = two_weights(excess)
-    claimed = render_cpu._blends_exactly(np.vstack([weights, np.zeros_like(weights)]))
+    claimed = render_cpu_tables.blends_exactly(np.vstack([weights, np.zeros_like(weights)]))
     upper, lower = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
     blended = np.empty((256, 256), np.uint8)
     for (first, second), exact in zip(weights.T.astype(np.int64), claimed, strict=True):
@@ -105,7 +105,7 @@ def blend_all(upper, lower, high, low, out):  # type: ignore[no-untyped-def]
 
 def test_three_lines_are_never_blended_as_two() -> None:
     weights = np.array([[1 << 21], [1 << 21], [1]], np.int32)
-    assert not render_cpu._blends_exactly(weights).any()
+    assert not render_cpu_tables.blends_exactly(weights).any()
 
 
 @pytest.mark.parametrize("offset", [0, 8])

@@ -21,7 +21,7 @@ from quaclrs.errors import DataError
 from quaclrs.imaging import shared_layouts
 from quaclrs.imaging.indexed import IndexedImage, NotIndexable, decode, encode, find_cells, recode
 from quaclrs.imaging.layout import Layout, even_edges, even_layout
-from quaclrs.imaging.shared_layouts import image_facts, plan
+from quaclrs.imaging.shared_layouts import image_facts, share_layouts
 
 MAGMA = matplotlib.colormaps["magma"](np.arange(256), bytes=True)[:, :3].copy()
 
@@ -194,7 +194,7 @@ def seen_parts(layout, palette, rng, number):
         yield image_facts(IndexedImage(grid, colours if len(colours) else palette[:1], seen))
 
 
-def same_plan(one, other):
+def assert_same(one, other):
     assert one.layouts == other.layouts
     assert [palette.tolist() for palette in one.palettes] == [palette.tolist() for palette in other.palettes]
 
@@ -203,26 +203,26 @@ def test_a_dataset_of_three_widths_has_three_layouts_and_one_palette_in_any_orde
     rng = np.random.default_rng(0)
     true = [even_layout(400, 1000, 128, columns) for columns in (313, 376, 469)]
     facts = [fact for layout in true for fact in seen_parts(layout, MAGMA, rng, 60)]
-    planned = plan(facts)
-    assert list(planned.layouts) == true
-    assert len(planned.palettes) == 1
+    shared = share_layouts(facts)
+    assert list(shared.layouts) == true
+    assert len(shared.palettes) == 1
     for seed in range(5):
         random.Random(seed).shuffle(facts)
-        same_plan(planned, plan(facts + facts[:7]))
+        assert_same(shared, share_layouts(facts + facts[:7]))
     for fact in facts:
-        layout, palette = planned.choose(fact)
+        layout, palette = shared.choose(fact)
         assert layout in (0, 1, 2)
         assert palette == 0
 
 
 def test_a_image_that_shows_nothing_takes_the_smallest_layout():
     facts = [image_facts(find_cells(np.zeros((400, 1000, 3), np.uint8)))]
-    assert plan(facts).layouts == (even_layout(400, 1000, 1, 1),)
+    assert share_layouts(facts).layouts == (even_layout(400, 1000, 1, 1),)
     whole = even_layout(400, 1000, 128, 376)
     facts.append(image_facts(IndexedImage(np.zeros((128, 376), np.uint8), MAGMA, whole)))
-    planned = plan(facts)
-    assert planned.layouts == (whole,)
-    assert planned.choose(facts[0]) == (0, 0)
+    shared = share_layouts(facts)
+    assert shared.layouts == (whole,)
+    assert shared.choose(facts[0]) == (0, 0)
 
 
 def test_grids_that_are_not_even_are_put_together_from_what_images_show():
@@ -237,9 +237,9 @@ def test_grids_that_are_not_even_are_put_together_from_what_images_show():
         kept = [(0, *(edge for edge in axis[1:] if rng.random() < 0.7)) for axis in edges]
         part = Layout(height=300, width=500, row_edges=kept[0], column_edges=kept[1])
         facts.append(image_facts(IndexedImage(np.zeros((part.rows, part.columns), np.uint8), MAGMA, part)))
-    planned = plan(facts)
-    assert planned.layouts == (odd,)
-    same_plan(planned, plan(reversed(facts)))
+    shared = share_layouts(facts)
+    assert shared.layouts == (odd,)
+    assert_same(shared, share_layouts(reversed(facts)))
 
 
 def test_colour_maps_that_do_not_fit_together_keep_a_palette_each():
@@ -250,18 +250,18 @@ def test_colour_maps_that_do_not_fit_together_keep_a_palette_each():
     layout = even_layout(40, 100, 4, 10)
     facts = [image_facts(IndexedImage(np.zeros((4, 10), np.uint8), MAGMA, layout))]  # one image has all of magma
     facts += [fact for palette in maps for fact in seen_parts(layout, palette, rng, 40)]
-    planned = plan(facts)
-    assert len(planned.palettes) == 3
+    shared = share_layouts(facts)
+    assert len(shared.palettes) == 3
     for seed in range(3):
         random.Random(seed).shuffle(facts)
-        same_plan(planned, plan(facts))
+        assert_same(shared, share_layouts(facts))
 
 
 def test_small_palettes_are_put_together():
     colours = random_colours(np.random.default_rng(0), 600).reshape(6, 100, 3)
     layout = even_layout(4, 4, 1, 1)
     facts = [image_facts(IndexedImage(np.zeros((1, 1), np.uint8), palette, layout)) for palette in colours]
-    assert [len(palette) for palette in plan(facts).palettes] == [200, 200, 200]
+    assert [len(palette) for palette in share_layouts(facts).palettes] == [200, 200, 200]
 
 
 def test_images_without_anything_in_common_are_refused(monkeypatch):
@@ -271,19 +271,19 @@ def test_images_without_anything_in_common_are_refused(monkeypatch):
         image_facts(IndexedImage(np.zeros((1, 1), np.uint8), palette, even_layout(4, 4, 1, 1))) for palette in colours
     ]
     with pytest.raises(NotIndexable, match="need more than 3 palettes"):
-        plan(facts)
+        share_layouts(facts)
     facts = [image_facts(find_cells(np.zeros((1, width, 3), np.uint8))) for width in range(1, 6)]
     with pytest.raises(NotIndexable, match="need more than 3 layouts"):
-        plan(facts)
+        share_layouts(facts)
 
 
-def test_a_image_outside_the_plan_is_refused():
+def test_a_image_outside_the_shared_layouts_is_refused():
     black, grey = (np.full((2, 2, 3), level, np.uint8) for level in (0, 9))
-    planned = plan([image_facts(find_cells(black))])
+    shared = share_layouts([image_facts(find_cells(black))])
     with pytest.raises(NotIndexable, match="colours fit nothing planned"):
-        planned.choose(image_facts(find_cells(grey)))
+        shared.choose(image_facts(find_cells(grey)))
     with pytest.raises(NotIndexable, match="cells fit nothing planned"):
-        planned.choose(image_facts(find_cells(black[:1])))
+        shared.choose(image_facts(find_cells(black[:1])))
 
 
 @given(st.lists(drawn_images(side=12, colours=40), min_size=1, max_size=12), st.randoms())
@@ -291,13 +291,13 @@ def test_a_image_outside_the_plan_is_refused():
 def test_every_planned_image_is_lossless_whatever_the_order(drawn, shuffler):
     images = [find_cells(paint(*one)) for one in drawn]
     facts = [image_facts(image) for image in images]
-    planned = plan(facts)
+    shared = share_layouts(facts)
     for image, fact in zip(images, facts, strict=True):
-        layout, palette = planned.choose(fact)
-        recoded = recode(image, planned.layouts[layout], planned.palettes[palette])
+        layout, palette = shared.choose(fact)
+        recoded = recode(image, shared.layouts[layout], shared.palettes[palette])
         assert np.array_equal(decode(recoded), decode(image))
     shuffler.shuffle(facts)
-    same_plan(planned, plan(facts))
+    assert_same(shared, share_layouts(facts))
 
 
 def test_encoding_costs_less_than_decoding_the_png():

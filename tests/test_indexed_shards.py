@@ -148,14 +148,14 @@ def test_the_first_round_is_not_done_twice(tmp_path: Path, monkeypatch: pytest.M
         def stop(*arguments: object, **options: object) -> None:
             raise DataError("stopped between the rounds")
 
-        patch.setattr("quaclrs.shards.packing.pack.write_indexed_shard", stop)
+        patch.setattr("quaclrs.shards.packing.pack.write_shared_shard", stop)
         with pytest.raises(DataError, match="stopped between the rounds"):
             pack_tree(tree, tmp_path / "shards", encoding="indexed")
 
     def decode_again(*arguments: object) -> None:
         raise AssertionError("an image was decoded again")
 
-    monkeypatch.setattr("quaclrs.shards.packing.write_indexed.decode_png", decode_again)
+    monkeypatch.setattr("quaclrs.shards.encodings.indexed.decode_png", decode_again)
     assert pack_tree(tree, tmp_path / "shards", encoding="indexed").manifest.num_samples == len(tree.rows)
     assert not (tmp_path / "shards" / ".packing").exists()
 

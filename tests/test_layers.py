@@ -165,6 +165,15 @@ def test_there_is_no_import_cycle() -> None:
         waiting = {module: imported for module, imported in waiting.items() if module not in free}
 
 
+def test_reading_shards_needs_nothing_of_the_packer() -> None:
+    all_sources = sources()
+    read_side = [module for module in all_sources if module.startswith("shards.") and ".packing." not in module]
+    assert {"shards.format", "shards.work_folder", "shards.reader", "shards.verify"} < set(read_side)
+    for module in read_side:
+        imported = imported_modules(module, all_sources[module], set(all_sources))
+        assert not {name for name in imported if name.startswith("shards.packing.")}, module
+
+
 def importers(library: str) -> set[str]:
     names = {module: set(imported_names(source)) for module, source in sources().items()}
     return {
@@ -279,7 +288,7 @@ def test_a_command_reads_its_flags_without_libraries(command: str, flag: str) ->
 def test_packing_workers_start_light() -> None:
     loaded = packages_loaded_by("workers")
     assert "quaclrs" in loaded
-    assert loaded <= {"quaclrs", "numpy", "PIL", "isal"}
+    assert loaded <= {"quaclrs", "numpy", "PIL", "isal", "tqdm"}
 
 
 def test_drawing_workers_start_light() -> None:

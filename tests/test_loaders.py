@@ -34,11 +34,13 @@ from PIL import Image, PngImagePlugin
 from png_trees import PngTree, write_csv
 from torchvision import transforms
 
-from quaclrs.config import PackConfig, TrainConfig
+from quaclrs.config import Columns, PackConfig, TrainConfig
+from quaclrs.data.metadata import Metadata, parse_metadata
 from quaclrs.errors import DataError, QuaclrsError, ShardError, UsageError
 from quaclrs.imaging.normalise import normalisation_table, normalise
 from quaclrs.loaders import Choice, MemoryEstimate, build_loader, choose_loader
 from quaclrs.loaders.base import Batch, Loader, LoaderConfig
+from quaclrs.loaders.dali import LARGEST_DIFFERENCE, MEAN_DIFFERENCE
 from quaclrs.loaders.dataset import Dataset, open_dataset
 from quaclrs.loaders.files import FilesLoader
 from quaclrs.loaders.resident import ResidentLoader
@@ -51,9 +53,6 @@ pytestmark = pytest.mark.filterwarnings(
 SIZE = 224
 MAX_BATCH = 6
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-
-DALI_LARGEST, DALI_MEAN = 10, 0.5
-"""How far DALI's own resize may be from Pillow's, in 8-bit levels: at a single value, and in the mean over an image."""
 
 
 @dataclass(frozen=True)
@@ -299,10 +298,10 @@ def check(
         if case.exact:
             assert torch.equal(batch.images, expected.to(dtype))
             continue
-        rounding = 0.0 if dtype == torch.float32 else 0.5
-        levels = (batch.images.float() - expected).abs() * torch.tensor(STD)[:, None, None] * 255
-        assert levels.amax() <= DALI_LARGEST + rounding
-        assert levels.mean(dim=(1, 2, 3)).amax() <= DALI_MEAN + rounding
+        rounding = 0.0 if dtype == torch.float32 else 0.5 / 255
+        difference = (batch.images.float() - expected).abs() * torch.tensor(STD)[:, None, None]
+        assert difference.amax() <= LARGEST_DIFFERENCE + rounding
+        assert difference.mean(dim=(1, 2, 3)).amax() <= MEAN_DIFFERENCE + rounding
 
 
 def test_samples_order_labels_and_pixels(loader: Loader, case: Case, oracle: Oracle) -> None:
@@ -748,6 +747,25 @@ def test_without_dali(png_tree: PngTree, tmp_path: Path) -> None:
         "data.csv",
         "spectrograms",
     ]  # nothing was packed
+
+
+def test_the_csv_is_parsed_once_per_run(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the tree is packed into the cache, when the cache is reused, and when the CSV of given shards is named."""
+    csv_file = Path(shutil.copy(data.tree.csv_file, tmp_path / "data.csv"))
+    parsed: list[Path] = []
+
+    def counted(raw: bytes, name: Path, columns: Columns) -> Metadata:
+        parsed.append(name)
+        return parse_metadata(raw, name, columns)
+
+    for module in ("quaclrs.data.metadata", "quaclrs.shards.reader"):
+        monkeypatch.setattr(f"{module}.parse_metadata", counted)
+    from_tree = TrainConfig(csv_file=csv_file, spectrograms_dir=data.tree.spectrograms_dir)
+    of_shards = TrainConfig(csv_file=csv_file, shards=data.folders["rgb"])
+    for config, wants_shards in ((from_tree, True), (from_tree, True), (from_tree, False), (of_shards, False)):
+        parsed.clear()
+        open_dataset(config, want_shards=wants_shards, log=lambda text: None).close()
+        assert len(parsed) == 1
 
 
 # --- normalisation ---

@@ -371,7 +371,7 @@ for step in range(int(sys.argv[4])):
 
 
 def test_killed_before_and_after_every_flush_and_rename(tmp_path: Path) -> None:
-    """One shard, so six files: tar, index, receipt, metadata, samples and manifest, each flushed and then renamed."""
+    """One shard, so six files: tar, index, record, metadata, samples and manifest, each flushed and then renamed."""
     tree = write_tree(tmp_path / "tree", make_rows(CLASSES[:2], (1,)))
     pack_tree(tree, tmp_path / "promised", shard_size=PackConfig.shard_size)
     files = len(content_of(tmp_path / "promised"))

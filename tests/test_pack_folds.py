@@ -24,7 +24,8 @@ from png_trees import PngTree, make_rows, write_csv, write_tree
 
 from quaclrs.config import Columns, PackConfig, folds_text, parse_folds
 from quaclrs.errors import DataError, ShardError, StorageError, UsageError
-from quaclrs.imaging.shared_layouts import Facts, Plan, plan
+from quaclrs.shards.encodings.base import Finding, SharedTables
+from quaclrs.shards.encodings.indexed import IndexedEncoding
 from quaclrs.shards.packing.pack import PackSummary, pack
 from quaclrs.shards.reader import ShardSet
 from quaclrs.system.file_locks import locked
@@ -74,8 +75,7 @@ JOB = """
 import sys, time
 from pathlib import Path
 import quaclrs.shards.packing.pack as packing
-import quaclrs.shards.packing.write_indexed as scan
-import quaclrs.shards.packing.write_shard as write
+from quaclrs.shards.encodings import indexed, png, rgb
 from quaclrs.config import PackConfig
 
 csv_file, images, output_dir, folds, encoding, log, stop_at = sys.argv[1:]
@@ -93,9 +93,9 @@ def noted(function, what):
         return function(*arguments)
     return wrapped
 
-scan.decode_png, write.decode_png = noted(scan.decode_png, ""), noted(write.decode_png, "")
-write.check_png = noted(write.check_png, "")
-packing.finish = noted(packing.finish, "finish")
+indexed.decode_png, rgb.decode_png = noted(indexed.decode_png, ""), noted(rgb.decode_png, "")
+png.check_png = noted(png.check_png, "")
+packing.finalize = noted(packing.finalize, "finalize")
 config = PackConfig(
     csv_file=Path(csv_file), spectrograms_dir=Path(images), output_dir=Path(output_dir), encoding=encoding,
     folds=tuple(map(int, folds.split(","))) if folds else None, shard_size=4096, image_size=16, num_workers=1,
@@ -231,7 +231,9 @@ def test_jobs_at_once_look_at_each_image_once_and_finish_once(
     jobs = [Job(tree, tmp_path / "shards", folds, encoding, log) for folds in ("1", "2", "3", "3", "2,1,3")]
     results = [job.result() for job in jobs]
     assert content_of(tmp_path / "shards") == whole[encoding]
-    assert Counter(jobs[0].looked_at()) == Counter(["finish", *(tree.path(row).name for row in range(len(tree.rows)))])
+    assert Counter(jobs[0].looked_at()) == Counter(
+        ["finalize", *(tree.path(row).name for row in range(len(tree.rows)))]
+    )
     assert sum(images for images, _, _ in results) == len(tree.rows)
     assert () in [missing for _, _, missing in results]
 
@@ -317,14 +319,14 @@ def test_images_that_another_job_saw_otherwise_are_not_written(
 ) -> None:
     """Two jobs, an image changed between their beginnings, and the second looks again at what the first has seen."""
 
-    def change_and_look_again(facts: set[Facts]) -> Plan:
+    def change_and_look_again(encoding: IndexedEncoding, findings: set[Finding]) -> SharedTables:
         monkeypatch.undo()
         path = small_tree.path(rows_of(small_tree, 1)[0])
         os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
         pack_folds(small_tree, tmp_path / "shards", 2, encoding="indexed")
-        return plan(facts)
+        return encoding.share(findings)
 
-    monkeypatch.setattr("quaclrs.shards.packing.pack.share_layouts", change_and_look_again)  # between its two rounds
+    monkeypatch.setattr(IndexedEncoding, "share", change_and_look_again)  # called between the two passes
     with pytest.raises(
         ShardError, match=r"another job looked at other images for fold01/fold01-00000\d\.tar: some changed while"
     ):
@@ -444,7 +446,7 @@ def test_a_job_killed_before_any_rename_or_removal_goes_on(encoding: str, tmp_pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stderr
     first, last = map(int, done.stdout.split())
-    assert first >= 4  # settings, tar, index, receipt
+    assert first >= 4  # settings, tar, index, record
     assert last >= 6 + 5  # then metadata, samples and manifest; and whatever lies in .packing/ goes
 
 
@@ -513,7 +515,7 @@ def test_looking_alone_is_finished_work_too(tree: PngTree, tmp_path: Path, monke
         raise DataError("stopped between the rounds")
 
     with monkeypatch.context() as patch:
-        patch.setattr("quaclrs.shards.packing.pack.write_indexed_shard", stop)
+        patch.setattr("quaclrs.shards.packing.pack.write_shared_shard", stop)
         with pytest.raises(DataError, match="stopped between the rounds"):
             pack_folds(tree, tmp_path / "shards", 1, encoding="indexed")
     with pytest.raises(ShardError, match=r"another --encoding \(encoding: indexed, now png\)"):

@@ -22,10 +22,10 @@ from quaclrs.experiment.fold import (
     read_document,
     run_fold,
 )
-from quaclrs.loaders import MemoryEstimate, build_loader, choose_loader
+from quaclrs.loaders import MemoryEstimate, build_loader, choose_loader, needs_shards
 from quaclrs.loaders.base import Loader, LoaderConfig
 from quaclrs.loaders.dataset import Dataset, open_dataset
-from quaclrs.loaders.resident import ResidentLoader, resident_bytes
+from quaclrs.loaders.resident import ResidentLoader
 from quaclrs.system.atomic_files import make_folder, write_json
 from quaclrs.system.environment import free_memory
 from quaclrs.system.file_locks import folder_lock
@@ -173,9 +173,8 @@ class FoldRunner:
         return self._world.broadcast_object(agreed_global_batch(config, self._world) if self._world.is_main else 0)
 
     def _open_dataset(self) -> Dataset:
-        wants_shards = self._config.shards is None and choose_loader(self._config.loader, "png").name != "files"
         with self._world.main_process_first():
-            dataset = open_dataset(self._config, want_shards=wants_shards, log=self._log)
+            dataset = open_dataset(self._config, want_shards=needs_shards(self._config), log=self._log)
         for rank, identity in enumerate(self._world.gather(dataset.identity)):
             if identity != dataset.identity:
                 raise UsageError(f"{dataset.name}: rank {rank} has other data there; give all machines the same")
@@ -197,7 +196,7 @@ class FoldRunner:
 
     def _new_loader(self, image_size: int) -> Loader:
         dataset, config = self._dataset, self._config
-        encoding = dataset.shards.encoding if dataset.shards else None
+        encoding = dataset.shards.encoding.name if dataset.shards else None
         choice = choose_loader(config.loader, encoding, self._fit(image_size))
         if config.compile == "cudagraph" and choice.name != "resident":
             raise UsageError(
@@ -218,7 +217,7 @@ class FoldRunner:
             return None
         free = free_memory(self._device) or 0
         least = min(self._world.gather(free if on_gpu else free // self._beside))
-        return MemoryEstimate(needed=resident_bytes(shards, image_size), free=least, ranks=self._world.size)
+        return MemoryEstimate(needed=shards.memory_bytes(image_size), free=least, ranks=self._world.size)
 
     @property
     def _beside(self) -> int:

@@ -300,7 +300,7 @@ def provenance(run: Run) -> dict[str, Any]:
         "data": {
             "csv_sha256": run.dataset.fingerprint,
             "shards_sha256": shards.manifest.data_fingerprint if shards else None,
-            "encoding": shards.encoding if shards else None,
+            "encoding": shards.encoding.name if shards else None,
             "num_samples": len(run.dataset),
         },
         "environment": describe_environment(run.device),

@@ -28,7 +28,7 @@ from quaclrs.errors import Interrupted, QuaclrsError, TrainingError
 from quaclrs.experiment.cross_validation import SUMMARY_FILE, FoldRunner, find_device, refuse_for_device, tasks
 from quaclrs.experiment.fold import Log, model_folder, read_document
 from quaclrs.experiment.run_status import note
-from quaclrs.loaders import choose_loader
+from quaclrs.loaders import needs_shards
 from quaclrs.loaders.dataset import open_dataset
 from quaclrs.system.atomic_files import make_folder
 from quaclrs.system.processes import exit_with_parent, interrupts_held
@@ -69,8 +69,7 @@ def _prepare_data(config: TrainConfig, log: Log) -> None:
     """Pack, where that is to be done, and see that the data can be opened, before there are processes that would all do
     it.
     """
-    wants_shards = config.shards is None and choose_loader(config.loader, "png").name != "files"
-    open_dataset(config, want_shards=wants_shards, log=log).close()
+    open_dataset(config, want_shards=needs_shards(config), log=log).close()
 
 
 # --- the process that hands out folds ---

@@ -1,4 +1,4 @@
-"""What a loader is: sample numbers in, batches on the device out. It decides nothing about order."""
+"""What a loader is: sample numbers in, batches on the device out. The caller decides the order."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from quaclrs.imaging.memory import as_batch, batch_bytes, host_bytes
 
@@ -23,7 +24,7 @@ class Batch:
     labels: torch.Tensor
     """(B,) int64"""
     index: torch.Tensor
-    """(B,) int64, on the CPU: the sample numbers asked for."""
+    """(B,) int64, on the CPU: the sample numbers."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -31,86 +32,89 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """What every loader is asked for."""
+    """What batches to make, and how much to work ahead; the same for every loader."""
 
     image_size: int
     """S, in pixels."""
     device: torch.device
     dtype: torch.dtype
-    """float32, float16 or bfloat16; uint8 gives the pixels themselves, not normalised (for caches and benchmarks)."""
+    """float32, float16 or bfloat16; uint8 gives pixels that are not normalised (for caches and benchmarks)."""
     max_batch: int
-    """The largest batch that will be asked for."""
+    """The largest batch that will be requested."""
     num_workers: int
-    """Processes or threads that read and decode; 0 does it in the caller."""
+    """Processes or threads that read and decode; with 0 the caller's thread does it."""
     prefetch: int = 2
-    """Batches made ahead of the one in use, where a loader reads from disk; more need more memory."""
+    """Batches made ahead of the one in use, by loaders that read from disk; each takes memory."""
     part: tuple[int, int] = (0, 1)
-    """(r, W): the resident loader keeps the samples whose number leaves r when divided by W; (0, 1) keeps all."""
+    """(r, W): the resident loader keeps the samples with ``number % W == r``; (0, 1) keeps all."""
 
 
 class Loader(Protocol):
-    """Makes batches of one dataset; lives as long as the run, over all folds, epochs and phases."""
+    """Makes batches of one dataset. One object serves all folds, epochs and phases of a run."""
 
     name: str
     pixels: str
-    """Whose resize the images have: ``Pillow``, bit for bit, or ``DALI``."""
+    """Which resize the images have: ``Pillow``'s, bit for bit, or ``DALI``'s."""
     replicated: bool
-    """False where each rank can only give the samples of its own part, see quaclrs.data.sampling."""
+    """False where each rank holds only its own part of the samples, see quaclrs.data.sampling."""
 
-    def load(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
+    def load(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Batch]:
         """One :class:`Batch` for each array of sample numbers, in that order.
 
-        The iterator may be dropped at any point and ``load`` called again; only one is in use at a time. Errors of
-        background work are raised by the ``next`` that would have returned their batch.
+        The caller may drop the iterator at any point and call ``load`` again; only one iterator is in use at a time. An
+        error in a background thread or process is raised by the ``next`` that should have returned its batch.
         """
         ...
 
     def close(self) -> None:
-        """Give back every process, thread and file; the loader cannot be used afterwards."""
+        """End all processes and threads and close all files. The loader cannot be used afterwards."""
         ...
 
 
 class DeviceLoader(Loader, Protocol):
-    """A loader whose data are on the device already, all of them."""
+    """A loader that keeps all its data on the device."""
 
     def on_device(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images and labels, as :class:`Batch` has them, of the samples ``index`` (B,) int64 on the device.
+        """Images and labels, as in :class:`Batch`, of the samples ``index``: (B,) int64 on the device.
 
-        All work is queued on the current stream and nothing is waited for, so that it can be captured in a CUDA graph.
+        Queues all work on the current stream without host synchronisation, so that a CUDA graph can capture it.
         """
         ...
 
 
 class Labels:
-    """The labels of all samples, (N,) int64; makes a :class:`Batch` of images."""
+    """The labels of all samples; adds them to images to make a :class:`Batch`."""
 
-    def __init__(self, labels: np.ndarray, device: torch.device) -> None:
+    def __init__(self, labels: NDArray[np.int64], device: torch.device) -> None:
         self._labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64))
         self._device = device
 
-    def batch(self, images: torch.Tensor, numbers: np.ndarray) -> Batch:
-        """``images`` with the labels of the samples ``numbers``, on the device without waiting for it."""
+    def batch(self, images: torch.Tensor, numbers: NDArray[np.int64]) -> Batch:
+        """A batch of ``images`` of the samples ``numbers``; copies labels to the device without waiting for it."""
         index = torch.from_numpy(np.array(numbers, dtype=np.int64))
         return Batch(images, to_device(self._labels[index], self._device), index)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``tensor`` from the CPU on ``device``; to a GPU through pinned memory, so that the host need not wait."""
+    """Copy ``tensor`` from the CPU to ``device``; to a GPU from pinned memory, so that the host does not wait."""
     if device.type != "cuda":
         return tensor.to(device)
     pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
     return pinned.to(device, non_blocking=True)
 
 
+_new_stream: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream  # torch does not annotate its constructor
+
+
 def prefetch_to_device(
-    make: Callable[[np.ndarray], Batch], batches: Sequence[np.ndarray], device: torch.device
+    make: Callable[[NDArray[np.int64]], Batch], batches: Sequence[NDArray[np.int64]], device: torch.device
 ) -> Iterator[Batch]:
-    """``make`` each batch; on a GPU on a stream of its own, the next one while the last one is in use."""
+    """``make(numbers)`` for each of ``batches``. On a GPU: one batch ahead of the caller, on a stream of its own."""
     if device.type != "cuda":
         yield from map(make, batches)
         return
-    stream, waiting = torch.cuda.Stream(device), iter(batches)
-    stream.wait_stream(torch.cuda.current_stream(device))  # the data may still be on their way
+    stream, waiting = _new_stream(device), iter(batches)
+    stream.wait_stream(torch.cuda.current_stream(device))  # the data may still be in a copy on the current stream
     ready: deque[tuple[Batch, torch.cuda.Event] | Exception] = deque()
 
     def start_next() -> None:
@@ -120,7 +124,7 @@ def prefetch_to_device(
                 with torch.cuda.stream(stream):
                     batch = make(numbers)
                     ready.append((batch, stream.record_event()))
-            except Exception as error:  # raised when its batch is asked for, not with the one before
+            except Exception as error:  # to be raised for its own batch, not for the one before
                 ready.append(error)
 
     start_next()
@@ -131,22 +135,22 @@ def prefetch_to_device(
             raise begun
         batch, made = begun
         current = torch.cuda.current_stream(device)
-        current.wait_event(made)  # on the device; the host goes on
+        current.wait_event(made)  # the device waits, the host does not
         for tensor in (batch.images, batch.labels):
-            tensor.record_stream(current)  # its memory is not reused before the consumer's work on it is done
+            tensor.record_stream(current)  # torch must not reuse its memory before the caller's work on it is done
         yield batch
 
 
 class BatchMemory:
-    """CPU memory for batches, taken again once nobody holds the batch that had it.
+    """CPU memory for batches, reused once no tensor refers to it any more.
 
-    Fresh pages cost more to touch for the first time than a batch costs to draw.
+    The first access to fresh pages takes more time than rendering a batch into them.
     """
 
     def __init__(self, image_size: int, dtype: torch.dtype) -> None:
         self._size = image_size
         self._dtype = dtype
-        self._arrays: list[np.ndarray] = []
+        self._arrays: list[NDArray[np.uint8]] = []
 
     def take(self, images: int) -> torch.Tensor:
         """(images, 3, S, S), channels_last, of undefined content."""
@@ -163,16 +167,16 @@ class BatchMemory:
 
 
 _MOST_KEPT = 8
-"""Batches whose memory is kept for reuse; a consumer that holds on to more pays for fresh pages."""
+"""Batches whose memory is kept for reuse. A caller that holds more batches gets fresh pages for the rest."""
 
 
-def _references(arrays: list[np.ndarray], i: int) -> int:
+def _references(arrays: list[NDArray[np.uint8]], i: int) -> int:
     return sys.getrefcount(arrays[i])
 
 
-_REFERENCES_WHEN_FREE = _references([np.empty(1)], 0)
-"""Measured, since Python versions differ; a tensor that uses the array's memory adds to it."""
+_REFERENCES_WHEN_FREE = _references([np.empty(1, np.uint8)], 0)
+"""Measured, since it differs between Python versions. A tensor that uses the array's memory adds a reference."""
 
 
-def _is_free(arrays: list[np.ndarray], i: int) -> bool:
+def _is_free(arrays: list[NDArray[np.uint8]], i: int) -> bool:
     return _references(arrays, i) <= _REFERENCES_WHEN_FREE

@@ -1,9 +1,8 @@
-"""NVIDIA DALI: encoded PNG records → decode, drop alpha, antialiased resize, normalise. The only file that imports
-``nvidia.dali``.
+"""NVIDIA DALI: PNG records → decode, drop alpha, antialiased resize, normalise. Only this file imports ``nvidia.dali``.
 
-DALI gets its samples through ``external_source`` in our order. One pipeline is built per run and serves every fold,
-epoch and phase. On a GPU everything after the entropy decoding runs there; without one (``device_id=None``) the same
-graph runs on the CPU.
+``external_source`` feeds DALI the samples in our order. One pipeline is built per run and serves all folds, epochs and
+phases. On a GPU everything after entropy decoding runs there; without one (``device_id=None``) the same graph runs on
+the CPU.
 """
 
 from __future__ import annotations
@@ -17,21 +16,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
+from torch.utils.dlpack import from_dlpack
 
-from quaclrs.errors import DataError, MissingDependencyError, QuaclrsError, ShardError, UsageError
+from quaclrs.errors import DataError, MissingDependencyError, QuaclrsError, ShardError
 from quaclrs.imaging.normalise import IMAGENET_MEAN, IMAGENET_STD
 from quaclrs.imaging.png import check_png, to_rgb
 from quaclrs.loaders.base import Batch, Labels, LoaderConfig
+from quaclrs.shards.encodings.base import Content
 from quaclrs.shards.format import FLAG_NOT_PLAIN
 from quaclrs.shards.reader import ShardSet
+
+LARGEST_DIFFERENCE = 12 / 255
+MEAN_DIFFERENCE = 0.5 / 255
+"""How far DALI's resize may differ from Pillow's on spectrograms: at a single value, and in the mean over an image.
+
+Before normalisation, where values range from 0 to 1. Measured on the synthetic dataset; images with a frame drawn at
+the border differ more.
+"""
 
 _READ_AHEAD = 2
 """Batches read from disk ahead of DALI's queue."""
 
 
 def dali_missing() -> str | None:
-    """Why DALI cannot be used here, in a few words; None when it can."""
+    """Why DALI cannot be imported, in a few words; None when it can."""
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
@@ -40,7 +50,7 @@ def dali_missing() -> str | None:
 
 
 def require_dali() -> None:
-    """Raise :class:`MissingDependencyError` saying what to install where DALI cannot be used."""
+    """Raise :class:`MissingDependencyError` saying what to install where DALI cannot be imported."""
     reason = dali_missing()
     if reason is not None:
         raise MissingDependencyError(
@@ -51,29 +61,24 @@ def require_dali() -> None:
 class DaliLoader:
     """Batches made by DALI from ``png`` shards.
 
-    Its resize is not Pillow's: single values may differ by up to 12/255 (before normalisation; measured on the
-    synthetic set), by 0.5/255 in the mean. Raises :class:`MissingDependencyError` without DALI, :class:`UsageError` for
-    shards of another encoding.
+    DALI's resize is not Pillow's: see :data:`LARGEST_DIFFERENCE` and :data:`MEAN_DIFFERENCE`. Raises
+    :class:`MissingDependencyError` where DALI cannot be imported.
     """
 
     name = "dali"
     pixels = "DALI"
     replicated = True
 
-    def __init__(self, shards: ShardSet, labels: np.ndarray, config: LoaderConfig) -> None:
+    def __init__(self, shards: ShardSet, labels: NDArray[np.int64], config: LoaderConfig) -> None:
         require_dali()
-        if shards.encoding != "png":
-            raise UsageError(
-                f"--loader dali: {shards.root} is encoded {shards.encoding}, which needs no decoder; use --loader "
-                "mapped"
-            )
+        assert shards.encoding.content is Content.PNGS
         self._shards = shards
         self._config = config
         self._labels = Labels(labels, config.device)
         self._reader = _ReadAhead(shards, max(config.num_workers, 1), config.prefetch + _READ_AHEAD)
         self._pipeline: Any = _build_pipeline(config, self._reader.next_batch)
 
-    def load(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
+    def load(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Batch]:
         """As :class:`~quaclrs.loaders.base.Loader`."""
         if self._pipeline is None:
             raise ValueError("the loader is closed")
@@ -89,24 +94,24 @@ class DaliLoader:
         self._pipeline = None
         self._reader.close()
 
-    def _run(self, numbers: np.ndarray) -> torch.Tensor:
-        """(B, S, S, 3) normalised, of the next batch; it shares DALI's buffer, which lives as long as the tensor."""
+    def _run(self, numbers: NDArray[np.int64]) -> torch.Tensor:
+        """(B, S, S, 3), normalised: the next batch. A view of DALI's buffer, which lives as long as the tensor."""
         stream = torch.cuda.current_stream(self._config.device) if self._config.device.type == "cuda" else None
         try:
             (output,) = self._pipeline.run(stream)
-            return torch.from_dlpack(output.as_tensor())
+            return from_dlpack(output.as_tensor())
         except StopIteration:
-            assert self._reader.failure is not None  # else there would be a batch
+            assert self._reader.failure is not None  # without a failure there is one batch per entry of `batches`
             failure = self._reader.failure
-        except RuntimeError as error:  # DALI calls its pipeline invalid after such an error
+        except RuntimeError as error:  # DALI's pipeline is unusable after such an error
             self._pipeline = None
             failure = ShardError(
-                f"{self._guilty(numbers)}: DALI cannot decode it ({_gist(error)}); check with quaclrs-inspect verify"
+                f"{self._damaged(numbers)}: DALI cannot decode it ({_gist(error)}); check with quaclrs-inspect verify"
             )
-        raise failure  # out here: DALI's own error in its context would keep the pipeline and its threads alive
+        raise failure  # outside `except`: as its context, DALI's error would keep the pipeline and its threads alive
 
-    def _guilty(self, numbers: np.ndarray) -> str:
-        """The sample that DALI gave up on, which its own message does not name."""
+    def _damaged(self, numbers: NDArray[np.int64]) -> str:
+        """The damaged sample of a batch, for messages: DALI's own error does not say which it is."""
         for number in numbers:
             name = self._shards.name(int(number))
             try:
@@ -115,11 +120,11 @@ class DaliLoader:
                 return name
         return str(self._shards.root)
 
-    def _batch(self, images: torch.Tensor, numbers: np.ndarray) -> Batch:
+    def _batch(self, images: torch.Tensor, numbers: NDArray[np.int64]) -> Batch:
         return self._labels.batch(images.to(self._config.dtype).permute(0, 3, 1, 2), numbers)
 
     def _drain(self) -> None:
-        """Let DALI finish what it has begun, so that the next epoch starts with an empty queue."""
+        """Run DALI until its queue is empty, so that the next epoch does not start with batches of this one."""
         self._reader.stop()
         if self._pipeline is None:
             return
@@ -128,40 +133,38 @@ class DaliLoader:
                 while True:
                     self._pipeline.run()
             self._pipeline.reset()
-        except RuntimeError:  # a damaged image among those that nobody asks for any more
+        except RuntimeError:  # a damaged image in a batch that is no longer wanted
             self._pipeline = _build_pipeline(self._config, self._reader.next_batch)
 
 
 class _ReadAhead:
-    """Reads the encoded records of the next batches in threads, so that a slow disk does not hold up the training
-    thread.
-    """
+    """Reads the payloads of the next batches in threads, so that the training thread does not wait for the disk."""
 
     def __init__(self, shards: ShardSet, num_threads: int, ahead: int) -> None:
         self._shards = shards
         self._ahead = ahead
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="quaclrs-read")
-        self._waiting: Iterator[np.ndarray] = iter(())
-        self._reading: deque[Future[list[np.ndarray]]] = deque()
+        self._waiting: Iterator[NDArray[np.int64]] = iter(())
+        self._reading: deque[Future[list[NDArray[np.uint8]]]] = deque()
         self.failure: QuaclrsError | None = None
-        """Why the batches ended early; DALI still delivers those before."""
+        """The error that ended the batches early. DALI still delivers the batches before it."""
 
-    def start(self, batches: Sequence[np.ndarray]) -> None:
+    def start(self, batches: Sequence[NDArray[np.int64]]) -> None:
         self._waiting = iter(batches)
         self._reading.clear()
         self.failure = None
         for _ in range(self._ahead):
             self._submit()
 
-    def next_batch(self) -> list[np.ndarray]:
-        """The records of the next batch, each (bytes,) uint8; StopIteration after the last (DALI's own protocol)."""
+    def next_batch(self) -> list[NDArray[np.uint8]]:
+        """The payloads of the next batch, each (bytes,) uint8; StopIteration after the last, as DALI requires."""
         if not self._reading:
             raise StopIteration
         self._submit()
         try:
             return self._reading.popleft().result()
         except QuaclrsError as error:
-            self.failure = error.with_traceback(None)  # its frames lead to DALI's, and those to the pipeline
+            self.failure = error.with_traceback(None)  # the frames of its traceback would keep the pipeline alive
             self.stop()
             raise StopIteration from None
 
@@ -179,18 +182,18 @@ class _ReadAhead:
         if numbers is not None:
             self._reading.append(self._threads.submit(self._read, numbers))
 
-    def _read(self, numbers: np.ndarray) -> list[np.ndarray]:
-        return [self._record(int(number)) for number in numbers]
+    def _read(self, numbers: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        return [self._read_one(int(number)) for number in numbers]
 
-    def _record(self, number: int) -> np.ndarray:
+    def _read_one(self, number: int) -> NDArray[np.uint8]:
         payload = self._shards.payload(number)
         if self._shards.samples["flags"][number] & FLAG_NOT_PLAIN:
             return _as_plain_png(payload.tobytes(), self._shards.name(number))
-        return payload.copy()  # here, in this thread, the pages are read from disk
+        return np.array(payload)  # reads the pages of the memory map from disk, in this thread
 
 
-def _as_plain_png(data: bytes, name: str) -> np.ndarray:
-    """A palette, grey or 16-bit PNG as 8-bit RGB: DALI scales those by rules of its own, the contract is Pillow's."""
+def _as_plain_png(data: bytes, name: str) -> NDArray[np.uint8]:
+    """A palette, grey or 16-bit PNG as 8-bit RGB PNG, converted by Pillow: DALI would convert it differently."""
     buffer = io.BytesIO()
     Image.fromarray(to_rgb(data, name)).save(buffer, "PNG", compress_level=1)
     return np.frombuffer(buffer.getvalue(), np.uint8)
@@ -201,15 +204,9 @@ def _build_pipeline(config: LoaderConfig, source: Any) -> Any:
 
     on_gpu = config.device.type == "cuda"
 
-    @pipeline_def(
-        batch_size=config.max_batch,
-        num_threads=max(config.num_workers, 1),
-        device_id=(config.device.index or 0) if on_gpu else None,
-        prefetch_queue_depth=config.prefetch,
-    )
     def images() -> Any:
         encoded = fn.external_source(source=source, dtype=types.UINT8, ndim=1, batch=True)
-        # output_type RGB drops alpha as Pillow's convert("RGB") does: no blending
+        # output_type RGB drops alpha without blending, as Pillow's convert("RGB") does
         decoded = fn.decoders.image(
             encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False
         )
@@ -225,13 +222,19 @@ def _build_pipeline(config: LoaderConfig, source: Any) -> Any:
             std=[255 * value for value in IMAGENET_STD],
         )
 
-    pipeline = images()
+    make_pipeline: Any = pipeline_def(
+        batch_size=config.max_batch,
+        num_threads=max(config.num_workers, 1),
+        device_id=(config.device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=config.prefetch,
+    )(images)
+    pipeline = make_pipeline()
     pipeline.build()
     return pipeline
 
 
 def _gist(error: Exception) -> str:
-    """DALI's own words for what went wrong, without its operator stack."""
+    """DALI's description of an error, without its operator stack."""
     lines = [line.strip(" :") for line in str(error).splitlines() if line.strip()]
     if "encountered" in lines[:-1]:
         return lines[lines.index("encountered") + 1]

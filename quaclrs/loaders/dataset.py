@@ -1,6 +1,4 @@
-"""The samples of a run, wherever they lie: shards that were given, shards packed into a cache, or the
-PNG tree itself.
-"""
+"""The samples of a run: from given shards, from shards packed into a cache, or from the PNG tree itself."""
 
 from __future__ import annotations
 
@@ -10,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, PackConfig, TrainConfig
+from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, Columns, PackConfig, TrainConfig
 from quaclrs.data.folds import SampleSplit, select, split_for
 from quaclrs.data.metadata import Metadata, read_metadata
 from quaclrs.data.sampling import storage_order
@@ -22,35 +21,36 @@ from quaclrs.shards.reader import ShardSet
 
 CACHE_FOLDER = "quaclrs_shards"
 _STORAGE_SEED = 0
-"""Seed of the sample numbering; the tree and the shards packed from it number their samples alike."""
+"""Seed of the order of sample numbers, the same for a tree and for the shards packed from it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """All samples by sample number, N of them."""
+    """N samples, by sample number."""
 
     name: str
     """The CSV or shard folder, for messages."""
     classes: tuple[str, ...]
-    label: np.ndarray
-    """(N,) int64"""
-    fold: np.ndarray
-    """(N,) int64, from 1"""
-    is_original: np.ndarray | None
-    """(N,) bool: not augmented; None where the CSV does not say."""
+    label: NDArray[np.int64]
+    """(N,)"""
+    fold: NDArray[np.int64]
+    """(N,), from 1"""
+    is_original: NDArray[np.bool_] | None
+    """(N,): not augmented; None where the CSV does not say."""
     fingerprint: str
-    """Of the CSV: results with equal fingerprints are about the same samples."""
+    """SHA-256 of the CSV: results with equal fingerprints are about the same samples."""
     shards: ShardSet | None
     paths: tuple[Path, ...] | None
-    """(N,) PNG files, where there are no shards."""
+    """(N,) PNG files; None where there are shards."""
 
     def __len__(self) -> int:
         return len(self.label)
 
     @property
     def identity(self) -> str:
-        """Of what is learned: the CSV, and the class and fold of each sample, which other columns or skipped images
-        change.
+        """SHA-256 over CSV, classes, and the class and fold of each sample.
+
+        Unlike ``fingerprint`` it also changes with the chosen columns and with images skipped when packing.
         """
         digest = hashlib.sha256("\0".join([self.fingerprint, *self.classes]).encode())
         digest.update(self.label.tobytes())
@@ -66,21 +66,23 @@ class Dataset:
         return select(self.fold, split_for(test_fold, int(self.fold.max()) if num_folds is None else num_folds))
 
     def close(self) -> None:
-        """Give back the shards' maps."""
+        """Close the shards."""
         if self.shards is not None:
             self.shards.close()
 
 
 def open_dataset(config: TrainConfig, *, want_shards: bool, log: Callable[[str], None]) -> Dataset:
-    """Open what ``config`` names; with ``want_shards`` and no ``--shards``, pack the tree once into a cache beside the
-    CSV.
+    """Open the data of ``config``; with ``want_shards`` and no ``--shards``, pack the tree into a cache beside the CSV.
 
-    Raises :class:`DataError` for the CSV or an image, :class:`ShardError` for the shards.
+    The cache is packed once and then reused; the CSV is parsed once. Raises :class:`DataError` for the CSV or an image,
+    :class:`ShardError` for the shards.
     """
     if config.shards is not None:
-        dataset = _from_shards(config.shards, log)
+        shards = ShardSet(config.shards)
+        metadata = shards.metadata()
+        dataset = _from_shards(shards, metadata, log)
         if config.csv_file is not None:
-            _refuse_other_csv(dataset, config.shards, config.csv_file, config)
+            _refuse_other_csv(metadata, config.shards, config.csv_file, config.columns)
         return dataset
     csv_file = config.csv_file or DEFAULT_CSV_FILE
     spectrograms_dir = config.spectrograms_dir or DEFAULT_SPECTROGRAMS_DIR
@@ -100,26 +102,23 @@ def open_dataset(config: TrainConfig, *, want_shards: bool, log: Callable[[str],
         num_workers=max(1, config.num_workers),
     )
     try:
-        pack(packing, progress=True)
+        pack(packing, progress=True, metadata=metadata)
     except StorageError as error:
         raise StorageError(f"{error}, or pack elsewhere with quaclrs-pack and give --shards") from None
-    return _from_shards(cache, log)
+    shards = ShardSet(cache)
+    return _from_shards(shards, shards.metadata(metadata), log)
 
 
 def cache_folder(metadata: Metadata) -> Path:
-    """Where the shards of ``metadata``'s CSV are kept: beside it, one folder per content of the CSV and
-    columns used.
-    """
+    """The folder of the shards packed from ``metadata``'s CSV: beside it, one per content and choice of columns."""
     content = hashlib.sha256("\0".join([metadata.fingerprint, *metadata.columns]).encode()).hexdigest()
     return metadata.csv_file.parent / CACHE_FOLDER / f"{metadata.csv_file.stem}-{content[:12]}-png"
 
 
-def _from_shards(folder: Path, log: Callable[[str], None]) -> Dataset:
-    shards = ShardSet(folder)
-    metadata = shards.metadata()
+def _from_shards(shards: ShardSet, metadata: Metadata, log: Callable[[str], None]) -> Dataset:
     for warning in data_warnings(metadata.audit(), shards.manifest):
         log(warning)
-    return _dataset(metadata, shards.samples["row"].astype(np.int64), str(folder), shards=shards)
+    return _dataset(metadata, shards.samples["row"].astype(np.int64), str(shards.root), shards=shards)
 
 
 def _from_tree(metadata: Metadata, spectrograms_dir: Path) -> Dataset:
@@ -137,7 +136,7 @@ def _from_tree(metadata: Metadata, spectrograms_dir: Path) -> Dataset:
 
 def _dataset(
     metadata: Metadata,
-    rows: np.ndarray,
+    rows: NDArray[np.int64],
     name: str,
     shards: ShardSet | None = None,
     paths: tuple[Path, ...] | None = None,
@@ -154,10 +153,13 @@ def _dataset(
     )
 
 
-def _refuse_other_csv(dataset: Dataset, shards: Path, csv_file: Path, config: TrainConfig) -> None:
-    given = read_metadata(csv_file, config.columns).fingerprint
-    if given != dataset.fingerprint:
+def _refuse_other_csv(metadata: Metadata, shards: Path, csv_file: Path, columns: Columns) -> None:
+    """Raise :class:`ShardError` unless ``csv_file`` is the CSV of the shards; parse it, for its own errors, if not."""
+    if columns == metadata.columns and csv_file.is_file() and csv_file.read_bytes() == metadata.raw:
+        return
+    given = read_metadata(csv_file, columns).fingerprint
+    if given != metadata.fingerprint:
         raise ShardError(
-            f"{shards}: packed from another CSV (SHA-256 {dataset.fingerprint[:12]}…) than {csv_file} ({given[:12]}…); "
-            "leave out --csv_file to train on what the shards hold, or pack them anew"
+            f"{shards}: packed from another CSV (SHA-256 {metadata.fingerprint[:12]}…) than {csv_file} "
+            f"({given[:12]}…); leave out --csv_file to train on what the shards hold, or pack them anew"
         )

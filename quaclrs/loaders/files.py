@@ -1,6 +1,6 @@
-"""Pillow and DataLoader: the original's way, on any machine, and the oracle for every other loader.
+"""Pillow and torch's DataLoader: works on any machine, as the original trainer did; the reference for other loaders.
 
-Images come from the PNG tree or from shards; both give the same bits.
+Images come from the PNG tree or from shards of any encoding. Both give the same bits.
 """
 
 from __future__ import annotations
@@ -11,35 +11,37 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from quaclrs.errors import DataError, QuaclrsError
 from quaclrs.imaging.normalise import normalise
-from quaclrs.imaging.png import decode_png, resize_rgb, to_rgb
+from quaclrs.imaging.png import decode_png, resize_rgb
 from quaclrs.loaders.base import Batch, Labels, LoaderConfig
 from quaclrs.loaders.rendering import check_image_size
 from quaclrs.shards.reader import ShardSet
 
 
 class Images(Protocol):
-    """Where images come from; picklable, for worker processes."""
+    """A source of images. Must be picklable, for worker processes."""
 
-    def image(self, number: int) -> np.ndarray:
+    def image(self, number: int) -> NDArray[np.uint8]:
         """(S, S, 3) uint8 of sample ``number``, resized as Pillow does."""
         ...
 
 
 class TreeImages:
-    """The PNG tree. ``paths[number]`` is sample ``number``'s file; nothing has checked it before, so it is checked in
-    full here.
+    """The PNG tree; ``paths[number]`` is the file of sample ``number``.
+
+    Nothing has checked these files before, so each read checks the whole file.
     """
 
     def __init__(self, paths: Sequence[Path], image_size: int) -> None:
         self._paths = paths
         self._size = image_size
 
-    def image(self, number: int) -> np.ndarray:
+    def image(self, number: int) -> NDArray[np.uint8]:
         """As :class:`Images`; raises :class:`DataError` naming the file when it cannot be read or is not a good PNG."""
         path = self._paths[number]
         try:
@@ -60,14 +62,11 @@ class ShardImages:
         self._shards = shards
         self._size = image_size
 
-    def image(self, number: int) -> np.ndarray:
+    def image(self, number: int) -> NDArray[np.uint8]:
         """As :class:`Images`."""
-        if self._shards.encoding == "rgb":
-            return self._shards.array(number)
-        if self._shards.encoding == "indexed":
-            image = self._shards.image(number)
-        else:
-            image = to_rgb(self._shards.payload(number).tobytes(), self._shards.name(number))
+        image = self._shards.image(number)
+        if image.shape[:2] == (self._size, self._size):
+            return image
         return resize_rgb(Image.fromarray(image), self._size)
 
 
@@ -78,35 +77,35 @@ class FilesLoader:
     pixels = "Pillow"
     replicated = True
 
-    def __init__(self, images: Images, labels: np.ndarray, config: LoaderConfig) -> None:
+    def __init__(self, images: Images, labels: NDArray[np.int64], config: LoaderConfig) -> None:
         self._config = config
         self._labels = Labels(labels, config.device)
-        self._plan = _Plan()
+        self._sampler = _BatchSampler()
         self._epoch: Iterator[torch.Tensor | QuaclrsError] | None = None
         self._loader: DataLoader[torch.Tensor | QuaclrsError] | None = DataLoader(
             _ImageBatches(images),
-            sampler=self._plan,
-            batch_size=None,  # each element of the plan is a whole batch already
+            sampler=self._sampler,
+            batch_size=None,  # each element of the sampler is a whole batch already
             num_workers=config.num_workers,
             persistent_workers=config.num_workers > 0,
             prefetch_factor=config.prefetch if config.num_workers > 0 else None,  # of each worker
             pin_memory=config.device.type == "cuda",
-            # it draws a seed for its workers, which must not come out of the training's random numbers
+            # DataLoader draws a seed for its workers: by default from torch's global generator, which training uses
             generator=torch.Generator(),
         )
 
-    def load(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
+    def load(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Batch]:
         """As :class:`~quaclrs.loaders.base.Loader`."""
         if self._loader is None:
             raise ValueError("the loader is closed")
-        self._plan.batches = batches
+        self._sampler.batches = batches
         self._epoch = iter(self._loader)
         for numbers in batches:
             yield self._batch(self._next_images(), numbers)
 
     def close(self) -> None:
         """As :class:`~quaclrs.loaders.base.Loader`."""
-        self._loader = self._epoch = None  # the worker processes end with the iterator, of which nobody else knows
+        self._loader = self._epoch = None  # dropping the last reference to the iterator ends its worker processes
 
     def _next_images(self) -> torch.Tensor:
         if self._epoch is None:
@@ -126,21 +125,21 @@ class FilesLoader:
             raise images
         return images
 
-    def _batch(self, pixels: torch.Tensor, numbers: np.ndarray) -> Batch:
-        if self._config.device.type == "cuda":  # pinned by the DataLoader: no host synchronisation
+    def _batch(self, pixels: torch.Tensor, numbers: NDArray[np.int64]) -> Batch:
+        if self._config.device.type == "cuda":  # from pinned memory, so without host synchronisation
             pixels = pixels.to(self._config.device, non_blocking=True)
         if self._config.dtype == torch.uint8:
             return self._labels.batch(pixels.permute(0, 3, 1, 2), numbers)
         return self._labels.batch(normalise(pixels, self._config.dtype), numbers)
 
 
-class _Plan(Sampler[np.ndarray]):
-    """The batches of the epoch to come; DataLoader asks again each time it is iterated."""
+class _BatchSampler(Sampler[NDArray[np.int64]]):
+    """The batches of the next epoch; DataLoader iterates over it once per epoch."""
 
     def __init__(self) -> None:
-        self.batches: Sequence[np.ndarray] = ()
+        self.batches: Sequence[NDArray[np.int64]] = ()
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
         return iter(self.batches)
 
     def __len__(self) -> int:
@@ -148,16 +147,14 @@ class _Plan(Sampler[np.ndarray]):
 
 
 class _ImageBatches(Dataset["torch.Tensor | QuaclrsError"]):
-    """Maps an array of sample numbers to their images."""
+    """Maps an array of sample numbers to the images of the batch."""
 
     def __init__(self, images: Images) -> None:
         self._images = images
 
-    def __getitem__(self, numbers: np.ndarray) -> torch.Tensor | QuaclrsError:
-        """(B, S, S, 3) uint8; an error of the data is returned, since DataLoader would wrap a raised one in a
-        traceback's text.
-        """
+    def __getitem__(self, numbers: NDArray[np.int64]) -> torch.Tensor | QuaclrsError:
+        """(B, S, S, 3) uint8. An error of the data is returned, not raised: DataLoader would turn it into its text."""
         try:
             return torch.from_numpy(np.stack([self._images.image(int(number)) for number in numbers]))
         except QuaclrsError as error:
-            return error
+            return error.with_traceback(None)  # the frames of its traceback would keep a memory map open

@@ -1,6 +1,4 @@
-"""From what ``indexed`` and ``rgb`` shards hold to images: shared by the loaders that keep such records in memory or
-read them raw.
-"""
+"""Record arrays → batches of images: shared by the loaders that read arrays (``mapped`` and ``resident``)."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from quaclrs.shards.reader import ShardSet
 
 
 def check_image_size(shards: ShardSet, image_size: int) -> None:
-    """Raise :class:`UsageError` when ``shards`` hold images of one size and it is not ``image_size``."""
+    """Raise :class:`UsageError` when ``shards`` hold images resized to another size than ``image_size``."""
     stored = shards.manifest.image_size
     if stored is not None and stored != image_size:
         raise UsageError(
@@ -26,45 +24,39 @@ def check_image_size(shards: ShardSet, image_size: int) -> None:
         )
 
 
-def array_bytes(shards: ShardSet) -> np.ndarray:
-    """(N,) int64: bytes of each sample's array in ``indexed`` or ``rgb`` shards."""
-    if shards.encoding == "indexed":
-        return np.array([layout.cells for layout in shards.layouts], dtype=np.int64)[shards.samples["layout"]]
-    assert shards.manifest.image_size is not None
-    return np.full(len(shards), 3 * shards.manifest.image_size**2, dtype=np.int64)
-
-
 class GridRenderer:
-    """Draws batches of ``indexed`` records on ``config.device``."""
+    """Renders batches of grids (:attr:`Content.GRIDS`) on ``config.device``."""
 
     def __init__(self, shards: ShardSet, config: LoaderConfig) -> None:
         self.tables = RenderTables.build(shards.layouts, shards.palettes, config.image_size, config.device)
         self._config = config
         self._memory = BatchMemory(config.image_size, config.dtype)
         self.layouts = torch.from_numpy(shards.samples["layout"].astype(np.int32))
+        """(N,) int32 on the CPU: each sample's layout."""
         self.palettes = torch.from_numpy(shards.samples["palette"].astype(np.int32))
+        """(N,) int32 on the CPU: each sample's palette."""
 
-    def draw(self, grids: Grids, index: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) of the images ``index`` (B,) int64 of ``grids``."""
+    def render(self, grids: Grids, index: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S): the images of ``grids[index]``; ``index`` is (B,) int64."""
         out = self._memory.take(len(index)) if self._config.device.type == "cpu" else None
         return render(grids, index, self.tables, self._config.dtype, out)
 
 
 class PixelNormaliser:
-    """Normalises batches of ready pixels on ``config.device``."""
+    """Normalises batches of pixels (:attr:`Content.PIXELS`) on ``config.device``."""
 
     def __init__(self, config: LoaderConfig) -> None:
         self._config = config
         self._memory = BatchMemory(config.image_size, config.dtype)
 
-    def draw(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) of ``pixels`` (B, S, S, 3) uint8."""
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S), channels_last, of ``pixels`` (B, S, S, 3) uint8; a view of them where dtype is uint8."""
         if self._config.dtype == torch.uint8:
             return pixels.permute(0, 3, 1, 2)
         if self._config.device.type == "cpu":
             try:
                 from quaclrs.imaging.kernels.normalise_cpu import normalise_cpu
-            except ImportError:  # no numba: the same values, more slowly
+            except ImportError:  # no numba: the same values, computed more slowly
                 return normalise(pixels, self._config.dtype)
             return normalise_cpu(pixels, self._memory.take(len(pixels)))
         return normalise(pixels, self._config.dtype)

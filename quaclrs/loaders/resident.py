@@ -1,9 +1,8 @@
-"""All samples in device memory, once for all folds and epochs: a batch is a gather and a render, the host sends only
-sample numbers.
+"""All samples in device memory, once for all folds and epochs: a batch is a gather and a render on the device.
 
-``indexed`` shards are kept as grids (2.8 GB for 57,918 spectrograms), ``rgb`` shards as pixels. ``png`` shards can be
-decoded once through another loader and are then kept as pixels of one size. Several ranks can share the data out, each
-with a part of its own.
+The host sends only sample numbers. ``indexed`` shards are kept as grids (2.8 GB for 57,918 spectrograms), ``rgb``
+shards as pixels. Payloads that must be decoded, such as ``png``, are decoded once by another loader and kept as pixels
+of one size. Several ranks can divide the data: each then keeps a part of its own.
 """
 
 from __future__ import annotations
@@ -14,42 +13,39 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from quaclrs.data.sampling import evaluation_batches
 from quaclrs.errors import ShardError, UsageError
 from quaclrs.imaging.render import Grids, check_grids
 from quaclrs.loaders.base import Batch, BatchMemory, Loader, LoaderConfig, prefetch_to_device, to_device
-from quaclrs.loaders.rendering import GridRenderer, PixelNormaliser, array_bytes, check_image_size
+from quaclrs.loaders.rendering import GridRenderer, PixelNormaliser, check_image_size
+from quaclrs.shards.encodings.base import Content
 from quaclrs.shards.reader import ShardSet
 from quaclrs.system.environment import free_memory
 from quaclrs.system.threads import parallel_for
 
 FREE_SHARE = 0.9
-"""Of the free memory that the data may take; the model needs the rest, and more."""
-
-
-def resident_bytes(shards: ShardSet, image_size: int) -> int:
-    """What the data of ``shards`` take in device memory."""
-    if shards.encoding == "png":
-        return len(shards) * 3 * image_size**2
-    return int(array_bytes(shards).sum())
+"""Share of the free device memory that the data may take; the model needs the rest, and more."""
 
 
 class ResidentLoader:
-    """Batches from device memory, with the bits of Pillow's path (from ``png``: with those of ``decoder``).
+    """Batches from device memory, bit for bit as Pillow's path (with a ``decoder``: as its batches).
 
-    ``decoder`` makes uint8 batches of ``png`` shards; it is used while loading, and closed. Raises :class:`UsageError`
-    when the data do not fit in the device's free memory, :class:`ShardError` when a shard is not what the manifest
-    says.
+    ``decoder`` makes the uint8 batches of shards whose payloads are no arrays; it is used while loading, and closed.
+    Raises :class:`UsageError` when the data do not fit in the device's free memory, :class:`ShardError` when a shard
+    does not match the manifest.
     """
 
     name = "resident"
 
     def __init__(
-        self, shards: ShardSet, labels: np.ndarray, config: LoaderConfig, decoder: Loader | None = None
+        self, shards: ShardSet, labels: NDArray[np.int64], config: LoaderConfig, decoder: Loader | None = None
     ) -> None:
         check_image_size(shards, config.image_size)
+        content = shards.encoding.content
+        assert content.is_array != (decoder is not None)
         self.pixels = "Pillow" if decoder is None else decoder.pixels
         self._config = config
         self._shards = shards
@@ -59,20 +55,20 @@ class ResidentLoader:
         self._labels = torch.from_numpy(np.ascontiguousarray(labels[held], dtype=np.int64)).to(config.device)
         self._pixels = PixelNormaliser(config)
         self._pixel_memory = BatchMemory(config.image_size, torch.uint8)
-        _refuse_too_little_memory(resident_bytes(shards, config.image_size) // ranks, shards.encoding, config.device)
+        needed = shards.memory_bytes(config.image_size) // ranks
+        _refuse_too_little_memory(needed, config.device, alternative="mapped" if decoder is None else decoder.name)
         self._grids: Grids | None = None
         self._renderer: GridRenderer | None = None
         self._decoded: torch.Tensor | None = None
-        if shards.encoding == "png":
-            assert decoder is not None
+        if decoder is not None:
             self._decoded = _decode_all(held, decoder, config)
-        elif shards.encoding == "rgb":
+        elif content is Content.PIXELS:
             size = config.image_size
             self._decoded = _load_all(shards, held, config).view(-1, size, size, 3)
         else:
             self._load_grids(shards, held)
 
-    def load(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
+    def load(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Batch]:
         """As :class:`~quaclrs.loaders.base.Loader`; ValueError for a sample of another rank's part."""
         if self._grids is None and self._decoded is None:
             raise ValueError("the loader is closed")
@@ -86,26 +82,23 @@ class ResidentLoader:
     def close(self) -> None:
         """As :class:`~quaclrs.loaders.base.Loader`."""
         if self._config.device.type == "cuda":
-            torch.cuda.synchronize(
-                self._config.device
-            )  # a batch that was begun and never taken may still read the data
+            torch.cuda.synchronize(self._config.device)  # a prefetched batch that nobody took may still read the data
         self._grids = self._decoded = self._renderer = None
 
-    def _load_grids(self, shards: ShardSet, held: np.ndarray) -> None:
+    def _load_grids(self, shards: ShardSet, held: NDArray[np.int64]) -> None:
         device = self._config.device
         self._renderer = GridRenderer(shards, self._config)
-        sizes = array_bytes(shards)[held]
+        sizes = shards.array_bytes()[held]
         offsets = torch.from_numpy(np.cumsum(sizes) - sizes)
         flat = _load_all(shards, held, self._config)
         layouts, palettes = self._renderer.layouts[held], self._renderer.palettes[held]
         self._grids = Grids(flat, offsets.to(device), layouts.to(device), palettes.to(device))
-        check_grids(self._grids, self._renderer.tables)  # once, so that no batch has to
+        check_grids(self._grids, self._renderer.tables)  # once here instead of in every batch
 
     def resize(self, config: LoaderConfig) -> bool:
-        """Draw images of ``config``'s size from now on, with the data that are there; False where those are pixels of
-        one size.
+        """Make images of ``config.image_size`` from now on, from the data already loaded; False if they are pixels.
 
-        Everything else in ``config`` must be as before. No iterator of the old size may be in use.
+        The rest of ``config`` must be unchanged. No iterator of the old size may be in use.
         """
         if self._grids is None:
             return False
@@ -118,13 +111,13 @@ class ResidentLoader:
         place = index if self.replicated else torch.div(index, self._config.part[1], rounding_mode="floor")
         return self._images(place), self._labels[place]
 
-    def _make(self, numbers: np.ndarray) -> Batch:
-        asked = torch.from_numpy(np.array(numbers, dtype=np.int64))
-        return Batch(*self.on_device(to_device(asked, self._config.device)), asked)
+    def _make(self, numbers: NDArray[np.int64]) -> Batch:
+        requested = torch.from_numpy(np.array(numbers, dtype=np.int64))
+        return Batch(*self.on_device(to_device(requested, self._config.device)), requested)
 
     def _images(self, index: torch.Tensor) -> torch.Tensor:
         if self._grids is not None and self._renderer is not None:
-            return self._renderer.draw(self._grids, index)
+            return self._renderer.render(self._grids, index)
         if self._decoded is None:
             raise ValueError("the loader is closed")
         if self._config.device.type == "cpu":
@@ -132,31 +125,30 @@ class ResidentLoader:
             source, target, numbers = self._decoded.numpy(), gathered.numpy(), index.numpy()
 
             def gather(start: int, stop: int) -> None:
-                # "clip" lets NumPy copy straight to `out`; a number out of range fails at its label
+                # with "clip" NumPy copies straight to `out`; a number out of range fails at its label instead
                 np.take(source, numbers[start:stop], axis=0, out=target[start:stop], mode="clip")
 
             parallel_for(gather, len(numbers))
         else:
             gathered = self._decoded[index]
-        return self._pixels.draw(gathered)
+        return self._pixels.normalise(gathered)
 
 
-def _refuse_too_little_memory(needed: int, encoding: str, device: torch.device) -> None:
+def _refuse_too_little_memory(needed: int, device: torch.device, alternative: str) -> None:
     free = free_memory(device)
     if free is not None and needed > FREE_SHARE * free:
-        other = "dali" if encoding == "png" else "mapped"
         raise UsageError(
             f"--loader resident: the data take {needed / 1e9:.2f} GB and {device} has {free / 1e9:.2f} GB free; use "
-            f"--loader {other}"
+            f"--loader {alternative}"
         )
 
 
-def _load_all(shards: ShardSet, held: np.ndarray, config: LoaderConfig) -> torch.Tensor:
-    """(bytes,) uint8 on the device: the arrays of the samples ``held`` one after another.
+def _load_all(shards: ShardSet, held: NDArray[np.int64], config: LoaderConfig) -> torch.Tensor:
+    """(bytes,) uint8 on the device: the arrays of the samples ``held``, one after another.
 
-    Read shard by shard with their hashes checked, for which a rank that keeps a part of each reads all of it too.
+    Reads whole shards to check their hashes; a rank that keeps a part of each shard also reads all of it.
     """
-    sizes = array_bytes(shards)[held]
+    sizes = shards.array_bytes()[held]
     ends = np.cumsum(sizes)
     flat = torch.empty(int(ends[-1]), dtype=torch.uint8, device=config.device)
     first = np.searchsorted(shards.samples["shard"][held], np.arange(len(shards.manifest.shards) + 1))
@@ -182,9 +174,12 @@ def _load_all(shards: ShardSet, held: np.ndarray, config: LoaderConfig) -> torch
     return flat
 
 
-def _read_shard(shards: ShardSet, shard: int, numbers: np.ndarray, sizes: np.ndarray, target: np.ndarray) -> None:
-    """Copy the arrays of the samples ``numbers`` of ``shard``, of ``sizes`` bytes, into ``target`` (bytes,) uint8;
-    check the tar's hash.
+def _read_shard(
+    shards: ShardSet, shard: int, numbers: NDArray[np.int64], sizes: NDArray[np.int64], target: NDArray[np.uint8]
+) -> None:
+    """Copy the arrays of the samples ``numbers`` of ``shard`` into ``target``, one after another.
+
+    ``sizes`` are their bytes. Raises :class:`ShardError` when the tar's hash is not the manifest's.
     """
     entry = shards.manifest.shards[shard]
     path = shards.root / entry.file
@@ -196,14 +191,14 @@ def _read_shard(shards: ShardSet, shard: int, numbers: np.ndarray, sizes: np.nda
         raise ShardError(f"{path}: SHA-256 differs from the manifest's, the file has changed; restore it or pack anew")
     position = 0
     for number, size in zip(numbers, sizes.tolist(), strict=True):
-        record = shards.samples[number]
-        end = int(record["offset"]) + int(record["size"])
+        fields = shards.samples[number]
+        end = int(fields["offset"]) + int(fields["size"])
         target[position : position + size] = tar[end - size : end]
         position += size
 
 
-def _decode_all(held: np.ndarray, decoder: Loader, config: LoaderConfig) -> torch.Tensor:
-    """(samples held, S, S, 3) uint8 on the device, as ``decoder`` makes them."""
+def _decode_all(held: NDArray[np.int64], decoder: Loader, config: LoaderConfig) -> torch.Tensor:
+    """(len(held), S, S, 3) uint8 on the device: the images of the samples ``held``; closes ``decoder``."""
     size, done = config.image_size, 0
     images = torch.empty((len(held), size, size, 3), dtype=torch.uint8, device=config.device)
     try:

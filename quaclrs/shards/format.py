@@ -1,31 +1,33 @@
-"""The shard format, declared once: writer, reader, checker and README all come from here.
+"""The shard format, declared in one place for packer, reader, verifier and README.
 
 A shard folder holds::
 
-    manifest.json               what this is: version, encoding, classes, folds, every shard's size and SHA-256. Written
-    last metadata.csv                the CSV it was packed from, byte for byte samples.npy                 one
-    SAMPLE_DTYPE record per sample: where its payload lies, its CSV row, fold and label fold01/fold01-000000.tar
-    plain USTAR; per sample KEY.png or KEY.npy, KEY.cls, KEY.json, in this order fold01/fold01-000000.idx    the same
-    offsets for DALI's own WebDataset reader (wds2idx, version v1.2)
+    manifest.json             version, encoding, classes, folds, size and SHA-256 of every shard; written last
+    metadata.csv              the CSV it was packed from, byte for byte
+    samples.npy               one SAMPLE_DTYPE record per sample: position of its payload, CSV row, fold, label
+    fold01/fold01-000000.tar  plain USTAR; per sample KEY.png or KEY.npy, KEY.cls and KEY.json, in this order
+    fold01/fold01-000000.idx  the same offsets for DALI's own WebDataset reader (wds2idx, version v1.2)
 
-KEY is ``fold01-000123``: the fold and the position inside it; unique, without a dot. A *sample number* is a position in
-samples.npy: fold by fold, shuffled inside each fold. The tars hold the samples in that order.
+KEY is ``fold01-000123``: the fold, and the position inside it. It is unique and has no dot. A *sample number* is a
+position in samples.npy: fold by fold, shuffled inside each fold. The tars hold the samples in the same order.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from quaclrs.config import ENCODINGS
 from quaclrs.errors import ShardError
+from quaclrs.imaging.png import PngFacts
 
 FORMAT_NAME = "quaclrs-shards"
 FORMAT_VERSION = 1
@@ -34,26 +36,27 @@ MANIFEST_FILE = "manifest.json"
 METADATA_FILE = "metadata.csv"
 SAMPLES_FILE = "samples.npy"
 
-PAYLOAD_EXTENSION = {"png": "png", "indexed": "npy", "rgb": "npy"}
-"""Encoding to the payload's file extension.
-
-- ``png``: the original bytes.
-- ``indexed``: a (rows, columns) uint8 .npy, the image's grid of palette indices; palettes and layouts are in the
-  manifest.
-- ``rgb``: an (S, S, 3) uint8 .npy, resized as Pillow does.
-"""
-
 FLAG_NOT_PLAIN = 1
-"""The image is not 8-bit RGB or RGBA (palette, grey, 16 bit): decode it with Pillow, other decoders convert otherwise.
-"""
+"""The image is not 8-bit RGB or RGBA (but palette, grey or 16 bit): only Pillow converts it as the contract says."""
 FLAG_TRANSPARENT = 2
-"""Some pixel is not opaque; its alpha is dropped."""
+"""Some pixel is not opaque; training drops alpha."""
 FLAG_ALPHA = 4
-"""The image has an alpha channel, so that an export restores one."""
+"""The image has an alpha channel, which ``export`` restores."""
+
+
+def flags_of(facts: PngFacts) -> int:
+    """The FLAG_ bits of samples.npy for an image."""
+    flags = (
+        (FLAG_NOT_PLAIN, not facts.plain),
+        (FLAG_TRANSPARENT, facts.transparent),
+        (FLAG_ALPHA, facts.mode.endswith("A")),
+    )
+    return sum(flag for flag, is_set in flags if is_set)
+
 
 SAMPLE_DTYPE = np.dtype(
     [
-        ("row", "<u4"),  # row of metadata.csv, counted from 0 below the header
+        ("row", "<u4"),  # of metadata.csv, counted from 0 below the header
         ("fold", "<u2"),
         ("label", "<u2"),  # position in the manifest's classes
         ("shard", "<u4"),  # position in the manifest's shards
@@ -97,19 +100,19 @@ class SkippedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything manifest.json says. Nothing in it depends on when, where or with how many workers it was written."""
+    """The content of manifest.json. It does not depend on the time, the place or the number of workers of a packing."""
 
     encoding: str
     image_size: int | None
-    """S of ``rgb`` payloads; None where payloads keep their own size."""
+    """S of payloads resized to S × S (``rgb``); None where payloads keep the image's own size."""
     seed: int
     shard_size: int
     csv_fingerprint: str
     csv_name: str
     columns: dict[str, str]
-    """file, label and fold: the names of the CSV columns."""
+    """``file``, ``label`` and ``fold`` to the names of these CSV columns."""
     source_fingerprint: str
-    """SHA-256 over each packed row's path and file size: tells a changed PNG tree from an unchanged one."""
+    """SHA-256 over each packed row's path and file size, to detect a changed PNG tree."""
     classes: tuple[str, ...]
     folds: tuple[int, ...]
     num_samples: int
@@ -129,10 +132,10 @@ class Manifest:
         return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
 
     @classmethod
-    def from_json(cls, raw: bytes, name: str) -> Manifest:
+    def from_json(cls, raw: bytes, name: str, known_encodings: Sequence[str]) -> Manifest:
         """Parse and check manifest.json; ``name`` is its path for messages.
 
-        Raises :class:`ShardError` for another kind of file, a newer version or an unknown encoding.
+        Raises :class:`ShardError` for another kind of file, another version or none of the ``known_encodings``.
         """
         try:
             document = json.loads(raw)
@@ -145,8 +148,8 @@ class Manifest:
             newer = isinstance(version, int) and version > FORMAT_VERSION
             step = "update quaclrs" if newer else "pack the shards anew"
             raise ShardError(f"{name}: format version {version!r}, this quaclrs reads version {FORMAT_VERSION}; {step}")
-        if document.get("encoding") not in ENCODINGS:
-            known = ", ".join(ENCODINGS)
+        if document.get("encoding") not in known_encodings:
+            known = ", ".join(known_encodings)
             raise ShardError(
                 f"{name}: unknown encoding {document.get('encoding')!r} (known: {known}); update quaclrs or pack anew"
             )
@@ -180,42 +183,49 @@ def sample_key(fold: int, position: int) -> str:
     return f"fold{fold:02d}-{position:06d}"
 
 
-def members(key: str, encoding: str, payload: bytes, label: int, row: dict[str, str]) -> list[tuple[str, bytes]]:
+def members(key: str, extension: str, payload: bytes, label: int, row: dict[str, str]) -> list[tuple[str, bytes]]:
     """The (name, content) pairs of one sample, in the order of the tar."""
     document = json.dumps(row, ensure_ascii=False, sort_keys=True).encode()
-    return [(f"{key}.{PAYLOAD_EXTENSION[encoding]}", payload), (f"{key}.cls", b"%d" % label), (f"{key}.json", document)]
+    return [(f"{key}.{extension}", payload), (f"{key}.cls", b"%d" % label), (f"{key}.json", document)]
 
 
-def pixel_digest(rgb: np.ndarray) -> int:
+def pixel_digest(rgb: NDArray[np.uint8]) -> int:
     """The first 8 bytes of SHA-256 over an image's pixels, (H, W, 3) uint8, as a little-endian number."""
     return int.from_bytes(hashlib.sha256(np.ascontiguousarray(rgb).data).digest()[:8], "little")
 
 
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """``array`` as the bytes of a .npy file, version 1.0."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
 def stored_bytes(content_bytes: int) -> int:
-    """What one member of ``content_bytes`` takes in a tar: its header, and its content in whole blocks."""
+    """Size in a tar of a member of ``content_bytes``: its header, and its content in whole blocks."""
     return TAR_BLOCK + -(-content_bytes // TAR_BLOCK) * TAR_BLOCK
 
 
 _HEADER_TEMPLATE = tarfile.TarInfo().tobuf(format=tarfile.USTAR_FORMAT)
-"""A regular file of mode 0644 without name, size, time or owner, as the standard library has it."""
+"""The standard library's header of a regular file of mode 0644 without name, size, time or owner."""
 _SIZE_FIELD, _CHECKSUM_FIELD = slice(124, 135), slice(148, 156)
 
 
 def _tar_header(name: bytes, size: int) -> bytes:
-    """The USTAR header of a member; filling in a template takes a tenth of the time of ``TarInfo.tobuf``."""
+    """The USTAR header of a member. Filling in a template takes a tenth of the time of ``TarInfo.tobuf``."""
     header = bytearray(_HEADER_TEMPLATE)
     header[: len(name)] = name
     header[_SIZE_FIELD] = b"%011o" % size
-    header[_CHECKSUM_FIELD] = b" " * 8  # counted as blanks
+    header[_CHECKSUM_FIELD] = b" " * 8  # the checksum is computed with blanks in its own field
     header[_CHECKSUM_FIELD] = b"%06o\0 " % sum(header)
     return bytes(header)
 
 
 class ShardWriter:
-    """Writes members to an open binary file as a USTAR tar, without times or owners, and knows what it wrote.
+    """Writes members to an open binary file as a USTAR tar without times or owners; keeps its hash, size and index.
 
-    A tar is complete only after :meth:`finish`; an exception on the way must leave it unfinished and unnamed (see
-    pack.py).
+    The tar is complete only after :meth:`finish`. The caller must write to a temporary file and rename it afterwards,
+    so that an exception leaves no incomplete tar under the final name.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -243,7 +253,7 @@ class ShardWriter:
         return self._hash.hexdigest()
 
     def index(self) -> bytes:
-        """The .idx file of what was written, as NVIDIA's wds2idx would make it."""
+        """The .idx file of the samples written so far, as NVIDIA's wds2idx makes it."""
         return "\n".join([f"{INDEX_VERSION} {len(self._index)}", *self._index, ""]).encode()
 
     def _write(self, content: bytes) -> None:

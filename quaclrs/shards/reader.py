@@ -1,38 +1,42 @@
-"""Open a shard folder and read any sample of it by number, through memory maps."""
+"""Open a shard folder and read any sample by its number."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import io
-import math
 import mmap
 import os
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quaclrs.config import Columns, folds_text
 from quaclrs.data.metadata import Metadata, parse_metadata
 from quaclrs.errors import ShardError
-from quaclrs.imaging.indexed import IndexedImage, decode
 from quaclrs.imaging.layout import Layout
 from quaclrs.shards import format as fmt
-from quaclrs.shards.packing.coordination import folds_not_there
+from quaclrs.shards.encodings import encoding_names, get_encoding
+from quaclrs.shards.encodings.base import ArrayEncoding, ManifestTables, Record
+from quaclrs.shards.work_folder import folds_not_packed
 
 
 class ShardSet:
-    """One shard folder. Tars are mapped when first read; pickling (for worker processes) carries the path, not the
-    maps.
+    """One shard folder. Tars are memory-mapped at their first use.
 
-    Raises :class:`ShardError` naming the file when the folder is not one, is incomplete, damaged or of another version.
+    Pickling, for worker processes, transfers the path, the tables and the encoding, but neither maps nor open files.
+    Raises :class:`ShardError` naming the file when the folder is no shard folder, or is incomplete, damaged or of
+    another version.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
         self.manifest = read_manifest(self.root)
+        self.encoding = get_encoding(self.manifest.encoding)
         self.samples = self._read_samples()
         """(N,) of :data:`format.SAMPLE_DTYPE`"""
         self._maps: dict[int, mmap.mmap] = {}
@@ -43,39 +47,49 @@ class ShardSet:
     def __len__(self) -> int:
         return len(self.samples)
 
-    @property
-    def encoding(self) -> str:
-        """``png``, ``indexed`` or ``rgb``."""
-        return self.manifest.encoding
-
     def name(self, number: int) -> str:
         """Sample ``number`` for messages: its tar, and its row of the CSV counted from 1."""
-        record = self.samples[number]
-        return f"{self.root / self.manifest.shards[record['shard']].file}: sample {number} (row {record['row'] + 1})"
+        fields = self.samples[number]
+        return f"{self.root / self.manifest.shards[fields['shard']].file}: sample {number} (row {fields['row'] + 1})"
 
-    def payload(self, number: int) -> np.ndarray:
-        """(bytes,) uint8, read-only: the payload of sample ``number`` where it lies in its map, nothing copied."""
-        record = self.samples[number]
-        return np.frombuffer(self._map(int(record["shard"])), np.uint8, int(record["size"]), int(record["offset"]))
+    def payload(self, number: int) -> NDArray[np.uint8]:
+        """(bytes,) uint8, read-only: the payload of sample ``number``, a view of the memory map."""
+        fields = self.samples[number]
+        return np.frombuffer(self._map(int(fields["shard"])), np.uint8, int(fields["size"]), int(fields["offset"]))
 
-    def array(self, number: int) -> np.ndarray:
-        """The .npy payload of sample ``number`` as an array, nothing copied: ``rgb`` (S, S, 3), ``indexed`` (rows,
-        columns) uint8.
+    def record(self, number: int) -> Record:
+        """Sample ``number`` as its encoding reads it."""
+        return Record(
+            payload=self.payload(number), fields=self.samples[number], tables=self.tables, name=self.name(number)
+        )
+
+    def array(self, number: int) -> NDArray[np.uint8]:
+        """The array in the .npy payload of sample ``number``, a view of the memory map.
+
+        ``rgb``: (S, S, 3), ``indexed``: (rows, columns), both uint8. ``TypeError`` for an encoding without arrays.
         """
-        shape = self.shape(number)
-        return self.payload(number)[-math.prod(shape) :].reshape(shape)
+        return self._array_encoding.array(self.record(number))
 
-    def shape(self, number: int) -> tuple[int, ...]:
-        """Of the array of sample ``number``."""
-        if self.encoding == "rgb":
-            assert self.manifest.image_size is not None
-            return (self.manifest.image_size, self.manifest.image_size, 3)
-        layout = self.layouts[int(self.samples["layout"][number])]
-        return (layout.rows, layout.columns)
+    def array_bytes(self) -> NDArray[np.int64]:
+        """(N,) int64: size of each sample's array in bytes. ``TypeError`` for an encoding without arrays."""
+        return self._array_encoding.array_bytes(self.samples, self.tables)
+
+    def image(self, number: int) -> NDArray[np.uint8]:
+        """(H, W, 3) uint8: the original image of sample ``number``; (S, S, 3), resized, in ``rgb`` shards."""
+        return self.encoding.image(self.record(number))
+
+    def memory_bytes(self, image_size: int) -> int:
+        """Bytes of device memory that all samples take in the resident loader, for images of ``image_size``."""
+        return self.encoding.memory_bytes(self.samples, self.tables, image_size)
+
+    @cached_property
+    def tables(self) -> ManifestTables:
+        """What all records of the folder share."""
+        return ManifestTables(self.manifest.image_size, self.layouts, self.palettes)
 
     @cached_property
     def layouts(self) -> tuple[Layout, ...]:
-        """``indexed``: where cells lie, by the ``layout`` of :attr:`samples`."""
+        """``indexed``: where cells lie, by the ``layout`` field of :attr:`samples`."""
         try:
             return tuple(Layout.from_dict(layout) for layout in self.manifest.layouts)
         except ValueError as error:
@@ -84,57 +98,58 @@ class ShardSet:
             ) from None
 
     @cached_property
-    def palettes(self) -> tuple[np.ndarray, ...]:
-        """``indexed``: (1..256, 3) uint8 each, by the ``palette`` of :attr:`samples`."""
+    def palettes(self) -> tuple[NDArray[np.uint8], ...]:
+        """``indexed``: (1..256, 3) uint8 each, by the ``palette`` field of :attr:`samples`."""
         return tuple(
             np.frombuffer(bytes.fromhex(palette), np.uint8).reshape(-1, 3) for palette in self.manifest.palettes
         )
 
-    def image(self, number: int) -> np.ndarray:
-        """``indexed``: the original image of sample ``number``, (H, W, 3) uint8."""
-        record = self.samples[number]
-        palette, layout = self.palettes[int(record["palette"])], self.layouts[int(record["layout"])]
-        return decode(IndexedImage(self.array(number), palette, layout))
-
     def read_arrays_into(self, numbers: list[int], buffer: memoryview, ends: list[int]) -> None:
-        """Read the arrays of the samples ``numbers`` into ``buffer``, one after another; ``ends`` says where each one
-        ends.
+        """Read the arrays of the samples ``numbers`` into ``buffer``, one after another.
 
-        Unlike :meth:`array` it maps nothing: memory does not grow with the data that were read, and threads can read
-        side by side.
+        ``ends[i]`` is the position in ``buffer`` where the i-th array ends. Unlike :meth:`array` this maps nothing, so
+        memory does not grow with the data read. Several threads may call it at the same time.
         """
         shard_of, array_end = self._places
         start = 0
         for number, end in zip(numbers, ends, strict=True):
-            shard = shard_of[number]
-            size = end - start
-            # a numpy record would cost more to look at than a record to read
-            if (
-                os.preadv(
-                    self._descriptors.get(shard) or self._open(shard), [buffer[start:end]], array_end[number] - size
-                )
-                != size
-            ):
+            shard, size = shard_of[number], end - start
+            descriptor = self._descriptors.get(shard) or self._open(shard)
+            if os.preadv(descriptor, [buffer[start:end]], array_end[number] - size) != size:
                 raise ShardError(f"{self.name(number)}: cannot be read whole; the file was cut after it was opened")
             start = end
 
     @cached_property
     def _places(self) -> tuple[list[int], list[int]]:
-        """Each sample's shard, and where its payload, whose last part the array is, ends in it."""
+        """Each sample's shard, and the end of its payload (and so of its array) in the tar.
+
+        Lists, because indexing a NumPy record takes longer than reading one from the page cache.
+        """
         return self.samples["shard"].tolist(), (self.samples["offset"] + self.samples["size"]).tolist()
 
-    def metadata(self) -> Metadata:
-        """The CSV that the shards carry. Raises :class:`ShardError` when it is not the one they were packed from."""
-        path = self.root / fmt.METADATA_FILE
+    @property
+    def _array_encoding(self) -> ArrayEncoding:
+        if not isinstance(self.encoding, ArrayEncoding):
+            raise TypeError(f"{self.root}: {self.encoding.name} payloads are no arrays")
+        return self.encoding
+
+    def metadata(self, parsed: Metadata | None = None) -> Metadata:
+        """The CSV that the shards carry; ``parsed`` itself, without parsing again, if it has the same content.
+
+        Raises :class:`ShardError` when metadata.csv is not the CSV that the shards were packed from.
+        """
+        path, columns = self.root / fmt.METADATA_FILE, Columns(**self.manifest.columns)
         raw = _read(path)
         if hashlib.sha256(raw).hexdigest() != self.manifest.csv_fingerprint:
             raise ShardError(f"{path}: is not the CSV these shards were packed from; pack them anew")
-        return parse_metadata(raw, path, Columns(**self.manifest.columns))
+        if parsed is not None and (parsed.fingerprint, parsed.columns) == (self.manifest.csv_fingerprint, columns):
+            return parsed
+        return parse_metadata(raw, path, columns)
 
     def close(self) -> None:
-        """Unmap the tars that nobody looks at any more; arrays handed out earlier keep theirs alive."""
+        """Close all files and maps. Arrays handed out earlier stay valid: they keep their map alive."""
         for mapped in self._maps.values():
-            with contextlib.suppress(BufferError):  # an array still points into it; the map goes with the array
+            with contextlib.suppress(BufferError):  # an array still uses it; the map is freed together with the array
                 mapped.close()
         self._maps.clear()
         while self._descriptors:
@@ -148,7 +163,7 @@ class ShardSet:
     ) -> None:
         self.close()
 
-    def __getstate__(self) -> dict[str, object]:
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}, "_descriptors": {}}
 
     def _map(self, shard: int) -> mmap.mmap:
@@ -168,16 +183,16 @@ class ShardSet:
         except OSError as error:
             raise ShardError(f"{path}: cannot be read ({error.strerror}); restore it or pack anew") from None
         descriptor = self._descriptors.setdefault(shard, opened)
-        if descriptor != opened:  # another thread was quicker
+        if descriptor != opened:  # another thread opened it in the meantime
             os.close(opened)
         return descriptor
 
-    def _read_samples(self) -> np.ndarray:
+    def _read_samples(self) -> NDArray[np.void]:
         path = self.root / fmt.SAMPLES_FILE
         raw = _read(path)
         if hashlib.sha256(raw).hexdigest() != self.manifest.samples_sha256:
             raise ShardError(f"{path}: does not match the manifest (SHA-256 differs); pack the shards anew")
-        samples = np.load(io.BytesIO(raw), allow_pickle=False)
+        samples: NDArray[np.void] = np.load(io.BytesIO(raw), allow_pickle=False)
         if samples.dtype != fmt.SAMPLE_DTYPE or samples.shape != (self.manifest.num_samples,):
             raise ShardError(
                 f"{path}: has {samples.shape} records of {samples.dtype}, not what version {fmt.FORMAT_VERSION} has"
@@ -198,18 +213,18 @@ class ShardSet:
 
 
 def read_manifest(root: Path) -> fmt.Manifest:
-    """The manifest of the shard folder ``root``; errors as :class:`ShardSet`."""
+    """The manifest of the shard folder ``root``. Raises as :class:`ShardSet`."""
     path = root / fmt.MANIFEST_FILE
     if not path.is_file():
         raise ShardError(f"{path}: no such file{_unfinished(root)}; make shards with quaclrs-pack")
-    return fmt.Manifest.from_json(_read(path), str(path))
+    return fmt.Manifest.from_json(_read(path), str(path), encoding_names())
 
 
 def _unfinished(root: Path) -> str:
     """What an error says about a folder without manifest."""
     if not root.is_dir():
         return ""
-    folds = folds_not_there(root)
+    folds = folds_not_packed(root)
     missing = f"; fold(s) {folds_text(folds)} are missing" if folds else ""
     return f" (a packing was begun here: run quaclrs-pack again to finish it, if it is not running{missing})"
 

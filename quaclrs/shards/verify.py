@@ -1,24 +1,22 @@
-"""Every promise of the format, checked again from the bytes; and the way back from shards to files."""
+"""Check every promise of the format from the bytes on disk; and export shards to files again."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from quaclrs.data.metadata import Metadata
 from quaclrs.data.sampling import storage_order
 from quaclrs.errors import DataError, ShardError
-from quaclrs.imaging.png import check_png
 from quaclrs.shards import format as fmt
-from quaclrs.shards.packing.write_shard import PACKING_FOLDER, flags_of
+from quaclrs.shards.encodings.base import Record
 from quaclrs.shards.reader import ShardSet
+from quaclrs.shards.work_folder import PACKING_FOLDER
 from quaclrs.system.atomic_files import write_bytes
 
 _CHUNK_BYTES = 1 << 20
@@ -27,8 +25,7 @@ _CHUNK_BYTES = 1 << 20
 def verify(root: Path, *, progress: bool = False) -> int:
     """Check hashes, sizes, members, labels, rows, payloads and the DALI index of the shard folder ``root``.
 
-    Returns the number of samples. Raises :class:`ShardError` naming the file and the promise that is broken, at the
-    first one.
+    Returns the number of samples. Raises :class:`ShardError` at the first broken promise, naming it and the file.
     """
     with ShardSet(root) as shards:
         metadata = shards.metadata()
@@ -44,33 +41,23 @@ def verify(root: Path, *, progress: bool = False) -> int:
 def export(root: Path, output_dir: Path, *, progress: bool = False) -> int:
     """Restore the CSV and the images below ``output_dir``; returns the number of files written.
 
-    ``png``: the original files, byte for byte. ``indexed``: PNGs with the original pixels (of a transparent one, its
-    colours). ``rgb``: the resized images as PNG. Rows that share a file restore one file. Files that exist are left
-    alone when they are equal, and refused (:class:`DataError`) when not.
+    What an image file holds depends on the encoding: ``png``: the original file, byte for byte; ``indexed``: the
+    original pixels as PNG, with alpha set to opaque; ``rgb``: the resized image as PNG. Rows that share a file restore
+    one file. Existing files are kept if they are equal; otherwise raises :class:`DataError`.
     """
     written = 0
     with ShardSet(root) as shards:
         metadata = shards.metadata()
         images = {metadata.relative_path(int(row)): number for number, row in enumerate(shards.samples["row"])}
         for name, number in tqdm(images.items(), unit="file", desc="exporting", disable=None if progress else True):
-            written += _restore(output_dir / "spectrograms" / name, shards, number)
-        written += _restore_bytes(output_dir / shards.manifest.csv_name, metadata.raw)
+            content = shards.encoding.export(shards.record(number))
+            written += _restore(output_dir / "spectrograms" / name, content)
+        written += _restore(output_dir / shards.manifest.csv_name, metadata.raw)
     return written
 
 
-def _restore(path: Path, shards: ShardSet, number: int) -> bool:
-    if shards.encoding == "png":
-        return _restore_bytes(path, shards.payload(number).tobytes())
-    rgb = shards.array(number) if shards.encoding == "rgb" else shards.image(number)
-    image = Image.fromarray(rgb)
-    if shards.encoding == "indexed" and shards.samples["flags"][number] & fmt.FLAG_ALPHA:
-        image.putalpha(255)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return _restore_bytes(path, buffer.getvalue())
-
-
-def _restore_bytes(path: Path, content: bytes) -> bool:
+def _restore(path: Path, content: bytes) -> bool:
+    """Write ``content`` to ``path``; returns False where the file is there already."""
     if path.exists():
         if path.read_bytes() == content:
             return False
@@ -124,8 +111,9 @@ def _verify_hashes(shards: ShardSet, entry: fmt.ShardEntry) -> None:
 
 
 def _verify_members(shards: ShardSet, metadata: Metadata, number: int, entry: fmt.ShardEntry) -> Iterator[None]:
-    """Read the tar by the standard library, as a stranger would, and compare with samples.npy, the CSV
-    and the index.
+    """Read a tar with the standard library, as any other reader would; compare it with samples.npy, CSV and index.
+
+    Yields once per sample.
     """
     path = shards.root / entry.file
     numbers = np.flatnonzero(shards.samples["shard"] == number)
@@ -156,55 +144,20 @@ def _verify_sample(
     index_line: str,
     path: Path,
 ) -> str:
-    record = shards.samples[sample]
-    row = int(record["row"])
+    """Check one sample, whose members are ``infos``; returns its key."""
+    fields = shards.samples[sample]
+    row = int(fields["row"])
     key = infos[0].name.partition(".")[0]
     where = f"{path}: {key} (sample {sample}, row {row + 1})"
     contents = [archive.extractfile(info).read() for info in infos]  # type: ignore[union-attr]  # regular files have content
-    expected = fmt.members(key, shards.encoding, contents[0], int(record["label"]), metadata.row_json(row))
+    expected = fmt.members(key, shards.encoding.extension, contents[0], int(fields["label"]), metadata.row_json(row))
     if [(info.name, content) for info, content in zip(infos, contents, strict=True)] != expected:
         raise ShardError(f"{where}: key, label or row differ from the CSV's; pack anew")
-    if (infos[0].offset_data, infos[0].size) != (int(record["offset"]), int(record["size"])):
+    if (infos[0].offset_data, infos[0].size) != (int(fields["offset"]), int(fields["size"])):
         raise ShardError(f"{where}: lies elsewhere than {fmt.SAMPLES_FILE} says; pack anew")
     components = [f"{info.name.partition('.')[2]} {info.offset_data} {info.size} {info.name}" for info in infos]
     if index_line != " ".join(components):
         raise ShardError(f"{where}: the DALI index says otherwise; pack anew")
-    _verify_payload(shards, sample, contents[0], where)
+    payload = np.frombuffer(contents[0], np.uint8)
+    shards.encoding.verify(Record(payload=payload, fields=fields, tables=shards.tables, name=where))
     return key
-
-
-def _verify_payload(shards: ShardSet, sample: int, payload: bytes, where: str) -> None:
-    record = shards.samples[sample]
-    if shards.encoding == "png":
-        facts = check_png(payload, where)
-        if (facts.width, facts.height) != (int(record["width"]), int(record["height"])):
-            raise ShardError(
-                f"{where}: is {facts.width}x{facts.height}, not {record['width']}x{record['height']}; pack anew"
-            )
-        if flags_of(facts) != int(record["flags"]):
-            raise ShardError(
-                f"{where}: mode {facts.mode} or its transparency is not what {fmt.SAMPLES_FILE} says; pack anew"
-            )
-        return
-    array, shape = _load_npy(payload), shards.shape(sample)
-    if array is None or array.shape != shape or array.dtype != np.uint8:
-        held = "no array" if array is None else f"{array.shape} {array.dtype}"
-        raise ShardError(f"{where}: holds {held}, not {shape} uint8; pack anew")
-    if shards.encoding == "indexed":
-        _verify_pixels(shards, sample, array, where)
-
-
-def _verify_pixels(shards: ShardSet, sample: int, grid: np.ndarray, where: str) -> None:
-    """Render the image and compare it with the original's digest: lossless, proven again."""
-    record = shards.samples[sample]
-    if int(grid.max()) >= len(shards.palettes[int(record["palette"])]):
-        raise ShardError(f"{where}: names colour {grid.max()}, which its palette does not have; pack anew")
-    if fmt.pixel_digest(shards.image(sample)) != int(record["pixels"]):
-        raise ShardError(f"{where}: rendered, its pixels are not the original's; pack anew")
-
-
-def _load_npy(payload: bytes) -> np.ndarray | None:
-    try:
-        return np.asarray(np.load(io.BytesIO(payload), allow_pickle=False))
-    except (ValueError, EOFError, OSError):
-        return None

@@ -1,9 +1,9 @@
-"""CSV + PNG tree → shards: plan every shard, write them side by side, and the manifest last.
+"""CSV + PNG tree → shards: plan every shard, write them in parallel, and the manifest last.
 
-The plan depends on the input alone, so the bytes depend neither on the number of workers nor on how jobs with
-``--folds`` divide the work. Killed anywhere, the same command goes on: finished shards have a receipt in ``.packing/``
-and are kept. A job with ``--folds`` packs the shards of its folds, and finishes the folder if those of all others are
-there by then.
+The plan depends on the input alone. So the bytes depend neither on the number of workers nor on how jobs with
+``--folds`` divide the work. After a kill the same command continues: finished shards have a record in ``.packing/``
+and are kept. A job with ``--folds`` packs the shards of its folds. The job that finds all folds packed finalizes the
+folder.
 """
 
 from __future__ import annotations
@@ -18,32 +18,22 @@ from typing import TypeVar
 from quaclrs.config import PackConfig, folds_text
 from quaclrs.data.metadata import Audit, Metadata
 from quaclrs.errors import ShardError, StorageError, UsageError
-from quaclrs.imaging.shared_layouts import Facts, Plan
-from quaclrs.imaging.shared_layouts import plan as share_layouts
 from quaclrs.shards import format as fmt
-from quaclrs.shards.packing.coordination import (
-    WHAT_MUST_AGREE,
-    PackSettings,
-    packing_alone,
-    packing_together,
-    settings_of,
-)
-from quaclrs.shards.packing.finalize import describe, finish
-from quaclrs.shards.packing.plan import Source, open_source, plan_shards, sample_bytes
+from quaclrs.shards.encodings import get_encoding
+from quaclrs.shards.encodings.base import Encoding, Finding, SharedTables, TwoPassEncoding
+from quaclrs.shards.packing.coordination import WHAT_MUST_AGREE, packing_alone, packing_together, settings_of
+from quaclrs.shards.packing.finalize import describe, finalize
+from quaclrs.shards.packing.plan import Source, open_source, plan_shards, planned_sample_bytes
 from quaclrs.shards.packing.work_queue import work_through
-from quaclrs.shards.packing.write_indexed import (
-    finished_indexed_shard_record,
-    scan_shard,
-    seen_facts,
-    write_indexed_shard,
+from quaclrs.shards.packing.write_shard import ShardPlan, finished_shard_record, write_shard
+from quaclrs.shards.packing.write_two_pass import (
+    examine_shard,
+    finished_shared_shard_record,
+    stored_findings,
+    write_shared_shard,
 )
-from quaclrs.shards.packing.write_shard import (
-    PACKING_FOLDER,
-    ShardPlan,
-    ShardRecord,
-    finished_shard_record,
-    write_shard,
-)
+from quaclrs.shards.reader import read_manifest
+from quaclrs.shards.work_folder import PACKING_FOLDER, PackSettings, ShardRecord, has_manifest
 from quaclrs.system.processes import Tick
 
 Result = TypeVar("Result")
@@ -53,17 +43,17 @@ _Work = Callable[[ShardPlan, Tick], ShardRecord]
 
 @dataclass(frozen=True, kw_only=True)
 class PackSummary:
-    """What a packing did."""
+    """What a call of :func:`pack` did."""
 
     manifest: fmt.Manifest
-    """With ``missing_folds`` only of the folds that were asked for, and not on disk."""
+    """With ``missing_folds``: of the packed folds only, and not on disk."""
     audit: Audit
     seconds: float
     images_packed: int
-    """Images checked and written by this call; fewer than the samples when other calls have done some shards."""
+    """Images that this call encoded; fewer than the samples when other calls have packed some shards."""
     already_complete: bool
     missing_folds: tuple[int, ...] = ()
-    """Folds that jobs with ``--folds`` still have to pack before there can be a manifest."""
+    """Folds that jobs with ``--folds`` must still pack before the manifest can be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,54 +61,56 @@ class _Job:
     """One call of :func:`pack`, planned."""
 
     config: PackConfig
+    encoding: Encoding
     metadata: Metadata
     plans: list[ShardPlan]
     """Of the whole dataset."""
     manifest: fmt.Manifest
-    """Not filled in."""
+    """Not filled in yet."""
     settings: PackSettings
     progress: bool
 
     @functools.cached_property
     def own(self) -> list[ShardPlan]:
-        """The shards that this call is to pack."""
+        """The shards that this call must pack."""
         folds = self.config.folds
         return [plan for plan in self.plans if folds is None or plan.fold in folds]
 
     @functools.cached_property
     def others(self) -> list[ShardPlan]:
-        """The shards of other jobs."""
+        """The shards that other jobs must pack."""
         own = {plan.fold for plan in self.own}
         return [plan for plan in self.plans if plan.fold not in own]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Packed:
-    """What is there after :func:`_pack_shards`."""
+    """The state of the folder after :func:`_pack_shards`."""
 
-    shard_records: list[ShardRecord]
+    records: list[ShardRecord]
     images_packed: int
-    shared: Plan | None
-    """What ``indexed`` shards share."""
+    shared: SharedTables | None
+    """Of a two-pass encoding."""
     missing_folds: tuple[int, ...]
 
 
-def pack(config: PackConfig, *, progress: bool = False) -> PackSummary:
+def pack(config: PackConfig, *, progress: bool = False, metadata: Metadata | None = None) -> PackSummary:
     """Pack ``config``'s PNG tree; returns at once when the output folder already holds exactly that.
 
-    Raises :class:`DataError` for the CSV or an image (finished shards stay), :class:`ShardError` when the output folder
-    holds shards of other data or settings, :class:`StorageError` for the disk, :class:`UsageError` for folds that the
-    CSV does not have.
+    ``metadata`` is the CSV where the caller has parsed it already (with ``config.columns``). Raises :class:`DataError`
+    for the CSV or an image (finished shards stay), :class:`ShardError` when the output folder holds shards of other
+    data or settings, :class:`StorageError` for the disk, :class:`UsageError` for an unknown encoding or for folds that
+    the CSV does not have.
     """
     started = time.monotonic()
-    job = _plan_job(config, progress)
+    job = _plan_job(config, progress, metadata)
     manifest = existing = _existing_manifest(config)
     images_packed = 0
     missing_folds: tuple[int, ...] = ()
     if existing is None and config.folds is not None:
-        manifest, images_packed, missing_folds = _pack_part(job)
+        manifest, images_packed, missing_folds = _pack_own_folds(job)
     already_complete = existing is not None
-    # a finished folder needs no lock, and may be read-only; one that was killed while tidying up is tidied up again
+    # A finished folder may be read-only, so it is not locked, unless a call was killed while it deleted .packing/.
     if not missing_folds and (existing is None or (config.output_dir / PACKING_FOLDER).is_dir()):
         manifest, more, already_complete = _pack_rest(job)
         images_packed += more
@@ -134,14 +126,20 @@ def pack(config: PackConfig, *, progress: bool = False) -> PackSummary:
     )
 
 
-def _plan_job(config: PackConfig, progress: bool) -> _Job:
-    source = open_source(config)
+def _plan_job(config: PackConfig, progress: bool, metadata: Metadata | None) -> _Job:
+    encoding = get_encoding(config.encoding)
+    source = open_source(config, metadata)
     _refuse_unknown_folds(config, source.metadata)
     plans, source_fingerprint = plan_shards(source, config)
-    manifest = _empty_manifest(source, config, source_fingerprint)
-    settings = settings_of(manifest, [plan.file for plan in plans], config)
+    manifest = _empty_manifest(source, config, encoding, source_fingerprint)
     return _Job(
-        config=config, metadata=source.metadata, plans=plans, manifest=manifest, settings=settings, progress=progress
+        config=config,
+        encoding=encoding,
+        metadata=source.metadata,
+        plans=plans,
+        manifest=manifest,
+        settings=settings_of(manifest, [plan.file for plan in plans], config),
+        progress=progress,
     )
 
 
@@ -154,11 +152,11 @@ def _refuse_unknown_folds(config: PackConfig, metadata: Metadata) -> None:
         )
 
 
-def _empty_manifest(source: Source, config: PackConfig, source_fingerprint: str) -> fmt.Manifest:
+def _empty_manifest(source: Source, config: PackConfig, encoding: Encoding, source_fingerprint: str) -> fmt.Manifest:
     metadata = source.metadata
     return fmt.Manifest(
-        encoding=config.encoding,
-        image_size=config.image_size if config.encoding == "rgb" else None,
+        encoding=encoding.name,
+        image_size=config.image_size if encoding.depends_on_image_size else None,
         seed=config.seed,
         shard_size=config.shard_size,
         csv_fingerprint=metadata.fingerprint,
@@ -174,89 +172,87 @@ def _empty_manifest(source: Source, config: PackConfig, source_fingerprint: str)
 
 
 def _existing_manifest(config: PackConfig) -> fmt.Manifest | None:
-    path = config.output_dir / fmt.MANIFEST_FILE
-    return fmt.Manifest.from_json(path.read_bytes(), str(path)) if path.is_file() else None
+    return read_manifest(config.output_dir) if has_manifest(config.output_dir) else None
 
 
 def _refuse_other_shards(existing: fmt.Manifest, wanted: fmt.Manifest, config: PackConfig) -> None:
-    # the fingerprint last, for it depends on seed and columns
+    # the source fingerprint comes last, since it also depends on seed and columns
     differences = WHAT_MUST_AGREE | {"source_fingerprint": "images that have changed since (other files or sizes)"}
     for name, what in differences.items():
         if getattr(existing, name) != getattr(wanted, name):
             raise ShardError(
                 f"{config.output_dir}: holds shards made from {what} ({name}: {getattr(existing, name)}, now "
-                f"{getattr(wanted, name)}); "
-                "choose another folder, or delete this one to pack anew"
+                f"{getattr(wanted, name)}); choose another folder, or delete this one to pack anew"
             )
     if existing.skipped and config.on_error == "stop":
         first = existing.skipped[0]
         raise ShardError(
             f"{config.output_dir}: was packed with --on_error skip and lacks {len(existing.skipped)} row(s), the first "
-            f"{first.file}; "
-            "mend the images and pack into another folder, or go on with --on_error skip"
+            f"{first.file}; mend the images and pack into another folder, or go on with --on_error skip"
         )
 
 
-def _pack_part(job: _Job) -> tuple[fmt.Manifest | None, int, tuple[int, ...]]:
-    """Pack the folds that were asked for, beside other jobs; returns their manifest, the images packed and the folds
-    still missing.
+def _pack_own_folds(job: _Job) -> tuple[fmt.Manifest | None, int, tuple[int, ...]]:
+    """Pack the folds of ``--folds`` beside other jobs.
+
+    Returns the manifest of these folds (None if another job has finalized the folder), the number of images packed, and
+    the folds that are still missing.
     """
     with packing_together(job.config.output_dir, job.settings):
-        if _existing_manifest(job.config) is not None:
+        if has_manifest(job.config.output_dir):
             return None, 0, ()
         packed = _pack_shards(job)
     own_files = {plan.file for plan in job.own}
-    own_records = [shard_record for shard_record in packed.shard_records if shard_record.entry.file in own_files]
+    own_records = [record for record in packed.records if record.entry.file in own_files]
     return describe(job.manifest, own_records, packed.shared)[0], packed.images_packed, packed.missing_folds
 
 
 def _pack_rest(job: _Job) -> tuple[fmt.Manifest, int, bool]:
-    """Pack what is not there yet, alone, and finish the folder; returns its manifest, the images packed and whether
-    there was one.
+    """Pack all missing shards, holding the folder exclusively, and finalize it.
+
+    Returns the manifest, the number of images packed, and whether there was a manifest already.
     """
     with packing_alone(job.config.output_dir, job.settings):
-        existing = _existing_manifest(job.config)  # of a process that was waited for
+        existing = _existing_manifest(job.config)  # of a process that this one has waited for
         if existing is not None:
             return existing, 0, True
         whole = replace(job, config=replace(job.config, folds=None))
         packed = _pack_shards(whole)
-        manifest = finish(job.manifest, job.metadata, packed.shard_records, packed.shared, job.config.output_dir)
+        manifest = finalize(job.manifest, job.metadata, packed.records, packed.shared, job.config.output_dir)
         return manifest, packed.images_packed, False
 
 
 def _pack_shards(job: _Job) -> _Packed:
-    """Write the shards of ``job.own`` that are not there yet."""
+    """Write those shards of ``job.own`` that are missing."""
     _check_free_space(job)
     output_dir = job.config.output_dir
     shared = None
     find: _Find = functools.partial(finished_shard_record, output_dir=output_dir)
     work: _Work = functools.partial(write_shard, output_dir=output_dir)
-    if job.config.encoding == "indexed":
-        shared = share_layouts(_look_at_all(job))
-        find = functools.partial(finished_indexed_shard_record, output_dir=output_dir, shared=shared)
-        work = functools.partial(write_indexed_shard, output_dir=output_dir, shared=shared)
+    if isinstance(job.encoding, TwoPassEncoding):
+        shared = job.encoding.share(_examine_all(job))
+        find = functools.partial(finished_shared_shard_record, output_dir=output_dir, shared=shared)
+        work = functools.partial(write_shared_shard, output_dir=output_dir, shared=shared)
     _, images_packed = _work_through(job, [], find, work, "packing")
-    shard_records = [find(plan) for plan in job.plans]
+    records = [find(plan) for plan in job.plans]
+    missing = {plan.fold for plan, record in zip(job.plans, records, strict=True) if record is None}
     return _Packed(
-        shard_records=[shard_record for shard_record in shard_records if shard_record is not None],
+        records=[record for record in records if record is not None],
         images_packed=images_packed,
         shared=shared,
-        missing_folds=tuple(
-            sorted(
-                {plan.fold for plan, shard_record in zip(job.plans, shard_records, strict=True) if shard_record is None}
-            )
-        ),
+        missing_folds=tuple(sorted(missing)),
     )
 
 
-def _look_at_all(job: _Job) -> set[Facts]:
-    """What every image of the dataset tells: those of other jobs too, looked at by them or, where none of them is at
-    it, here.
+def _examine_all(job: _Job) -> set[Finding]:
+    """The findings of all images of the dataset.
+
+    The images of other jobs are examined by those jobs, or here where none of them is running.
     """
-    find = functools.partial(seen_facts, output_dir=job.config.output_dir)
-    work = functools.partial(scan_shard, output_dir=job.config.output_dir)
-    told, _ = _work_through(job, job.others, find, work, "looking")
-    return set().union(*told)
+    find = functools.partial(stored_findings, output_dir=job.config.output_dir)
+    work = functools.partial(examine_shard, output_dir=job.config.output_dir)
+    findings, _ = _work_through(job, job.others, find, work, "looking")
+    return set().union(*findings)
 
 
 def _work_through(
@@ -280,7 +276,7 @@ def _work_through(
 def _check_free_space(job: _Job) -> None:
     output_dir = job.config.output_dir
     needed = sum(
-        sample_bytes(source, job.config)
+        planned_sample_bytes(source, job.encoding, job.config.image_size)
         for plan in job.own
         if not (output_dir / plan.file).is_file()
         for source in plan.sources

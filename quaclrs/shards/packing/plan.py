@@ -1,4 +1,4 @@
-"""Which sample goes into which shard: decided before anything is written, by names and sizes alone."""
+"""Which sample goes into which shard: decided before anything is written, from names and sizes alone."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from quaclrs.data.metadata import Metadata, read_metadata
 from quaclrs.data.sampling import storage_order
 from quaclrs.errors import DataError, ShardError
 from quaclrs.shards import format as fmt
+from quaclrs.shards.encodings import get_encoding
+from quaclrs.shards.encodings.base import Encoding
 from quaclrs.shards.packing.write_shard import SampleSource, ShardPlan
 from quaclrs.shards.reader import ShardSet
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """Where one image is."""
+class ImageLocation:
+    """Where the image of one row is."""
 
     path: Path
     size: int
@@ -27,22 +29,25 @@ class Found:
     offset: int = 0
 
 
-Finder = Callable[[int], Found]
-"""Row of the CSV to its image; raises :class:`DataError` naming row and file when there is none."""
+ImageFinder = Callable[[int], ImageLocation]
+"""Row of the CSV to its image. Raises :class:`DataError` naming row and file when there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What is packed."""
+    """What is packed: a CSV, and the images of its rows."""
 
     metadata: Metadata
     csv_name: str
     columns: Columns
-    find: Finder
+    find: ImageFinder
 
 
-def open_source(config: PackConfig) -> Source:
-    """The CSV that ``config`` names, and how to find its images: in the PNG tree, or in ``png`` shards."""
+def open_source(config: PackConfig, metadata: Metadata | None = None) -> Source:
+    """The CSV of ``config``, and where its images are: in the PNG tree, or in ``png`` shards.
+
+    ``metadata`` is the CSV where the caller has parsed it already.
+    """
     if config.from_shards is not None:
         with ShardSet(config.from_shards) as shards:
             manifest = shards.manifest
@@ -51,61 +56,62 @@ def open_source(config: PackConfig) -> Source:
                 metadata=shards.metadata(), csv_name=manifest.csv_name, columns=Columns(**manifest.columns), find=find
             )
     assert config.csv_file is not None
-    metadata = read_metadata(config.csv_file, config.columns)
+    metadata = metadata or read_metadata(config.csv_file, config.columns)
     find = _tree_finder(metadata, config)
     return Source(metadata=metadata, csv_name=metadata.csv_file.name, columns=config.columns, find=find)
 
 
-def _tree_finder(metadata: Metadata, config: PackConfig) -> Finder:
+def _tree_finder(metadata: Metadata, config: PackConfig) -> ImageFinder:
     spectrograms_dir = config.spectrograms_dir
     assert spectrograms_dir is not None
 
-    def find(row: int) -> Found:
+    def find(row: int) -> ImageLocation:
         path = metadata.path(row, spectrograms_dir)
         try:
             stat = path.stat()
         except OSError as error:
             if config.on_error == "skip":
-                return Found(path=path, size=-1)
+                return ImageLocation(path=path, size=-1)
             raise DataError(
                 f"{metadata.csv_file}: row {row + 1}: no image at {path} ({error.strerror}); check --spectrograms_dir, "
-                "restore the "
-                "file, or pack with --on_error skip to leave it out"
+                "restore the file, or pack with --on_error skip to leave it out"
             ) from None
-        return Found(path=path, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
+        return ImageLocation(path=path, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
 
     return find
 
 
-def _shard_finder(shards: ShardSet, config: PackConfig) -> Finder:
-    if shards.encoding != "png":
+def _shard_finder(shards: ShardSet, config: PackConfig) -> ImageFinder:
+    if not shards.encoding.keeps_original_files:
         raise ShardError(
-            f"--from_shards {shards.root}: is encoded {shards.encoding}; only png shards hold the original images"
+            f"--from_shards {shards.root}: is encoded {shards.encoding.name}; only png shards hold the original images"
         )
     number_of_row = {int(row): number for number, row in enumerate(shards.samples["row"])}
     tars = [shards.root / entry.file for entry in shards.manifest.shards]
     times = [tar.stat().st_mtime_ns for tar in tars]
 
-    def find(row: int) -> Found:
+    def find(row: int) -> ImageLocation:
         if row not in number_of_row:
             if config.on_error == "skip":
-                return Found(path=shards.root / "skipped before", size=-1)
+                return ImageLocation(path=shards.root / "skipped before", size=-1)
             raise DataError(
                 f"{shards.root}: row {row + 1} was skipped when these shards were packed; go on with --on_error skip"
             )
-        record = shards.samples[number_of_row[row]]
-        shard = int(record["shard"])
-        return Found(path=tars[shard], size=int(record["size"]), mtime_ns=times[shard], offset=int(record["offset"]))
+        fields = shards.samples[number_of_row[row]]
+        shard = int(fields["shard"])
+        return ImageLocation(
+            path=tars[shard], size=int(fields["size"]), mtime_ns=times[shard], offset=int(fields["offset"])
+        )
 
     return find
 
 
 def plan_shards(source: Source, config: PackConfig) -> tuple[list[ShardPlan], str]:
-    """Every shard to be written, and the source fingerprint; only names and sizes of the images are read.
+    """All shards to be written, and the source fingerprint; reads only names and sizes of the images.
 
-    Raises :class:`DataError` naming the first row whose image is missing, unless those are to be skipped.
+    Raises :class:`DataError` naming the first row whose image is missing, unless bad images are to be skipped.
     """
-    metadata = source.metadata
+    metadata, encoding = source.metadata, get_encoding(config.encoding)
     plans: list[ShardPlan] = []
     source_hash = hashlib.sha256()
     sources: list[SampleSource] = []
@@ -117,7 +123,7 @@ def plan_shards(source: Source, config: PackConfig) -> tuple[list[ShardPlan], st
             ShardPlan(
                 file=fmt.shard_file(fold, number),
                 fold=fold,
-                encoding=config.encoding,
+                encoding=encoding,
                 image_size=config.image_size,
                 skip_bad=config.on_error == "skip",
                 sources=tuple(sources),
@@ -132,9 +138,9 @@ def plan_shards(source: Source, config: PackConfig) -> tuple[list[ShardPlan], st
             if sources:
                 close_shard(fold)
             fold, position, number = int(metadata.fold[row]), 0, 0
-        sample = _sample(source, row, fmt.sample_key(fold, position))
+        sample = _sample_source(source, row, fmt.sample_key(fold, position))
         source_hash.update(f"{metadata.relative_path(row)}\t{sample.size}\n".encode())
-        stored = sample_bytes(sample, config)
+        stored = planned_sample_bytes(sample, encoding, config.image_size)
         if sources and shard_bytes + stored > config.shard_size:
             close_shard(fold)
         sources.append(sample)
@@ -144,27 +150,23 @@ def plan_shards(source: Source, config: PackConfig) -> tuple[list[ShardPlan], st
     return plans, source_hash.hexdigest()
 
 
-def _sample(source: Source, row: int, key: str) -> SampleSource:
-    metadata, found = source.metadata, source.find(row)
+def _sample_source(source: Source, row: int, key: str) -> SampleSource:
+    metadata, location = source.metadata, source.find(row)
     return SampleSource(
         row=row,
         key=key,
         label=int(metadata.label[row]),
-        path=str(found.path),
+        path=str(location.path),
         file=metadata.relative_path(row),
-        size=found.size,
-        offset=found.offset,
-        mtime_ns=found.mtime_ns,
+        size=location.size,
+        offset=location.offset,
+        mtime_ns=location.mtime_ns,
         csv_row=metadata.row_json(row),
     )
 
 
-def sample_bytes(source: SampleSource, config: PackConfig) -> int:
-    """What ``source`` takes in its shard; for ``indexed``, whose size only decoding can tell, what it
-    takes as ``png``.
-    """
-    payload_bytes = max(source.size, 0)
-    if config.encoding == "rgb":
-        payload_bytes = 128 + 3 * config.image_size**2  # a .npy header is 128 bytes
-    contents = fmt.members(source.key, config.encoding, b"", source.label, source.csv_row)
+def planned_sample_bytes(source: SampleSource, encoding: Encoding, image_size: int) -> int:
+    """Bytes that ``source`` takes in its tar, with the payload size that ``encoding`` estimates."""
+    payload_bytes = encoding.planned_bytes(max(source.size, 0), image_size)
+    contents = fmt.members(source.key, encoding.extension, b"", source.label, source.csv_row)
     return fmt.stored_bytes(payload_bytes) + sum(fmt.stored_bytes(len(content)) for _, content in contents[1:])

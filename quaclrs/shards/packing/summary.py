@@ -1,4 +1,4 @@
-"""What the packing and inspecting tools print."""
+"""The reports that the packing and inspecting tools print."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quaclrs.data.metadata import Audit
-from quaclrs.imaging.indexed import NotIndexable, find_cells
-from quaclrs.imaging.png import to_rgb
 from quaclrs.shards import format as fmt
+from quaclrs.shards.encodings.base import size_text
 from quaclrs.shards.packing.pack import PackSummary
 from quaclrs.shards.reader import ShardSet
 
-_NAMED = 5
-_LOOKED_AT = 64
+_MOST_NAMED = 5
+_EXAMINED_FOR_ADVICE = 64
 
 
 def describe_packing(summary: PackSummary, output_dir: Path) -> str:
@@ -28,9 +28,8 @@ def describe_packing(summary: PackSummary, output_dir: Path) -> str:
         rate = summary.images_packed / max(summary.seconds, 1e-9)
         done = (
             f"{output_dir}: {manifest.num_samples} samples in {len(manifest.shards)} shards, "
-            f"{_megabytes(total_bytes)}, encoding "
-            f"{manifest.encoding}; packed {summary.images_packed} images in {summary.seconds:.1f} s ({rate:.0f} "
-            "images/s)"
+            f"{size_text(total_bytes)}, encoding {manifest.encoding}; packed {summary.images_packed} images in "
+            f"{summary.seconds:.1f} s ({rate:.0f} images/s)"
         )
     return "\n".join(
         [counts_table(manifest, summary.audit), *_facts(manifest), *data_warnings(summary.audit, manifest), done]
@@ -38,26 +37,13 @@ def describe_packing(summary: PackSummary, output_dir: Path) -> str:
 
 
 def indexing_advice(shards: ShardSet) -> str | None:
-    """Whether ``png`` shards could be kept as grids, and what that would save: by a sample, since looking at all costs
-    a packing.
+    """Whether another encoding would suit the images of ``shards`` better; None where the encoding has no advice.
+
+    Examines 64 evenly spaced samples, since examining all would take as long as packing.
     """
-    if shards.encoding != "png":
-        return None
-    chosen = np.unique(np.linspace(0, len(shards) - 1, _LOOKED_AT).astype(int))
-    grid_bytes = []
-    for number in chosen:
-        try:
-            image = find_cells(to_rgb(shards.payload(number).tobytes(), shards.name(number)))
-        except NotIndexable as error:
-            return f"note: {shards.name(number)} is no colour-mapped grid ({error}); --encoding indexed would refuse it"
-        grid_bytes.append(image.layout.cells)
-    share = sum(grid_bytes) / shards.samples["size"][chosen].sum()
-    total = share * shards.samples["size"].sum()
-    return (
-        f"note: all of {len(chosen)} images looked at are colour-mapped grids: --encoding indexed would keep them "
-        "without loss in about "
-        f"{_megabytes(int(total))} ({share:.0%} of the PNGs), with nothing left to decode (--from_shards {shards.root})"
-    )
+    chosen = np.unique(np.linspace(0, len(shards) - 1, _EXAMINED_FOR_ADVICE).astype(int)).tolist()
+    total_bytes = int(shards.samples["size"].sum())
+    return shards.encoding.advice([shards.record(number) for number in chosen], total_bytes, shards.root)
 
 
 def describe_shards(shards: ShardSet) -> str:
@@ -69,7 +55,7 @@ def describe_shards(shards: ShardSet) -> str:
         f"{shards.root}: {fmt.FORMAT_NAME} version {fmt.FORMAT_VERSION}, encoding {manifest.encoding}{size}, seed "
         f"{manifest.seed}",
         f"samples {manifest.num_samples}, shards {len(manifest.shards)}, "
-        f"{_megabytes(sum(e.bytes for e in manifest.shards))} on disk, "
+        f"{size_text(sum(e.bytes for e in manifest.shards))} on disk, "
         f"{payload_bytes / max(manifest.num_samples, 1) / 1e3:.1f} kB per image",
         f"packed from {manifest.csv_name} (SHA-256 {manifest.csv_fingerprint[:16]}…), data fingerprint "
         f"{manifest.data_fingerprint[:16]}…",
@@ -79,21 +65,18 @@ def describe_shards(shards: ShardSet) -> str:
 
 
 def counts_table(manifest: fmt.Manifest, audit: Audit) -> str:
-    """Classes × folds, with totals: rows of the CSV."""
+    """Rows of the CSV by class and fold, with totals, as a text table."""
     width = max(len(name) for name in (*manifest.classes, "total"))
     header = " ".join([f"{'':{width}}", *(f"{f'fold{k}':>7}" for k in manifest.folds), f"{'total':>8}"])
-    rows = [
-        _row(name, width, counts)
-        for name, counts in zip((*manifest.classes, "total"), _with_total(audit.counts), strict=True)
-    ]
-    return "\n".join([header, *rows])
+    names, counts = (*manifest.classes, "total"), _with_total_row(audit.counts)
+    return "\n".join([header, *(_table_row(name, width, row) for name, row in zip(names, counts, strict=True))])
 
 
-def _with_total(counts: np.ndarray) -> np.ndarray:
+def _with_total_row(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([counts, counts.sum(axis=0, keepdims=True)])
 
 
-def _row(name: str, width: int, counts: np.ndarray) -> str:
+def _table_row(name: str, width: int, counts: NDArray[np.int64]) -> str:
     return " ".join([f"{name:{width}}", *(f"{count:>7}" for count in counts), f"{counts.sum():>8}"])
 
 
@@ -107,19 +90,18 @@ def _facts(manifest: fmt.Manifest) -> Iterator[str]:
 
 
 def data_warnings(audit: Audit, manifest: fmt.Manifest | None = None) -> Iterator[str]:
-    """What to know about the data before trusting a score on them, a line each."""
+    """Peculiarities of the data that affect how far a score can be trusted, one line each."""
     if audit.rows_sharing_a_file:
         yield f"note: {audit.rows_sharing_a_file} rows share their image with another row; each row is one sample"
     if audit.conflicting_files:
         yield (
             f"warning: {len(audit.conflicting_files)} image(s) carry rows of "
-            f"different classes: {_named(audit.conflicting_files)}"
+            f"different classes: {_first_few(audit.conflicting_files)}"
         )
     if audit.recordings_across_folds:
         yield (
             f"warning: {len(audit.recordings_across_folds)} recording(s) (fsID) lie in more than one fold, which leaks "
-            "training data "
-            f"into the test: {_named(audit.recordings_across_folds)}"
+            f"training data into the test: {_first_few(audit.recordings_across_folds)}"
         )
     if audit.class_id_conflicts:
         yield (
@@ -128,13 +110,9 @@ def data_warnings(audit: Audit, manifest: fmt.Manifest | None = None) -> Iterato
         )
     if manifest is not None and manifest.skipped:
         skipped = [f"row {skipped.row + 1}: {skipped.file}: {skipped.reason}" for skipped in manifest.skipped]
-        yield f"warning: {len(skipped)} row(s) were skipped: {_named(skipped)}"
+        yield f"warning: {len(skipped)} row(s) were skipped: {_first_few(skipped)}"
 
 
-def _named(names: tuple[str, ...] | list[str]) -> str:
-    more = f", … and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+def _first_few(names: tuple[str, ...] | list[str]) -> str:
+    more = f", … and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more

@@ -1,28 +1,33 @@
-"""One round of a packing, shared by whatever processes pack into the folder: each shard is worked on once, by whoever
-claims it first.
+"""One pass over the shards of a packing, divided among all processes that pack into the folder.
+
+Each shard has a ``.claim`` lock in ``.packing/``. A worker holds it while it works on that shard, so each shard is
+processed once. No process waits while it holds a claim, so there is no deadlock. Imports neither pandas nor torch:
+every worker process starts with this module.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from tqdm import tqdm
 
 from quaclrs.config import folds_text
-from quaclrs.shards.packing.claims import claimed, is_free
 from quaclrs.shards.packing.write_shard import ShardPlan
+from quaclrs.shards.work_folder import claim_file
+from quaclrs.system.file_locks import locked
 from quaclrs.system.processes import Tick, run_tasks
 
 Result = TypeVar("Result")
 
 _POLL_S = 0.2
 _PATIENCE_S = 1.0
-"""How long to wait for other processes before saying so."""
+"""How long to wait for other processes before telling the user."""
 
 
 def work_through(
@@ -35,12 +40,11 @@ def work_through(
     num_workers: int,
     bar_name: str | None,
 ) -> tuple[list[Result], int]:
-    """``work`` for each plan of which ``find`` finds no result yet: first ``own``, then those of ``others`` that nobody
-    is at.
+    """Call ``work`` for each plan without a stored result: first for ``own``, then for unclaimed plans of ``others``.
 
-    A shard that another living process has claimed is waited for, and taken over if that process dies. Returns all
-    results, ``own`` first, and the images that this call worked on. ``bar_name`` heads a progress bar of these; None
-    shows none.
+    ``find`` returns a plan's stored result or None. A shard that another living process has claimed is waited for, and
+    taken over if that process dies. Returns all results, ``own`` first, and the number of images that this call
+    processed. ``bar_name`` heads a progress bar of those images; None shows no bar.
     """
     results: dict[str, Result] = {}
     own_files = {plan.file for plan in own}
@@ -53,19 +57,18 @@ def work_through(
                 results[plan.file] = found
         return [plan for plan in plans if plan.file not in results]
 
-    task = functools.partial(claimed, output_dir=output_dir, find=find, work=work)
-    with _bar(bar_name, done=_images(own) - _images(left_of(own))) as bar:
+    task = functools.partial(_work_if_unclaimed, output_dir=output_dir, find=find, work=work)
+    with _bar(bar_name, done=_count_images(own) - _count_images(left_of(own))) as bar:
         while left := left_of(own) + left_of(others):
-            free = [plan for plan in left if is_free(plan, output_dir)]
-            chosen = [plan for plan in free if plan.file in own_files] or free
+            unclaimed = [plan for plan in left if _is_unclaimed(plan, output_dir)]
+            chosen = [plan for plan in unclaimed if plan.file in own_files] or unclaimed
             if not chosen:
                 waited_s = _wait(waited_s, left, output_dir)
                 continue
-            _grow(bar, _images(chosen))
-            for plan, result in zip(
-                chosen, run_tasks(task, chosen, num_workers=num_workers, on_progress=bar.update), strict=True
-            ):
-                if result is None:  # another process was quicker
+            _grow(bar, _count_images(chosen))
+            done = run_tasks(task, chosen, num_workers=num_workers, on_progress=bar.update)
+            for plan, result in zip(chosen, done, strict=True):
+                if result is None:  # another process claimed it first
                     _grow(bar, -len(plan.sources))
                 else:
                     results[plan.file] = result
@@ -73,7 +76,33 @@ def work_through(
     return [results[plan.file] for plan in (*own, *others)], images
 
 
+@contextlib.contextmanager
+def _claim(plan: ShardPlan, output_dir: Path) -> Iterator[bool]:
+    """Claim ``plan``'s shard for the block unless another process has; yields whether the claim succeeded."""
+    with locked(claim_file(plan.file, output_dir)) as claimed:
+        yield claimed
+
+
+def _is_unclaimed(plan: ShardPlan, output_dir: Path) -> bool:
+    with _claim(plan, output_dir) as claimed:
+        return claimed
+
+
+def _work_if_unclaimed(
+    plan: ShardPlan,
+    tick: Tick,
+    *,
+    output_dir: Path,
+    find: Callable[[ShardPlan], Result | None],
+    work: Callable[[ShardPlan, Tick], Result],
+) -> Result | None:
+    """``work(plan, tick)`` under ``plan``'s claim; None where another process has the claim or has stored a result."""
+    with _claim(plan, output_dir) as claimed:
+        return work(plan, tick) if claimed and find(plan) is None else None
+
+
 def _wait(waited_s: float, left: list[ShardPlan], output_dir: Path) -> float:
+    """Sleep once; returns the total time waited. Tells the user after :data:`_PATIENCE_S`."""
     if waited_s <= _PATIENCE_S < waited_s + _POLL_S:
         folds = folds_text(plan.fold for plan in left)
         tqdm.write(
@@ -83,7 +112,7 @@ def _wait(waited_s: float, left: list[ShardPlan], output_dir: Path) -> float:
     return waited_s + _POLL_S
 
 
-def _images(plans: Iterable[ShardPlan]) -> int:
+def _count_images(plans: Iterable[ShardPlan]) -> int:
     return sum(len(plan.sources) for plan in plans)
 
 

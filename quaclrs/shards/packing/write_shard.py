@@ -1,38 +1,31 @@
-"""One shard, in one worker process: check every image, write the tar, its index and a receipt. Imports neither pandas
-nor torch.
+"""Write one shard: check and encode every image, write the tar and its index, then its record in ``.packing/``.
 
-The receipt is written last. A shard without one, or with one for other input, is written anew; so a killed packing goes
-on where it was.
+Runs in worker processes, so it imports neither pandas nor torch. The record is written last. A shard without a record,
+or with the record of other input, is written anew; so a killed packing can be continued.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
 from quaclrs.errors import DataError
-from quaclrs.imaging.png import PngFacts, check_png, decode_png, resize_rgb
 from quaclrs.shards import format as fmt
+from quaclrs.shards.encodings.base import EncodedImage, Encoding
+from quaclrs.shards.work_folder import ShardRecord, shard_record_file
 from quaclrs.system.atomic_files import atomic_writer, write_bytes
 from quaclrs.system.processes import Tick
 
 Made = TypeVar("Made")
 
-PACKING_FOLDER = ".packing"
-"""Receipts, settings and locks of a packing that is not finished."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSource:
-    """Where one sample comes from."""
+    """Where the image of one sample is, and what its CSV row says."""
 
     row: int
     key: str
@@ -43,7 +36,7 @@ class SampleSource:
     size: int
     """Bytes of the image when the shard was planned."""
     offset: int = 0
-    """Where the image begins in ``path``: in a tar of ``png`` shards; a file of its own begins at 0."""
+    """Where the image begins in ``path``, which is a tar when packing from ``png`` shards; 0 for a PNG file."""
     mtime_ns: int
     csv_row: dict[str, str]
 
@@ -55,23 +48,23 @@ class SampleSource:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """One shard to be written: which samples, in which order, how."""
+    """One shard to be written: which samples, in which order, in which encoding."""
 
     file: str
     fold: int
-    encoding: str
+    encoding: Encoding
+    """The object, not its name: a worker process imports the encoding's module when it unpickles the plan."""
     image_size: int
     skip_bad: bool
     sources: tuple[SampleSource, ...]
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over everything the shard's bytes depend on, the files' sizes and times in place of their content.
+        """SHA-256 over everything that the shard's bytes depend on; of image files, size and time stand for content.
 
-        Not over ``skip_bad``: good images pack alike either way. Nor over ``path``, which jobs may spell in different
-        ways.
+        Leaves out ``skip_bad``, which does not change good images, and ``path``, which jobs may spell differently.
         """
-        digest = hashlib.sha256(repr((self.file, self.encoding, self.image_size)).encode())
+        digest = hashlib.sha256(repr((self.file, self.encoding.name, self.image_size)).encode())
         for source in self.sources:
             depends_on = (
                 source.row,
@@ -86,98 +79,49 @@ class ShardPlan:
         return digest.hexdigest()
 
 
-RECORDED = ("row", "label", "flags", "offset", "size", "width", "height", "layout", "palette", "pixels")
-"""The fields of format.SAMPLE_DTYPE that a shard's writer knows; the others follow from where the shard stands."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """One sample ready to be stored."""
-
-    payload: bytes
-    facts: PngFacts
-    layout: int = 0
-    palette: int = 0
-    pixels: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardRecord:
-    """What a finished shard is; kept on disk until the manifest is written."""
-
-    plan: str
-    """The plan's fingerprint."""
-    entry: fmt.ShardEntry
-    samples: list[list[int]]
-    """Per sample: the values of :data:`RECORDED`."""
-    modes: dict[str, int]
-    skipped: list[fmt.SkippedRow]
-
-    @classmethod
-    def load(cls, path: Path) -> ShardRecord | None:
-        """The receipt at ``path``; None when there is none or it cannot be read."""
-        try:
-            document = json.loads(path.read_bytes())
-            document["entry"] = fmt.ShardEntry(**document["entry"])
-            document["skipped"] = [fmt.SkippedRow(**row) for row in document["skipped"]]
-            return cls(**document)
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-
-def shard_record_file(plan: ShardPlan, output_dir: Path) -> Path:
-    """Where ``plan``'s receipt lies while the packing of ``output_dir`` is not finished."""
-    return output_dir / PACKING_FOLDER / (Path(plan.file).stem + ".json")
-
-
 def finished_shard_record(plan: ShardPlan, *, output_dir: Path, fingerprint: str | None = None) -> ShardRecord | None:
-    """The receipt of ``plan``'s shard if it was written from the same input and still stands whole, else None."""
-    shard_record = ShardRecord.load(shard_record_file(plan, output_dir))
-    if (
-        shard_record is None
-        or shard_record.plan != (fingerprint or plan.fingerprint)
-        or (shard_record.skipped and not plan.skip_bad)
-    ):
+    """The record of ``plan``'s shard if it was written from the same input and its files are complete, else None."""
+    record = ShardRecord.load(shard_record_file(plan.file, output_dir))
+    if record is None or record.plan != (fingerprint or plan.fingerprint) or (record.skipped and not plan.skip_bad):
         return None
     tar, index = output_dir / plan.file, output_dir / fmt.index_file(plan.file)
-    whole = index.is_file() and tar.is_file() and tar.stat().st_size == shard_record.entry.bytes
-    return shard_record if whole else None
+    complete = index.is_file() and tar.is_file() and tar.stat().st_size == record.entry.bytes
+    return record if complete else None
 
 
 def write_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> ShardRecord:
-    """Write ``plan``'s tar (``png`` or ``rgb``), its index and then its receipt below ``output_dir``; one tick an
-    image.
+    """Write ``plan``'s tar, index and record below ``output_dir``, reading each image once; one tick per image.
 
     Raises :class:`DataError` naming row and file for a bad image (unless the plan skips those), :class:`StorageError`
     for the disk.
     """
-    prepared = ((source, attempt(source, plan, _prepare)) for source in plan.sources)
-    return write_samples(plan, prepared, tick, output_dir=output_dir, fingerprint=plan.fingerprint)
+    encoded = ((source, skip_if_bad(source, plan, _encode)) for source in plan.sources)
+    return write_encoded(plan, encoded, tick, output_dir=output_dir, fingerprint=plan.fingerprint)
 
 
-def write_samples(
+def write_encoded(
     plan: ShardPlan,
-    prepared: Iterable[tuple[SampleSource, Prepared | fmt.SkippedRow]],
+    encoded: Iterable[tuple[SampleSource, EncodedImage | fmt.SkippedRow]],
     tick: Tick,
     *,
     output_dir: Path,
     fingerprint: str,
 ) -> ShardRecord:
-    """Write what ``prepared`` yields, in its order, as ``plan``'s shard; ``fingerprint`` goes into the receipt."""
+    """Write the ``encoded`` samples, in their order, as ``plan``'s shard; its record carries ``fingerprint``."""
     samples: list[list[int]] = []
     modes: dict[str, int] = {}
     skipped: list[fmt.SkippedRow] = []
     with atomic_writer(output_dir / plan.file) as file:
         writer = fmt.ShardWriter(file)
-        for source, sample in prepared:
-            if isinstance(sample, fmt.SkippedRow):
-                skipped.append(sample)
+        for source, image in encoded:
+            if isinstance(image, fmt.SkippedRow):
+                skipped.append(image)
             else:
                 offset = writer.add_sample(
-                    fmt.members(source.key, plan.encoding, sample.payload, source.label, source.csv_row)
+                    fmt.members(source.key, plan.encoding.extension, image.payload, source.label, source.csv_row)
                 )
-                samples.append(_record(source, sample, offset))
-                modes[sample.facts.mode] = modes.get(sample.facts.mode, 0) + 1
+                samples.append(_recorded_fields(source, image, offset))
+                modes[image.facts.mode] = modes.get(image.facts.mode, 0) + 1
             tick()
         sha256 = writer.finish()
     write_bytes(output_dir / fmt.index_file(plan.file), writer.index())
@@ -189,15 +133,15 @@ def write_samples(
         sha256=sha256,
         index_sha256=hashlib.sha256(writer.index()).hexdigest(),
     )
-    shard_record = ShardRecord(plan=fingerprint, entry=entry, samples=samples, modes=modes, skipped=skipped)
-    write_bytes(shard_record_file(plan, output_dir), json.dumps(asdict(shard_record)).encode())
-    return shard_record
+    record = ShardRecord(plan=fingerprint, entry=entry, samples=samples, modes=modes, skipped=skipped)
+    write_bytes(shard_record_file(plan.file, output_dir), record.to_json())
+    return record
 
 
-def attempt(
+def skip_if_bad(
     source: SampleSource, plan: ShardPlan, work: Callable[[SampleSource, ShardPlan], Made]
 ) -> Made | fmt.SkippedRow:
-    """``work``'s result, or why the plan skips the row; without skipping, its :class:`DataError`."""
+    """``work(source, plan)``; if that raises :class:`DataError` and the plan skips bad images, a SkippedRow instead."""
     try:
         return work(source, plan)
     except DataError as error:
@@ -208,11 +152,11 @@ def attempt(
 
 
 def read_source(source: SampleSource) -> bytes:
-    """The image's bytes. Raises :class:`DataError` when they cannot be read or are not as many as planned."""
+    """The image file's bytes. Raises :class:`DataError` when it cannot be read or its size is not the planned one."""
     try:
         with Path(source.path).open("rb") as file:
             file.seek(source.offset)
-            # of a file of its own everything, to notice one that has grown
+            # a PNG file is read to its end, to detect one that has grown
             data = file.read(max(source.size, 0)) if source.offset else file.read()
     except OSError as error:
         raise DataError(
@@ -225,32 +169,12 @@ def read_source(source: SampleSource) -> bytes:
     return data
 
 
-def npy_bytes(array: np.ndarray) -> bytes:
-    """``array`` as the bytes of a .npy file, version 1.0."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
+def _encode(source: SampleSource, plan: ShardPlan) -> EncodedImage:
+    return plan.encoding.encode(read_source(source), source.name, plan.image_size)
 
 
-def flags_of(facts: PngFacts) -> int:
-    """The FLAG_ bits of samples.npy for an image."""
-    flags = (
-        (fmt.FLAG_NOT_PLAIN, not facts.plain),
-        (fmt.FLAG_TRANSPARENT, facts.transparent),
-        (fmt.FLAG_ALPHA, facts.mode.endswith("A")),
-    )
-    return sum(flag for flag, is_set in flags if is_set)
-
-
-def _prepare(source: SampleSource, plan: ShardPlan) -> Prepared:
-    data = read_source(source)
-    if plan.encoding == "png":
-        return Prepared(payload=data, facts=check_png(data, source.name))
-    image, facts = decode_png(data, source.name)
-    return Prepared(payload=npy_bytes(resize_rgb(image, plan.image_size)), facts=facts)
-
-
-def _record(source: SampleSource, sample: Prepared, offset: int) -> list[int]:
-    facts = sample.facts
-    place = (source.row, source.label, flags_of(facts), offset, len(sample.payload))
-    return [*place, facts.width, facts.height, sample.layout, sample.palette, sample.pixels]
+def _recorded_fields(source: SampleSource, image: EncodedImage, offset: int) -> list[int]:
+    """The values of :data:`quaclrs.shards.work_folder.RECORDED_FIELDS`."""
+    facts = image.facts
+    place = (source.row, source.label, fmt.flags_of(facts), offset, len(image.payload))
+    return [*place, facts.width, facts.height, image.layout, image.palette, image.pixels]

@@ -1,0 +1,43 @@
+"""The registry of encodings. An encoding decides what a shard record holds of an image, and how it is read again."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from quaclrs.errors import UsageError
+from quaclrs.shards.encodings.base import Encoding
+from quaclrs.shards.encodings.indexed import IndexedEncoding
+from quaclrs.shards.encodings.png import PngEncoding
+from quaclrs.shards.encodings.rgb import RgbEncoding
+
+AnyEncoding = TypeVar("AnyEncoding", bound=Encoding)
+
+_REGISTRY: dict[str, Encoding] = {}
+
+
+def register_encoding(encoding: AnyEncoding) -> AnyEncoding:
+    """Make ``encoding`` known by its name; returns it.
+
+    Call it at the top level of the module that defines the class: a spawned worker process imports that module when it
+    unpickles the encoding. Raises ``ValueError`` for a name that an encoding of another class has.
+    """
+    known = _REGISTRY.setdefault(encoding.name, encoding)
+    if type(known).__qualname__ != type(encoding).__qualname__:
+        raise ValueError(f"encoding {encoding.name!r} is registered already, as {type(known).__qualname__}")
+    return encoding
+
+
+def get_encoding(name: str) -> Encoding:
+    """The encoding called ``name``. Raises :class:`UsageError` naming the known ones for any other name."""
+    if name not in _REGISTRY:
+        raise UsageError(f"--encoding {name}: choose one of {', '.join(_REGISTRY)}")
+    return _REGISTRY[name]
+
+
+def encoding_names() -> tuple[str, ...]:
+    """The names of all registered encodings; the default one first."""
+    return tuple(_REGISTRY)
+
+
+for _encoding in (PngEncoding(), IndexedEncoding(), RgbEncoding()):
+    register_encoding(_encoding)
