@@ -63,10 +63,10 @@ def open_shards(folder: str | Path) -> Dataset:
     Warnings about the data (a recording in two folds, skipped rows) go to the logger ``quaclrs``. Raises
     :class:`ShardError` naming the file when the folder is not one, is incomplete or damaged.
     """
-    return open_dataset(TrainConfig(shards=Path(folder)), want_shards=False, log=_log_line)
+    return open_dataset(TrainConfig(shards=Path(folder)), want_shards=False, log=_log_data_warning)
 
 
-def _log_line(text: str) -> None:
+def _log_data_warning(text: str) -> None:
     _log.log(logging.INFO if text.startswith("note:") else logging.WARNING, "%s", text)
 
 
@@ -143,7 +143,7 @@ def make_loader(
         prefetch=prefetch,
     )
     encoding = data.shards.encoding.name if data.shards else None
-    choice = choose_loader(loader, encoding, _resident_memory(data, config, wanted=loader == "resident"))
+    choice = choose_loader(loader, encoding, _estimate_resident_memory(data, config, wanted=loader == "resident"))
     return BatchLoader(build_loader(choice, data, config), config, batch_size)
 
 
@@ -196,7 +196,7 @@ def pack(**settings: Any) -> PackSummary:
     """
     from quaclrs.shards.packing.pack import pack as pack_shards
 
-    return pack_shards(PackConfig(**_with_paths(settings)))
+    return pack_shards(PackConfig(**_convert_paths(settings)))
 
 
 def train(*, log: Callable[[str], None] = print, **settings: Any) -> dict[str, Summary]:
@@ -214,7 +214,7 @@ def train(*, log: Callable[[str], None] = print, **settings: Any) -> dict[str, S
     from quaclrs.training.progress import console_hooks
     from quaclrs.training.trainer import Hooks
 
-    config = TrainConfig(**_with_paths(settings))
+    config = TrainConfig(**_convert_paths(settings))
     if config.parallel:
         return run_in_parallel(config, processes_wanted(config.nproc, config.device, "--parallel folds"), log)
     with joined_world(config.device) as world:
@@ -224,7 +224,7 @@ def train(*, log: Callable[[str], None] = print, **settings: Any) -> dict[str, S
         return run_cross_validation(config, log, hooks, world)
 
 
-def _with_paths(settings: dict[str, Any]) -> dict[str, Any]:
+def _convert_paths(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: Path(value) if name in _PATHS and value is not None else value for name, value in settings.items()}
 
 
@@ -237,7 +237,7 @@ def _find_device(wanted: str | torch.device) -> torch.device:
     return device
 
 
-def _resident_memory(data: Dataset, config: LoaderConfig, wanted: bool) -> MemoryEstimate | None:
+def _estimate_resident_memory(data: Dataset, config: LoaderConfig, wanted: bool) -> MemoryEstimate | None:
     """The data against the device's free memory; None on the CPU, where the page cache holds them, unless wanted."""
     if data.shards is None or not (wanted or config.device.type == "cuda"):
         return None
