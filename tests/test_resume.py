@@ -367,7 +367,7 @@ def test_the_command_and_signals(tree: PngTree, tmp_path: Path) -> None:
     keyboard = flags(tree, tmp_path / "keyboard", *COMMAND, "--num_workers", 2)
     shared = flags(tree, tmp_path / "shared", *COMMAND, "--distributed", "--nproc", 2)
     with start(keyboard) as first, start(shared) as second:
-        waiting = {
+        waiting: dict[str, tuple[subprocess.Popen[str], Callable[[], None], int]] = {
             "keyboard": (first, lambda: os.killpg(first.pid, signal.SIGINT), 130),
             "shared": (second, lambda: second.terminate(), 143),
         }
