@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
-"""What the mapped loader costs a process: seconds from opening the shards to the first batch, memory while an epoch
-goes by, images/s.
+"""Costs of the mapped loader: seconds from opening the shards to the first batch, memory added in an epoch, images/s.
 
     python benchmarks/footprint.py SHARDS
     python benchmarks/footprint.py SHARDS --records 1000 57918 1000000
 
-``--records`` simulates datasets of other sizes: CSV and sample table of so many rows, whose records lie in the tars of
-SHARDS, each many times or not at all. All that grows with a dataset grows with them, but for the tars and the page
-cache that they would need.
+``--records`` simulates datasets of other sizes: a CSV and a table of samples of so many rows, whose records all lie in
+the tars of SHARDS, so that each is used many times or not at all. Everything that grows with a dataset grows, except
+the tars and the page cache they would need.
 
-The first batch is taken twice: by the process that may still have to compile the render (once per machine) and in one
-that finds it compiled, which is what a user meets. Memory is the process's resident set beyond what it had with torch
-and the loader imported.
+A first process is not counted: it may have to compile the render kernel, which happens once per machine. Each size is
+then measured in two processes. Memory is the resident set beyond what the process had with torch and the loader
+imported.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import io
@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from records import OWN_RESULTS, write_result
+from harness.records import OWN_RESULTS, write_result
 
 from quaclrs.cli.arguments import Parser
 
@@ -55,15 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(_measure(options)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        sizes = [_simulated(options.shards, records, Path(folder)) for records in options.records or ()]
-        _in_a_process(options, options.shards)  # which may have to compile
-        runs = [_in_a_process(options, shards) for shards in sizes or [options.shards] for _ in range(2)]
+        sizes = [simulate_shards(options.shards, records, Path(folder)) for records in options.records or ()]
+        _measure_in_process(options, options.shards)  # may have to compile the render kernel
+        runs = [_measure_in_process(options, shards) for shards in sizes or [options.shards] for _ in range(2)]
     _report(options, runs)
     return 0
 
 
-def _simulated(shards: Path, records: int, folder: Path) -> Path:
-    """A shard folder of ``records`` samples whose tars are those of ``shards``."""
+def simulate_shards(shards: Path, records: int, folder: Path) -> Path:
+    """Make a shard folder of ``records`` samples whose tars are those of ``shards``; return it."""
     import numpy as np
 
     from quaclrs.shards import format as fmt
@@ -94,7 +94,7 @@ def _simulated(shards: Path, records: int, folder: Path) -> Path:
     return made
 
 
-def _in_a_process(options: Any, shards: Path) -> dict[str, Any]:
+def _measure_in_process(options: argparse.Namespace, shards: Path) -> dict[str, Any]:
     flags = [
         f"--{name}={getattr(options, name)}" for name in ("batch_size", "image_size", "num_workers", "most_batches")
     ]
@@ -103,7 +103,7 @@ def _in_a_process(options: Any, shards: Path) -> dict[str, Any]:
     return figures
 
 
-def _measure(options: Any) -> dict[str, Any]:
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     import torch
 
@@ -148,7 +148,7 @@ def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
 
 
-def _report(options: Any, runs: list[dict[str, Any]]) -> None:
+def _report(options: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
     import torch
 
     for run in runs:

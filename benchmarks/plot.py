@@ -1,23 +1,26 @@
 #!/usr/bin/env python3
-"""Result files to figures: each group of contenders as bars with their spread, and what datasets of other sizes cost as
-lines.
+"""Draws result files: each group of contenders as bars with their spread, costs of datasets of other sizes as points.
 
     python benchmarks/plot.py benchmarks/results/load_*.json --output_dir figures
 
-Writes one PNG per file. The figures are for looking at; the numbers are those of the files.
+Writes one PNG per result file.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from harness.records import Row, read_record
 
 from quaclrs.cli.arguments import Parser
 from quaclrs.errors import DataError, run_command
 from quaclrs.system.atomic_files import make_folder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _SCALING = {
     "first_batch_s": "seconds to the first batch",
@@ -35,24 +38,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def command() -> None:
         make_folder(options.output_dir)
         for path in options.results:
-            print(plot(path, options.output_dir / f"{path.stem}.png"))
+            print(plot_result(path, options.output_dir / f"{path.stem}.png"))
 
     return run_command(command, parser.prog)
 
 
-def plot(result: Path, image: Path) -> Path:
-    """Draw ``result``; returns ``image``. Raises :class:`DataError` naming the file when it is not one of ours."""
+def plot_result(result: Path, image: Path) -> Path:
+    """Draw ``result`` to ``image`` and return ``image``. Raises :class:`DataError` for a file that is no result."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     try:
-        document = json.loads(result.read_bytes())
+        document = read_record(result)
         rows, environment = document["rows"], document["environment"]
         draw = _draw_scaling if "samples" in rows[0] else _draw_groups
         figure = draw(rows)
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise DataError(
             f"{result}: not a result of benchmarks/ ({type(error).__name__}: {error}); name files it wrote"
         ) from None
@@ -65,11 +68,11 @@ def plot(result: Path, image: Path) -> Path:
     return image
 
 
-def _draw_groups(rows: list[dict[str, Any]]) -> Any:
-    """Horizontal bars, a group above the other; the whisker spans slowest and fastest repeat."""
+def _draw_groups(rows: list[Row]) -> Figure:
+    """Draw each group as horizontal bars; the whiskers span the slowest and the fastest repeat."""
     import matplotlib.pyplot as plt
 
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
         if "left_out" not in row:
             groups.setdefault(row["group"], []).append(row)
@@ -85,7 +88,7 @@ def _draw_groups(rows: list[dict[str, Any]]) -> Any:
             [max(row["images_per_s"]) - row["median_images_per_s"] for row in group],
         ]
         axis.barh(
-            [row["name"] for row in group], medians, xerr=spread, color=[_colour(row) for row in group], capsize=2
+            [row["name"] for row in group], medians, xerr=spread, color=[_bar_colour(row) for row in group], capsize=2
         )
         axis.invert_yaxis()
         axis.set_title(f"{name} (grey: what ratios are to; orange: a limit of the machine)", loc="left", fontsize=9)
@@ -94,14 +97,14 @@ def _draw_groups(rows: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def _colour(row: dict[str, Any]) -> str:
+def _bar_colour(row: Row) -> str:
     if row["facts"].get("limit"):
         return "tab:orange"
     return "tab:gray" if row["name"] == row["baseline"] else "tab:blue"
 
 
-def _draw_scaling(rows: list[dict[str, Any]]) -> Any:
-    """One small axis per cost, over the number of samples."""
+def _draw_scaling(rows: list[Row]) -> Figure:
+    """Draw one small axis per cost, over the number of samples."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(_SCALING), figsize=(9, 3), layout="constrained")

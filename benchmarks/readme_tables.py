@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Writes the tables of both READMEs from the newest result files, so that no figure is typed by hand.
 
-python benchmarks/readme_tables.py           rewrite what stands between ``<!-- table: NAME -->`` and ``<!-- /table
--->`` python benchmarks/readme_tables.py --check   only say whether the READMEs are what the results make of them
+python benchmarks/readme_tables.py
+    rewrite what stands between ``<!-- table: NAME -->`` and ``<!-- /table -->``
+python benchmarks/readme_tables.py --check
+    change nothing; fail if the READMEs differ from what the result files give
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import targets
-from records import RESULTS, Record, Row, find_row, newest, newest_path
+from harness.records import RESULTS, Record, Row, find_row, newest_path, newest_record
+from harness.tables import format_rate
 
 from quaclrs.cli.arguments import Parser
 from quaclrs.errors import DataError, run_command
@@ -25,10 +27,10 @@ _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 _NOT_YET = "Not measured yet.\n"
 
 Column = tuple[str, Callable[[Row], str]]
-"""Its head, and a row's cell."""
+"""A column's head, and the cell of a row."""
 
 
-def _fact(name: str, form: str) -> Callable[[Row], str]:
+def _fact_cell(name: str, form: str) -> Callable[[Row], str]:
     def cell(row: Row) -> str:
         value = row.get("facts", {}).get(name)
         return "" if value is None else form.format(value)
@@ -36,21 +38,16 @@ def _fact(name: str, form: str) -> Callable[[Row], str]:
     return cell
 
 
-def rate(images_per_s: float) -> str:
-    """images/s with as many digits as mean something."""
-    return f"{images_per_s:,.0f}" if images_per_s >= 100 else f"{images_per_s:.1f}"
+def _spread_cell(row: Row) -> str:
+    return f"{format_rate(min(row['images_per_s']))} – {format_rate(max(row['images_per_s']))}"
 
 
-def _spread(row: Row) -> str:
-    return f"{rate(min(row['images_per_s']))} – {rate(max(row['images_per_s']))}"
-
-
-def _ratio(row: Row) -> str:
+def _ratio_cell(row: Row) -> str:
     value = None if _is_limit(row) else row["ratio_to_baseline"]
     return "" if value is None else f"{value:.2f}"
 
 
-def _bound(row: Row) -> str:
+def _bottleneck_cell(row: Row) -> str:
     return "the limit itself" if _is_limit(row) else row["facts"].get("bound_by", "")
 
 
@@ -59,15 +56,15 @@ def _is_limit(row: Row) -> bool:
 
 
 _RATES: tuple[Column, ...] = (
-    ("images/s", lambda row: rate(row["median_images_per_s"])),
-    ("slowest – fastest", _spread),
+    ("images/s", lambda row: format_rate(row["median_images_per_s"])),
+    ("slowest – fastest", _spread_cell),
 )
-_LIMIT: tuple[Column, ...] = (("of the limit", _fact("share_of_limit", "{:.2f}")), ("bound by", _bound))
+_LIMIT: tuple[Column, ...] = (("of the limit", _fact_cell("share_of_limit", "{:.2f}")), ("bound by", _bottleneck_cell))
 _LOADING: tuple[Column, ...] = (
-    ("workers", _fact("num_workers", "{}")),
-    ("first batch, s", _fact("first_batch_s", "{:.3f}")),
-    ("memory, MB", _fact("host_peak_mb", "{:,.0f}")),
-    ("bytes an image", _fact("bytes_per_image", "{:,.0f}")),
+    ("workers", _fact_cell("num_workers", "{}")),
+    ("first batch, s", _fact_cell("first_batch_s", "{:.3f}")),
+    ("memory, MB", _fact_cell("host_peak_mb", "{:,.0f}")),
+    ("bytes an image", _fact_cell("bytes_per_image", "{:,.0f}")),
 )
 
 
@@ -85,15 +82,15 @@ def _table(head: str, columns: Sequence[Column], rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _race(record: Record, group: str, columns: Sequence[Column]) -> str:
-    """One group of ``record`` as a table."""
+def _race_table(record: Record, group: str, columns: Sequence[Column]) -> str:
+    """Return one group of ``record`` as a table."""
     rows = [row for row in record["rows"] if row["group"].endswith(group)]
     baseline = next((row["baseline"] for row in rows if "baseline" in row), "")
-    return _table("", [*_RATES, (f"against {baseline}", _ratio), *columns], rows)
+    return _table("", [*_RATES, (f"against {baseline}", _ratio_cell), *columns], rows)
 
 
-def _load_short(record: Record) -> str:
-    """Both dtypes side by side, limits last."""
+def _short_load_table(record: Record) -> str:
+    """Return both dtypes of ``load`` side by side, without the limits."""
     names = list(dict.fromkeys(row["name"] for row in record["rows"]))
     against = [
         next((row["baseline"] for row in record["rows"] if row["group"].endswith(dtype) and "baseline" in row), "")
@@ -109,14 +106,14 @@ def _load_short(record: Record) -> str:
             cells = [
                 part
                 for row in rows
-                for part in (("", "") if row is None else (rate(row["median_images_per_s"]), _ratio(row)))
+                for part in (("", "") if row is None else (format_rate(row["median_images_per_s"]), _ratio_cell(row)))
             ]
             lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines) + "\n"
 
 
-def _train(record: Record) -> str:
-    """A line for each model: ceiling, trained, limit of the arithmetic."""
+def _train_table(record: Record) -> str:
+    """Return a line per model: ceiling, trained, limit of the arithmetic."""
     lines = [
         "| images/s | ceiling | trained | share of the ceiling | waiting for data | arithmetic allows | bound by |",
         "|---|---|---|---|---|---|---|",
@@ -127,18 +124,18 @@ def _train(record: Record) -> str:
         trained = next(row for row in rows if row["name"].startswith("train, "))
         limit = next((row for row in rows if _is_limit(row)), None)
         cells = [
-            rate(ceiling["median_images_per_s"]),
-            rate(trained["median_images_per_s"]),
-            _ratio(trained),
+            format_rate(ceiling["median_images_per_s"]),
+            format_rate(trained["median_images_per_s"]),
+            _ratio_cell(trained),
             f"{trained['facts']['data_wait']:.1%}".replace("%", " %"),
-            "" if limit is None else rate(limit["median_images_per_s"]),
-            _bound(trained),
+            "" if limit is None else format_rate(limit["median_images_per_s"]),
+            _bottleneck_cell(trained),
         ]
         lines.append(f"| {' | '.join([group, *cells])} |")
     return "\n".join(lines) + "\n"
 
 
-def _scaling(record: Record) -> str:
+def _scaling_table(record: Record) -> str:
     lines = ["| samples | opened, s | first batch, s | images/s | memory added, MB |", "|---|---|---|---|---|"]
     for row in record["rows"]:
         opened = f"{row['open_s']:.2f}" if "open_s" in row else ""
@@ -146,14 +143,14 @@ def _scaling(record: Record) -> str:
         figures = [
             opened,
             f"{row['first_batch_s']:.2f}",
-            rate(row["images_per_s"]),
+            format_rate(row["images_per_s"]),
             f"{row['resident_mb_added_at_most']:,.0f}",
         ]
         lines.append(f"| {' | '.join([samples, *figures])} |")
     return "\n".join(lines) + "\n"
 
 
-def _machine(record: Record) -> str:
+def _describe_machine(record: Record) -> str:
     environment, setting = record["environment"], record["setting"]
     hardware = environment.get("gpu", {}).get("name") or f"{environment['cpus_usable']} cores, no GPU"
     text = (
@@ -169,63 +166,64 @@ def _machine(record: Record) -> str:
     return text + "\n"
 
 
-BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "load_short": ("load", _load_short),
-    "machine": ("load", _machine),
-    "load_float32": ("load", lambda record: _race(record, "float32", [*_LIMIT, *_LOADING])),
-    "load_uint8": ("load", lambda record: _race(record, "uint8", [*_LIMIT, *_LOADING])),
-    "decode": ("decode", lambda record: _race(record, "float32", [*_LIMIT, *_LOADING])),
-    "train": ("train", _train),
-    "pack": ("pack", lambda record: _race(record, "packing", _LIMIT)),
+BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
+    "load_short": ("load", _short_load_table),
+    "machine": ("load", _describe_machine),
+    "load_float32": ("load", lambda record: _race_table(record, "float32", [*_LIMIT, *_LOADING])),
+    "load_uint8": ("load", lambda record: _race_table(record, "uint8", [*_LIMIT, *_LOADING])),
+    "decode": ("decode", lambda record: _race_table(record, "float32", [*_LIMIT, *_LOADING])),
+    "train": ("train", _train_table),
+    "pack": ("pack", lambda record: _race_table(record, "packing", _LIMIT)),
     "synthesis": (
         "pack",
         lambda record: _table("", _RATES, [row for row in record["rows"] if row["name"] == "synthesis"]),
     ),
-    "scaling": ("scaling", _scaling),
+    "scaling": ("scaling", _scaling_table),
 }
-"""Name of each block to the kind of result file it is made of, and how; ``targets`` takes several, ``figure_KIND`` is
-an image.
+"""Name of each block to the kind of result file it is made from and the function that makes it. Two more names are not
+listed: ``targets``, which reads several files, and ``figure_KIND``, which links an image.
 """
 
 
-def block(name: str, folder: Path = RESULTS) -> str:
-    """The Markdown of one block. Raises :class:`DataError` for a name that is none."""
+def make_block(name: str, folder: Path = RESULTS) -> str:
+    """Return the Markdown of one block. Raises :class:`DataError` for an unknown name."""
     if name == "targets":
-        return targets.markdown(folder) + "\n"
+        return targets.targets_table(folder) + "\n"
     if name.startswith("figure_"):
-        return _figure(name.removeprefix("figure_"), folder)
+        return _figure_link(name.removeprefix("figure_"), folder)
     if name not in BLOCKS:
         raise DataError(
             f"<!-- table: {name} -->: no such table; choose among targets, figure_KIND, {', '.join(BLOCKS)}"
         )
     what, make = BLOCKS[name]
-    record = newest(what, folder=folder)
+    record = newest_record(what, folder=folder)
     return _NOT_YET if record is None else make(record)
 
 
-def _figure(what: str, folder: Path) -> str:
-    """The image that plot.py made of the newest result of ``what``, where it has; seen from benchmarks/README.md."""
+def _figure_link(what: str, folder: Path) -> str:
+    """Return a link, relative to benchmarks/README.md, to the figure that plot.py drew of the newest result of
+    ``what``."""
     path = newest_path(what, folder=folder)
     image = None if path is None else path.with_suffix(".png")
     return f"![{what}](results/{image.name})\n" if image is not None and image.is_file() else _NOT_YET
 
 
-def rendered(text: str, folder: Path = RESULTS) -> str:
-    """``text`` with every block made anew."""
-    return _BLOCK.sub(lambda match: f"{match[1]}{block(match[2], folder)}{match[3]}", text)
+def fill_blocks(text: str, folder: Path = RESULTS) -> str:
+    """Return ``text`` with every block replaced by what the result files give."""
+    return _BLOCK.sub(lambda match: f"{match[1]}{make_block(match[2], folder)}{match[3]}", text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="readme_tables.py", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 2 if something would change")
     options = parser.parse_args(arguments)
-    return run_command(lambda: _write(options.check), parser.prog)
+    return run_command(lambda: _update_documents(options.check), parser.prog)
 
 
-def _write(only_check: bool) -> None:
+def _update_documents(only_check: bool) -> None:
     for path in DOCUMENTS:
         before = path.read_text(encoding="utf-8")
-        after = rendered(before)
+        after = fill_blocks(before)
         if before == after:
             continue
         if only_check:

@@ -1,22 +1,26 @@
 #!/usr/bin/env python3
-"""Images per second of packing, of loading and of training, each beside its yardstick and its physical limit, in one
-run.
+"""Images per second of packing, loading and training, each beside its baseline and its physical limit, in one run.
 
-    python benchmarks/throughput.py pack     packing png shards, against bare decoding of the same files on the same
-    cores python benchmarks/throughput.py decode   loaders that decode PNGs, against a bare DALI pipeline with DALI's
-    own WebDataset reader python benchmarks/throughput.py load     loaders with nothing to decode, against a
-    memory-mapped array with torch python benchmarks/throughput.py step     the trainer's step on one batch that is on
-    the device already: the ceiling of each model python benchmarks/throughput.py train    the trainer's epoch over a
-    loader, against that ceiling python benchmarks/throughput.py --all --peers
-                                             pack, decode, load and train, a result file each, with all of
-                                             peers/registry.py; FFCV is then what `load` is compared with
+    python benchmarks/throughput.py pack
+        packing each encoding, against bare decoding of the same files on the same cores
+    python benchmarks/throughput.py decode
+        loaders that decode PNGs, against a bare DALI pipeline with DALI's own WebDataset reader
+    python benchmarks/throughput.py load
+        loaders with nothing to decode, against a memory-mapped array with torch
+    python benchmarks/throughput.py step
+        the trainer's step on one batch that is on the device already: the ceiling of each model
+    python benchmarks/throughput.py train
+        the trainer's epoch over a loader, against that ceiling
+    python benchmarks/throughput.py --all --peers
+        pack, decode, load and train, with a result file each and all peers of peers/registry.py; the baseline of
+        `load` is then FFCV
     torchrun --nproc_per_node 2 benchmarks/throughput.py load train
-                                             every process does its part; images/s are those of all of them together
+        every rank takes its part; images/s are those of all ranks together
 
-Without --csv_file it makes its own synthetic data. Every batch is touched; one warm-up, then interleaved repeats. Each
-peer is checked against Pillow's pixels, and given the number of workers, 0 to the machine's cores, with which it is
-fastest; ours have --num_workers. A peer that cannot be installed, or fails, is left out with its reason. The first run
-with --peers makes the peers' environments.
+Without --csv_file it makes synthetic data. Every batch is touched; one warm-up, then interleaved repeats. Each peer is
+checked against Pillow's pixels and gets the number of workers, 0 to the machine's cores, with which it is fastest; ours
+have --num_workers. A peer that cannot be installed, or fails, is left out with its reason. The first run with --peers
+makes the peers' environments.
 """
 
 from __future__ import annotations
@@ -29,21 +33,21 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bench_data import fewer_images, make_data
-from measure import Outcome
-from packing_speed import measure_packing
+from harness.bench_data import use_fewer_images, use_synthetic_data
+from harness.contender import Options, Outcome
+from harness.packing_speed import measure_packing
+from harness.records import OWN_RESULTS, save_outcome
+from harness.tables import summary_table
 from peers.registry import KEYS
-from records import OWN_RESULTS, save
-from tables import summary
 
 from quaclrs.cli.arguments import Parser, add_dataset_arguments
 from quaclrs.cli.demo import cache_root
 from quaclrs.config import COMPILERS, ENCODINGS, default_num_workers
 from quaclrs.errors import UsageError, run_command, told_once
 
-if TYPE_CHECKING:  # spawned workers import this file anew, and shall not wait for torch
+if TYPE_CHECKING:  # spawned workers import this file anew and must not wait for torch
     import torch
 
 _ALL = ("pack", "decode", "load", "train")
@@ -53,14 +57,14 @@ _MODES = ("pack", "decode", "load", "step", "train")
 def main(arguments: Sequence[str] | None = None) -> int:
     from quaclrs.training.distributed import is_rank, run_rank
 
-    parser = _parser()
+    parser = _make_parser()
     options = parser.parse_args(arguments)
     return run_command(
         lambda: run_rank(lambda: _run(options), parser.prog) if is_rank() else _run(options), parser.prog
     )
 
 
-def _parser() -> Parser:
+def _make_parser() -> Parser:
     parser = Parser(prog="throughput.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modes", nargs="*", type=_mode, metavar="MODE", help=f"any of {', '.join(_MODES)}")
     parser.add_argument("--all", action="store_true", help=", ".join(_ALL))
@@ -80,20 +84,20 @@ def _parser() -> Parser:
     parser.add_argument("--samples_per_class", type=int, default=8, help="of the synthetic data, per fold (8)")
     parser.add_argument("--encodings", nargs="+", default=ENCODINGS, choices=ENCODINGS, help="to pack (all)")
     parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--batch_size", type=int, default=64, help="of each process, to decode and load (64)")
+    parser.add_argument("--batch_size", type=int, default=64, help="of each rank, in decode and load (64)")
     parser.add_argument(
-        "--num_workers", type=int, help="of our own loaders, and for packing; the processors, shared by the processes"
+        "--num_workers", type=int, help="of our own loaders and of packing (the cores, divided among the ranks)"
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--dtypes",
         nargs="+",
         choices=("float32", "uint8", "float16"),
-        help="peers have the first two; float32 to decode, both to load, all three on a GPU",
+        help="decode: float32; load: float32 and uint8, on a GPU float16 too; peers have no float16",
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--decode_images", type=int, default=520, metavar="N", help="decode only so many, spread over the data (520)"
+        "--decode_images", type=int, default=520, metavar="N", help="decode only so many, evenly spaced (520)"
     )
     parser.add_argument("--load_epochs", type=int, default=4, metavar="N", help="epochs in each repeat of `load` (4)")
     parser.add_argument(
@@ -113,7 +117,7 @@ def _mode(text: str) -> str:
     return text
 
 
-def _add_training_flags(group: Any) -> None:
+def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     models = ("alexnet", "vgg16", "resnet18", "mobilenet", "inception", "efficientnet", "convnext")
     group.add_argument(
         "--models", nargs="+", default=models, choices=models, metavar="NAME", help="all seven if not given"
@@ -124,7 +128,7 @@ def _add_training_flags(group: Any) -> None:
     group.add_argument(
         "--compile", nargs="+", choices=COMPILERS, help="none, and at batches up to 32 on one GPU cudagraph"
     )
-    group.add_argument("--use_amp", action=argparse.BooleanOptionalAction, help="on a GPU yes, on the CPU no")
+    group.add_argument("--use_amp", action=argparse.BooleanOptionalAction, help="default: on a GPU yes, on the CPU no")
     group.add_argument(
         "--train_loader", choices=("resident", "mapped", "files", "dali"), help="resident on a GPU, else mapped"
     )
@@ -134,7 +138,7 @@ def _add_training_flags(group: Any) -> None:
     )
 
 
-def _run(options: Any) -> None:
+def _run(options: Options) -> None:
     from quaclrs.training.distributed import joined_world
 
     with told_once():
@@ -143,7 +147,7 @@ def _run(options: Any) -> None:
     with joined_world(options.device) as world:
         with told_once():
             _refuse_in_several_processes(options, modes, world.size)
-        options.world, options.log = world, functools.partial(print, flush=True) if world.is_main else _silent
+        options.world, options.log = world, functools.partial(print, flush=True) if world.is_main else _discard
         if options.num_workers is None:
             options.num_workers = max(1, default_num_workers() // world.local_size)
         temporary = world.broadcast_object(
@@ -157,7 +161,7 @@ def _run(options: Any) -> None:
                 shutil.rmtree(work_dir, ignore_errors=True)
 
 
-def _chosen_modes(options: Any) -> list[str]:
+def _chosen_modes(options: Options) -> list[str]:
     chosen = {*options.modes, *(_ALL if options.all else ())}
     if not chosen:
         raise UsageError(
@@ -166,7 +170,7 @@ def _chosen_modes(options: Any) -> list[str]:
     return [mode for mode in _MODES if mode in chosen]
 
 
-def _check_numbers(options: Any) -> None:
+def _check_numbers(options: Options) -> None:
     for name in ("samples_per_class", "batch_size", "num_workers", "repeats", "decode_images", "load_epochs", "steps"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -176,7 +180,7 @@ def _check_numbers(options: Any) -> None:
             raise UsageError(f"--train_batch_sizes {size}: at least 2, or BatchNorm has nothing to compare")
 
 
-def _refuse_in_several_processes(options: Any, modes: Sequence[str], processes: int) -> None:
+def _refuse_in_several_processes(options: Options, modes: Sequence[str], processes: int) -> None:
     if processes == 1:
         return
     if options.peers is not None or set(options.only or ()) - {"quaclrs"}:
@@ -188,12 +192,12 @@ def _refuse_in_several_processes(options: Any, modes: Sequence[str], processes: 
         )
 
 
-def _measure_all(modes: Sequence[str], options: Any, work_dir: Path) -> None:
+def _measure_all(modes: Sequence[str], options: Options, work_dir: Path) -> None:
     world = options.world
     with world.main_process_first():
         work_dir.mkdir(parents=True, exist_ok=True)
         if options.csv_file is None:
-            make_data(options, work_dir / "data")
+            use_synthetic_data(options, work_dir / "data")
     outcomes = []
     for mode in modes:
         started = time.perf_counter()
@@ -207,39 +211,40 @@ def _measure_all(modes: Sequence[str], options: Any, work_dir: Path) -> None:
                 "world_size": world.size,
                 "seconds": seconds,
             }
-            path = save(outcome, setting | _machine_limits(outcome.device), options.results_dir)
+            path = save_outcome(outcome, setting | _measure_machine(outcome.device), options.results_dir)
             print(f"{mode}: {seconds:.0f} s; written to {path}\n", flush=True)
-    world.gather(None)  # nobody tidies up what another still reads
+    world.gather(None)  # a barrier: no rank removes files that another still reads
     if len(modes) > 1:
-        options.log(summary([group for outcome in outcomes for group in outcome.groups]))
+        options.log(summary_table([group for outcome in outcomes for group in outcome.groups]))
 
 
 @functools.cache
-def _machine_limits(device: torch.device) -> dict[str, float]:
+def _measure_machine(device: torch.device) -> dict[str, float]:
     import torch
-    from limits import matmul_speed, memory_bandwidth
+    from harness.limits import measure_matmul_speed, measure_memory_bandwidth
 
-    return memory_bandwidth(device) | matmul_speed(torch.float32, device)
+    return measure_memory_bandwidth(device) | measure_matmul_speed(torch.float32, device)
 
 
-def _measure(mode: str, options: Any, work_dir: Path) -> Outcome:
+def _measure(mode: str, options: Options, work_dir: Path) -> Outcome:
     if mode == "pack":
         return measure_packing(options, work_dir)
     if mode in ("step", "train"):
-        from training_speed import measure_training
+        from harness.training_speed import measure_training
 
         return measure_training(options, work_dir, train=mode == "train")
-    from loading_speed import measure_loading  # imports torch, for which spawned workers of `pack` shall not wait
+    # not at the top: spawned workers of `pack` must not wait for torch
+    from harness.loading_speed import measure_loading
     from peers.registry import DECODING, READY
 
     if mode == "load":
         return measure_loading(READY, options, work_dir)
     with options.world.main_process_first():
-        few = fewer_images(options, options.decode_images, work_dir / "decode")
+        few = use_fewer_images(options, options.decode_images, work_dir / "decode")
     return measure_loading(DECODING, few, work_dir / "decode")
 
 
-def _silent(text: str) -> None:
+def _discard(text: str) -> None:
     pass
 
 

@@ -1,8 +1,13 @@
-"""What a user can choose, as frozen dataclasses: validated when made, saved whole with every run."""
+"""What a user can choose, as frozen dataclasses: validated when made, saved whole with every run.
+
+Each field of :class:`TrainConfig` is a :func:`~quaclrs.settings.setting`: its flag, the values that are refused, and
+whether ``--resume`` accepts another value all derive from it.
+"""
+
+# ruff: noqa: RUF009 - setting() returns a dataclasses.field, not a default value
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -10,6 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from quaclrs.errors import UsageError
+from quaclrs.settings import (
+    FINITE_NOT_NEGATIVE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Settings,
+    at_least,
+    check_requirements,
+    setting,
+)
 
 DEFAULT_CSV_FILE = Path("spectrograms_balanced_no_sirens.csv")
 DEFAULT_SPECTROGRAMS_DIR = Path("spectrograms")
@@ -30,7 +44,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def default_num_workers() -> int:
-    """The processors this process may use, which in a container can be fewer than the machine has."""
+    """Number of processors this process may use; in a container it can be smaller than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
@@ -38,7 +52,7 @@ _SIZE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**
 
 
 def parse_bytes(text: str) -> int:
-    """``256MiB``, ``1GB``, ``1000000`` → bytes. Raises :class:`UsageError` for anything else."""
+    """Parse ``256MiB``, ``1GB`` or ``1000000`` to bytes. Raises :class:`UsageError` for anything else."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]?i?)b?\s*", text, flags=re.IGNORECASE)
     unit = _SIZE_UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
@@ -47,7 +61,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_folds(text: str) -> tuple[int, ...]:
-    """``3``, ``1,2,3`` or ``1-3,7`` → folds. Raises :class:`UsageError` for anything else."""
+    """Parse ``3``, ``1,2,3`` or ``1-3,7``. Raises :class:`UsageError` for anything else."""
     folds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,4})\s*(?:-\s*([0-9]{1,4})\s*)?", part)
@@ -58,7 +72,7 @@ def parse_folds(text: str) -> tuple[int, ...]:
 
 
 def folds_text(folds: Iterable[int]) -> str:
-    """``folds`` in order and as short as :func:`parse_folds` reads them: ``1-3,7``."""
+    """Write ``folds`` sorted and in the shortest form that :func:`parse_folds` reads: ``1-3,7``."""
     runs: list[list[int]] = []
     for fold in sorted(set(folds)):
         if runs and fold == runs[-1][-1] + 1:
@@ -70,7 +84,7 @@ def folds_text(folds: Iterable[int]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Which CSV columns hold what."""
+    """Names of the CSV columns that hold the image's file name, the class and the fold."""
 
     file: str = "spec_file_name"
     label: str = "class"
@@ -123,100 +137,196 @@ class PackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One run of ``quaclrs-train``: one model over one fold or all of them. Defaults are the original trainer's."""
+class TrainConfig(Settings):
+    """One run of ``quaclrs-train``: one model over one fold or all of them. Defaults are the original trainer's.
 
-    csv_file: Path | None = None
+    The fields stand in the order of ``quaclrs-train --help``.
+    """
+
+    csv_file: Path | None = setting(None, affects_result=True, identity=("data",))
     """None takes DEFAULT_CSV_FILE; with ``shards``, a CSV that is named must be the one they were packed from."""
-    spectrograms_dir: Path | None = None
+    spectrograms_dir: Path | None = setting(None, affects_result=True, identity=("data",))
     """None takes DEFAULT_SPECTROGRAMS_DIR."""
-    shards: Path | None = None
-    """A folder of tools/shard_dataset.py; None packs into a cache beside the CSV."""
-    columns: Columns = field(default_factory=Columns)
+    columns: Columns = setting(default_factory=Columns, affects_result=True, identity=("data",))
 
-    model_name: str = "resnet18"
-    """One, several with commas, or ``all``."""
-    pretrained: bool = False
-    freeze_features: bool = False
-    image_size: int | None = None
-    """Pixels; None takes the model's own (224, InceptionV3 299)."""
+    shards: Path | None = setting(
+        None,
+        affects_result=True,
+        identity=("data",),
+        group="reading",
+        help="folder of quaclrs-pack; without it, the CSV's images are packed once",
+        metavar="DIR",
+    )
+    """A folder of quaclrs-pack; None packs into a cache beside the CSV."""
+    loader: str = setting(
+        "auto",
+        affects_result=True,
+        identity=("pixels", "order"),
+        group="reading",
+        help="auto, resident, mapped, dali or files (Pillow)",
+    )
+    num_workers: int = setting(
+        4,
+        affects_result=False,
+        group="reading",
+        help="processes or threads that read and decode",
+        metavar="N",
+        requires=NOT_NEGATIVE,
+    )
+    prefetch: int = setting(
+        2,
+        affects_result=False,
+        group="reading",
+        help="batches made ahead, where they are read from disk",
+        metavar="N",
+        requires=at_least(1, " batch"),
+    )
+    image_size: int | None = setting(
+        None, affects_result=True, group="reading", help="pixels; the model's own size if not given", metavar="S"
+    )
+    """None takes the model's own (224, InceptionV3 299); the identity has the size in effect."""
 
-    batch_size: int = 32
-    """Of each process."""
-    epochs: int = 30
-    patience: int = 7
-    """Epochs without a better validation accuracy before training stops."""
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-5
-    scheduler: str = "plateau"
-    use_amp: bool = False
-    amp_dtype: str | None = None
-    """None takes bfloat16 where the device is fast with it, else float16."""
-    tf32: bool = False
-    compile: str = "none"
-    sync_bn: bool = False
-    seed: int = 42
+    model_name: str = setting(
+        "resnet18", affects_result=True, group="model", help="{architectures}; several with commas, or all"
+    )
+    """cli/train.py puts the names of training/architectures.py into the help."""
+    pretrained: bool = setting(False, affects_result=True, group="model", help="start from ImageNet weights")
+    freeze_features: bool = setting(False, affects_result=True, group="model", help="train the head only")
 
-    fold: int | None = None
-    """The test fold; None runs them all."""
-    num_folds: int = 10
-    loader: str = "auto"
-    num_workers: int = 4
-    prefetch: int = 2
-    """Batches made ahead by the loaders that read from disk."""
-    device: str = "auto"
-    parallel: str | None = None
-    """``folds``: each process trains whole folds."""
-    nproc: int | None = None
-    """Processes of --distributed and --parallel; None takes one per GPU."""
-    output_dir: Path = Path("results")
-    keep_checkpoints: int = 1
-    gradcam_per_class: int = 5
-    resume: bool = False
-    checkpoint_minutes: float | None = None
-    """Between checkpoints within an epoch; None writes them after each epoch only."""
-    profile: bool = False
+    batch_size: int = setting(
+        32,
+        affects_result=True,
+        identity=("global_batch",),
+        group="training",
+        help="samples per step and process",
+        metavar="B",
+        requires=at_least(2, ", since BatchNorm cannot train on one sample"),
+    )
+    epochs: int = setting(30, affects_result=True, group="training", help="at most", metavar="N", requires=at_least(1))
+    patience: int = setting(
+        7,
+        affects_result=True,
+        group="training",
+        help="epochs without a better validation accuracy before stopping",
+        metavar="N",
+        requires=at_least(1),
+    )
+    learning_rate: float = setting(
+        1e-3, affects_result=True, group="training", help="Adam's", metavar="LR", requires=POSITIVE
+    )
+    weight_decay: float = setting(
+        1e-5, affects_result=True, group="training", help="Adam's", metavar="WD", requires=FINITE_NOT_NEGATIVE
+    )
+    scheduler: str = setting(
+        "plateau",
+        affects_result=True,
+        group="training",
+        help="plateau halves the learning rate when validation stalls; cosine anneals it",
+        choices=SCHEDULERS,
+    )
+    use_amp: bool = setting(False, affects_result=True, group="training", help="automatic mixed precision")
+    amp_dtype: str | None = setting(
+        None,
+        affects_result=True,
+        identity=("compute_dtype",),
+        group="training",
+        help="what it computes in; by default bfloat16 where the GPU is fast with it, else float16",
+        choices=AMP_DTYPES,
+    )
+    tf32: bool = setting(
+        False, affects_result=True, group="training", help="let float32 on a GPU round to TF32, which is faster"
+    )
+    compile: str = setting(
+        "none",
+        affects_result=False,  # the same mathematics by other kernels, as on another device
+        group="training",
+        help="inductor: torch.compile; cudagraph: capture each whole step, for small batches",
+        choices=COMPILERS,
+    )
+    sync_bn: bool = setting(False, affects_result=True, group="training", help="BatchNorm over the batches of all GPUs")
+    seed: int = setting(42, affects_result=True, group="training", help="of weights and order", requires=NOT_NEGATIVE)
+
+    fold: int | None = setting(
+        None, affects_result=True, group="run", help="test this fold only; all folds if not given", metavar="K"
+    )
+    """The test fold; the identity has the fold being trained."""
+    num_folds: int = setting(
+        10,
+        affects_result=True,
+        group="run",
+        help="folds of the protocol",
+        metavar="K",
+        requires=at_least(3, ", to train, validate and test"),
+    )
+    device: str = setting("auto", affects_result=False, group="run", help="auto, cpu, cuda or cuda:N")
+    output_dir: Path = setting(
+        Path("results"),
+        affects_result=False,
+        group="run",
+        help="results go to {output_dir}/{model_name}/fold_{k}",
+        metavar="DIR",
+    )
+    resume: bool = setting(
+        False,
+        affects_result=False,
+        group="run",
+        help="go on where an interrupted run stopped; finished folds are kept",
+    )
+    keep_checkpoints: int = setting(
+        1,
+        affects_result=False,
+        group="run",
+        help="regular checkpoints to keep per fold",
+        metavar="N",
+        requires=at_least(1, ", the last one"),
+    )
+    gradcam_per_class: int = setting(
+        5,
+        affects_result=False,
+        group="run",
+        help="Grad-CAM images per class; 0 for none",
+        metavar="N",
+        requires=NOT_NEGATIVE,
+    )
+    checkpoint_minutes: float | None = setting(
+        None,
+        affects_result=False,
+        group="run",
+        help="also write a checkpoint within an epoch each time so long has passed",
+        metavar="MIN",
+        requires=POSITIVE,
+    )
+    profile: bool = setting(
+        False,
+        affects_result=False,
+        group="run",
+        help="write a profile of some steps of the first epoch, and what bounds them",
+    )
+
+    parallel: str | None = setting(
+        None,
+        affects_result=False,
+        group="several processes",
+        help="folds: one process per GPU, each training whole folds",
+        choices=PARALLEL,
+    )
+    nproc: int | None = setting(
+        None,
+        affects_result=False,  # of --distributed: the global batch and the order are compared
+        group="several processes",
+        help="processes of the two above; needed on the CPU",
+        metavar="N",
+        requires=at_least(1, " process"),
+    )
+    """None takes one per GPU."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.batch_size >= 2,
-            f"--batch_size {self.batch_size}: at least 2, since BatchNorm cannot train on one sample",
-        )
-        _require(self.epochs >= 1, f"--epochs {self.epochs}: at least 1")
-        _require(self.patience >= 1, f"--patience {self.patience}: at least 1")
-        _require(
-            0 < self.learning_rate < math.inf, f"--learning_rate {self.learning_rate}: must be positive and finite"
-        )
-        _require(
-            0 <= self.weight_decay < math.inf, f"--weight_decay {self.weight_decay}: must be finite and not negative"
-        )
-        _require(self.scheduler in SCHEDULERS, f"--scheduler {self.scheduler}: choose one of {', '.join(SCHEDULERS)}")
-        _require(self.seed >= 0, f"--seed {self.seed}: not negative")
-        _require(self.num_folds >= 3, f"--num_folds {self.num_folds}: at least 3, to train, validate and test")
-        _require(self.num_workers >= 0, f"--num_workers {self.num_workers}: not negative")
-        _require(self.keep_checkpoints >= 1, f"--keep_checkpoints {self.keep_checkpoints}: at least 1, the last one")
-        _require(self.gradcam_per_class >= 0, f"--gradcam_per_class {self.gradcam_per_class}: not negative")
-        _require(
-            self.amp_dtype is None or self.amp_dtype in AMP_DTYPES,
-            f"--amp_dtype {self.amp_dtype}: choose one of {', '.join(AMP_DTYPES)}",
-        )
+        check_requirements(self)
         _require(
             self.amp_dtype is None or self.use_amp,
             f"--amp_dtype {self.amp_dtype}: is about --use_amp; give both, or neither",
         )
-        _require(self.compile in COMPILERS, f"--compile {self.compile}: choose one of {', '.join(COMPILERS)}")
-        _require(self.prefetch >= 1, f"--prefetch {self.prefetch}: at least 1 batch")
         _require(
-            self.parallel is None or self.parallel in PARALLEL,
-            f"--parallel {self.parallel}: choose {', '.join(PARALLEL)}",
+            self.fold is None or 1 <= self.fold <= self.num_folds,
+            f"--fold {self.fold}: there are folds 1 to {self.num_folds}; choose one of them (or --num_folds)",
         )
-        _require(self.nproc is None or self.nproc >= 1, f"--nproc {self.nproc}: at least 1 process")
-        _require(
-            self.checkpoint_minutes is None or 0 < self.checkpoint_minutes < math.inf,
-            f"--checkpoint_minutes {self.checkpoint_minutes}: must be positive and finite",
-        )
-        if self.fold is not None:
-            _require(
-                1 <= self.fold <= self.num_folds,
-                f"--fold {self.fold}: there are folds 1 to {self.num_folds}; choose one of them (or --num_folds)",
-            )

@@ -4,7 +4,6 @@ with.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import os
 import signal
@@ -13,21 +12,26 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from resuming import Disturbance, Moment, Step, TinyNetwork
 from tqdm import tqdm
 
 from quaclrs.cli.train import main
 from quaclrs.experiment import cross_validation, fold
+from quaclrs.experiment.results import FoldResult
+from quaclrs.experiment.run import Run
 from quaclrs.imaging.kernels.normalise_cpu import normalise_cpu
-from quaclrs.loaders import dali
+from quaclrs.loaders import build_loader, dali
 from quaclrs.report import metrics
 from quaclrs.system.atomic_files import write_bytes
-from quaclrs.training import loop, models, progress
+from quaclrs.training import trainer
+from quaclrs.training.architectures import ARCHITECTURES
 
 metrics.compute_metrics(np.array([0, 1]), np.eye(2, dtype=np.float32), ("a", "b"))  # scikit-learn imports on first use
 normalise_cpu(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.zeros(1, 3, 1, 1))  # Numba loads what it has compiled
@@ -71,32 +75,29 @@ class _Patched:
         self._signalled = self._saves = 0
 
     def install(self) -> None:
-        mobilenet = models.ARCHITECTURES["mobilenet"]
-        tiny = dataclasses.replace(mobilenet, constructor=TinyNetwork, gradcam_layer="features.2")
-        models.ARCHITECTURES |= {"tiny": tiny, "plain": dataclasses.replace(tiny, options={"plain": True})}
-        dali.dali_missing = lambda: "takes long to import"
+        mobilenet = ARCHITECTURES["mobilenet"]
+        tiny = replace(mobilenet, constructor=TinyNetwork, gradcam_layer="features.2")
+        ARCHITECTURES.update({"tiny": tiny, "plain": replace(tiny, options={"plain": True})})
+        patch = pytest.MonkeyPatch()
+        patch.setattr(dali, "dali_missing", lambda: "takes long to import")
         if not self._disturbance.plots:
-            fold.write_plots = _write_something  # type: ignore[assignment]
-        run_fold, hooks = cross_validation.run_fold, loop.Hooks(step_meter=self._step_meter)
-        loop.Hooks = lambda: hooks  # type: ignore[assignment, misc]
-        progress.console_hooks = lambda epochs: hooks
+            patch.setattr(fold, "write_plots", _write_something)
+        hooks = trainer.Hooks(step_meter=self._step_meter)
 
-        def noting_the_fold(run: fold.Run, number: int) -> dict[str, Any]:
+        def noting_the_fold(run: Run, number: int) -> FoldResult | None:
             self._fold = number
-            return run_fold(run, number)
-
-        build_loader = cross_validation.build_loader
+            return fold.run_fold(replace(run, hooks=hooks), number)
 
         def loading(*arguments: Any) -> Any:
             self._event("load")
             return build_loader(*arguments)
 
-        cross_validation.run_fold = noting_the_fold  # type: ignore[assignment]
-        cross_validation.build_loader = loading  # type: ignore[assignment]
-        os.fsync = self._eventful("flush", os.fsync)
-        Path.replace = self._eventful("rename", Path.replace)  # type: ignore[method-assign]
-        Path.unlink = self._eventful("delete", Path.unlink)  # type: ignore[method-assign]
-        torch.save = self._saving(torch.save)
+        patch.setattr(cross_validation, "run_fold", noting_the_fold)
+        patch.setattr(cross_validation, "build_loader", loading)
+        patch.setattr(os, "fsync", self._eventful("flush", os.fsync))
+        patch.setattr(Path, "replace", self._eventful("rename", Path.replace))
+        patch.setattr(Path, "unlink", self._eventful("delete", Path.unlink))
+        patch.setattr(torch, "save", self._saving(torch.save))
 
     def _step_meter(self, phase: str, epoch: int, samples: int) -> Callable[..., None]:
         def on_step(batch: Any, totals: Any, waited_s: float) -> None:
@@ -156,6 +157,6 @@ class _Patched:
 
 
 def _write_something(directory: Path, history: Any, metrics: Any) -> None:
-    losses = [(entry["train_loss"], entry["val_loss"]) for entry in history]
+    losses = [(record.train_loss, record.val_loss) for record in history]
     for name in ("loss_curves.png", "confusion_matrix.png"):
         write_bytes(directory / name, repr((losses, metrics["confusion_matrix"])).encode(), durable=False)

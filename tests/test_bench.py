@@ -1,6 +1,4 @@
-"""The benchmark's own contract: what it refuses, that limits are limits, what a verdict is made of, and one small run
-of it all.
-"""
+"""The benchmark's contract: what it refuses, that limits are limits, how a bottleneck is found, and one small run."""
 
 from __future__ import annotations
 
@@ -10,37 +8,42 @@ import itertools
 import json
 import os
 import subprocess
-import sys
-import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
+import benchmarking
+import footprint
 import pytest
+import throughput
 import torch
-from PIL import Image
+from harness import loading_speed, measure, packing_speed, processes
+from harness.bottleneck import (
+    BUSY,
+    HANDING_OVER,
+    NEAR_LIMIT,
+    SPREAD,
+    find_bottleneck,
+    find_training_bottleneck,
+)
+from harness.contender import Contender, Group, Pass
+from harness.measure import race, repeat_run
+from harness.tables import group_table, summary_table
 from png_trees import PngTree
 
 from quaclrs.cli.demo import cache_root
 from quaclrs.errors import UsageError
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import footprint  # noqa: E402
-import limits  # noqa: E402
-import loading_speed  # noqa: E402
-import measure  # noqa: E402
-import packing_speed  # noqa: E402
-import processes  # noqa: E402
-import throughput  # noqa: E402
-from measure import Contender, Group, race, repeated  # noqa: E402
-from peers.client import Pass  # noqa: E402
-from tables import summary, table  # noqa: E402
-from verdicts import BUSY, HANDING_OVER, NEAR_LIMIT, bound_by, training_bound_by  # noqa: E402
+from quaclrs.training.bottleneck import DATA_WAIT
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_trials() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        benchmarking.shorten_trials(patch)
+        yield
 
 
 # ---------------------------------------------------------------------- the command line
@@ -94,37 +97,48 @@ def test_refused_in_one_line(
     ],
 )
 def test_refused_under_torchrun(arguments: list[str], message: str) -> None:
-    options = throughput._parser().parse_args(arguments)
+    options = throughput._make_parser().parse_args(arguments)
     throughput._refuse_in_several_processes(options, options.modes, 1)
     with pytest.raises(UsageError, match="^" + message):
         throughput._refuse_in_several_processes(options, options.modes, 2)
-    fitting = throughput._parser().parse_args(["load", "train", "--only", "quaclrs"])
+    fitting = throughput._make_parser().parse_args(["load", "train", "--only", "quaclrs"])
     throughput._refuse_in_several_processes(fitting, fitting.modes, 2)
 
 
 def test_the_one_command() -> None:
-    options = throughput._parser().parse_args(["--all", "--peers"])
+    options = throughput._make_parser().parse_args(["--all", "--peers"])
     assert throughput._chosen_modes(options) == ["pack", "decode", "load", "train"]
     assert options.peers == cache_root() / "peers"
-    several = throughput._parser().parse_args(["train", "load", "step", "--peers", "envs"])
+    several = throughput._make_parser().parse_args(["train", "load", "step", "--peers", "envs"])
     assert throughput._chosen_modes(several) == ["load", "step", "train"]
     assert several.peers == Path("envs")
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """As in conftest.py, whose fixture comes later than those of a module."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def small_run(png_tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """Result documents by mode, and what was printed, of one run over everything of our own."""
+    """Result documents by mode, and the printed text, of one run of every mode with all of our own loaders."""
     folder = tmp_path_factory.mktemp("bench")
+    csv_file = benchmarking.write_small_csv(png_tree, folder / "data.csv", rows=40)
     arguments = [
         *("--all", "--device", "cpu", "--only", "quaclrs"),
-        *("--csv_file", str(png_tree.csv_file), "--spectrograms_dir", str(png_tree.spectrograms_dir)),
-        *("--work_dir", str(folder / "work"), "--results_dir", str(folder / "results"), "--decode_images", "40"),
+        *("--csv_file", str(csv_file), "--spectrograms_dir", str(png_tree.spectrograms_dir)),
+        *("--work_dir", str(folder / "work"), "--results_dir", str(folder / "results"), "--decode_images", "20"),
         *("--image_size", "32", "--batch_size", "16", "--repeats", "1", "--load_epochs", "2", "--encodings", "png"),
         *("--num_workers", "1", "--models", "mobilenet", "--train_batch_sizes", "2", "--steps", "1"),
     ]
     said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
-        patch.setattr(limits, "_TRIAL_S", 0.01)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), _one_thread():
         patch.setattr(packing_speed, "SYNTHESIS_FOLDS", 1)
         assert throughput.main(arguments) == 0
     files = [json.loads(path.read_bytes()) for path in (folder / "results").iterdir()]
@@ -190,25 +204,25 @@ def _contender(name: str, images: float = 10, **options: Any) -> Contender:
 
 
 def test_limits_are_shown_and_compared_with_nothing() -> None:
-    limit = _contender("the machine", images=1e9, limit=True, work="memory writes")
-    ours, other = _contender("ours", bounded_by=limit), _contender("other")
+    limit = _contender("the machine", images=1e9, is_limit=True, work="memory writes")
+    ours, other = _contender("ours", limit=limit), _contender("other")
     group = Group(name="a group", contenders=[ours, other, limit], baseline=other)
     race(group.contenders, repeats=3)
     assert limit.facts["limit"] is True
     assert "bound_by" not in limit.facts
     assert 0 < ours.facts["share_of_limit"] < 1
     assert other.facts["share_of_limit"] is None
-    for text in (table(group), summary([group])):
+    for text in (group_table(group), summary_table([group])):
         assert "limit: the machine" in text
         assert "* other" in text
         assert "  ours" in text
 
 
-def test_the_yardstick_is_never_a_limit() -> None:
+def test_the_baseline_is_never_a_limit() -> None:
     ours = _contender("ours")
-    assert loading_speed._yardstick({}, [ours]) is ours
+    assert loading_speed._pick_baseline({}, [ours]) is ours
     failed, works = _contender("FFCV", left_out="no compiler"), _contender("memory map")
-    assert loading_speed._yardstick({"ffcv-raw": failed, "memmap": works}, [failed, works, ours]) is works
+    assert loading_speed._pick_baseline({"ffcv-raw": failed, "memmap": works}, [failed, works, ours]) is works
 
 
 def test_facts_are_medians_of_the_counted_repeats() -> None:
@@ -221,9 +235,9 @@ def test_facts_are_medians_of_the_counted_repeats() -> None:
 
 def test_several_epochs_are_one_pass() -> None:
     firsts = iter([0.3, 0.1, 0.2])
-    run = repeated(lambda: Pass(images=5, first_batch_s=next(firsts), device_s=1.5), 3)
+    run = repeat_run(lambda: Pass(images=5, first_batch_s=next(firsts), device_s=1.5), 3)
     assert run() == Pass(images=15, first_batch_s=0.2, device_s=4.5)
-    assert repeated(lambda: Pass(images=5), 2)() == Pass(images=10)
+    assert repeat_run(lambda: Pass(images=5), 2)() == Pass(images=10)
 
 
 class TwoRanks:
@@ -253,7 +267,7 @@ def test_images_of_all_ranks_over_the_slowest(monkeypatch: pytest.MonkeyPatch) -
     assert together.facts["images_per_s_per_process"] == together.median / 2
 
 
-# ---------------------------------------------------------------------- verdicts
+# ---------------------------------------------------------------------- bottlenecks
 
 
 @pytest.mark.parametrize(
@@ -267,72 +281,24 @@ def test_images_of_all_ranks_over_the_slowest(monkeypatch: pytest.MonkeyPatch) -
         (0.1, None, None),
     ],
 )
-def test_verdict(share: float | None, cores_busy: float | None, expected: str | None) -> None:
-    assert bound_by(share_of_limit=share, limit="memory writes", cores_busy=cores_busy, work="render") == expected
+def test_bottleneck(share: float | None, cores_busy: float | None, expected: str | None) -> None:
+    assert (
+        find_bottleneck(share_of_limit=share, limit="memory writes", cores_busy=cores_busy, work="render") == expected
+    )
 
 
 @pytest.mark.parametrize(
     ("data_wait", "ceiling", "share", "expected"),
-    [(0.03, 0.9, 0.9, "data"), (0.01, 0.9, 0.9, "host"), (0.01, 0.96, 0.8, "arithmetic"), (0.01, 1.0, None, "model")],
+    [
+        (DATA_WAIT, 0.9, 0.9, "data"),
+        (DATA_WAIT - 0.01, 1 - SPREAD - 0.01, 0.9, "host"),
+        (0.01, 1 - SPREAD, NEAR_LIMIT, "arithmetic"),
+        (0.01, 1.0, NEAR_LIMIT - 0.01, "model"),
+        (0.01, 1.0, None, "model"),
+    ],
 )
-def test_verdict_of_training(data_wait: float, ceiling: float, share: float | None, expected: str) -> None:
-    assert training_bound_by(data_wait=data_wait, share_of_ceiling=ceiling, share_of_limit=share) == expected
-
-
-# ---------------------------------------------------------------------- limits
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "RGB", "P", "L", "I;16"])
-def test_inflating_all_pixels(mode: str, tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 100), dtype=np.uint8)
-    image = Image.fromarray(pixels.astype(np.uint16)) if mode == "I;16" else Image.fromarray(pixels).convert(mode)
-    path = tmp_path / "image.png"
-    image.save(path)
-    stream, room = limits._pixel_data(path.read_bytes())
-    content = zlib.decompress(stream)
-    bytes_of_a_pixel = {"RGBA": 4, "RGB": 3, "I;16": 2}.get(mode, 1)
-    assert len(content) == 40 * (1 + 100 * bytes_of_a_pixel)
-    assert len(content) < room < len(content) + 100
-    assert limits.inflate_limit([path] * 3, num_threads=2).run() == Pass(images=3)
-
-
-def test_every_way_of_copying_copies() -> None:
-    source = torch.randint(0, 255, (9, 24), dtype=torch.uint8)
-    asked = [torch.tensor([3, 8, 0]), torch.tensor([1, 1])]
-    buffers = [torch.zeros(3 * 24, dtype=torch.uint8) for _ in range(2)]
-    for name, copy in limits._copying_ways(source, buffers, asked).items():
-        for i, numbers in enumerate(asked):
-            buffers[i].zero_()
-            copy(i)
-            assert torch.equal(buffers[i].view(3, 24)[: len(numbers)], source[numbers]), name
-
-
-def test_every_way_of_writing_writes_all() -> None:
-    for dtype in (torch.float32, torch.uint8, torch.float16):
-        buffers = [torch.zeros(8 * 33, dtype=dtype) for _ in range(2)]
-        for name, write in limits._writing_ways(buffers).items():
-            buffers[1].zero_()
-            write(1)
-            assert (buffers[1].view(torch.uint8).view(-1, buffers[1].element_size()) != 0).any(dim=1).all(), name
-
-
-def test_limits_of_memory_count_every_image() -> None:
-    assert limits.writing_limit(4, 3, 8, torch.float32, CPU).run() == Pass(images=12)
-    pixels = np.zeros((5, 8, 8, 3), np.uint8)
-    assert limits.copying_limit(pixels, [np.array([1, 2, 3]), np.array([0, 4])], CPU).run() == Pass(images=5)
-
-
-def test_operations_of_a_model() -> None:
-    # the papers' products and sums of a forward pass, each two operations; backward twice that but for the first layer
-    assert limits.flops_per_image("resnet18") == pytest.approx(3 * 2 * 1.8e9, rel=0.03)
-    assert limits.flops_per_image("mobilenet") == pytest.approx(3 * 2 * 0.3e9, rel=0.03)  # depthwise convolutions
-
-
-def test_arithmetic_is_that_of_the_faster_type() -> None:
-    limit = limits.arithmetic_limit("alexnet", torch.bfloat16, CPU)
-    assert limit.limit
-    assert limit.run().images > 0
-    assert limit.facts["gflop_per_image"] == limits.flops_per_image("alexnet") / 1e9
+def test_bottleneck_of_training(data_wait: float, ceiling: float, share: float | None, expected: str) -> None:
+    assert find_training_bottleneck(data_wait=data_wait, share_of_ceiling=ceiling, share_of_limit=share) == expected
 
 
 # ---------------------------------------------------------------------- processes, and datasets of other sizes
@@ -344,19 +310,19 @@ def test_processes_are_counted_with_all_that_they_started() -> None:
     with subprocess.Popen(["sh", "-c", "sleep 60 & echo started; wait"], stdout=subprocess.PIPE) as shell:
         assert shell.stdout is not None
         shell.stdout.readline()
-        tree = processes.process_tree(shell.pid)
+        tree = processes.list_tree_pids(shell.pid)
         try:
             assert len(tree) == 2
-            assert processes.peak_bytes(tree) > processes.peak_bytes(tree[:1]) > 0
+            assert processes.read_peak_bytes(tree) > processes.read_peak_bytes(tree[:1]) > 0
         finally:
             for pid in reversed(tree):
                 os.kill(pid, 9)
-    assert processes.peak_bytes([shell.pid]) == 0  # it is gone
-    before = processes.cpu_seconds([os.getpid()])
-    while processes.cpu_seconds([os.getpid()]) == before:
+    assert processes.read_peak_bytes([shell.pid]) == 0  # it is gone
+    before = processes.read_cpu_seconds([os.getpid()])
+    while processes.read_cpu_seconds([os.getpid()]) == before:
         pass
     processes.reset_peaks([os.getpid()])
-    assert processes.peak_bytes([os.getpid()]) >= processes.resident_bytes([os.getpid()]) * 0.9
+    assert processes.read_peak_bytes([os.getpid()]) >= processes.read_resident_bytes([os.getpid()]) * 0.9
 
 
 def test_simulated_datasets_open_and_read(rgb_shards: Path, tmp_path: Path) -> None:
@@ -364,7 +330,7 @@ def test_simulated_datasets_open_and_read(rgb_shards: Path, tmp_path: Path) -> N
     from quaclrs.loaders.dataset import open_dataset
 
     for records in (7, 1000):
-        made = footprint._simulated(rgb_shards, records, tmp_path)
+        made = footprint.simulate_shards(rgb_shards, records, tmp_path)
         dataset = open_dataset(TrainConfig(shards=made), want_shards=False, log=lambda line: None)
         assert len(dataset) == records
         assert dataset.shards is not None

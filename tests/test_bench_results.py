@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import benchmarking
+import plot
 import pytest
+import readme_tables
+import targets
+from harness import records
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import plot  # noqa: E402
-import readme_tables  # noqa: E402
-import records  # noqa: E402
-import targets  # noqa: E402
-
-from quaclrs.errors import DataError  # noqa: E402
-from quaclrs.training.models import ARCHITECTURES  # noqa: E402
+from quaclrs.errors import DataError
+from quaclrs.training.architectures import ARCHITECTURES
 
 CPU = {"cpu": "a processor", "cpus_usable": 2, "python": "3.11", "packages": {"torch": "2.14"}, "commit": "1"}
 
@@ -55,7 +51,7 @@ def line_of(table: str, what: str) -> list[str]:
 
 
 def test_nothing_measured(tmp_path: Path) -> None:
-    table = targets.markdown(tmp_path)
+    table = targets.targets_table(tmp_path)
     assert line_of(table, "synthetic images") == ["synthetic images, images/s", "≥ 50", "", "", "not measured"]
     gpu = [line for line in table.splitlines() if line.startswith("| H200")]
     assert len(gpu) == 2
@@ -73,7 +69,7 @@ def test_targets_met_and_missed(tmp_path: Path) -> None:
         [missed, row("resident, indexed shards", group, ratio=2.6), row("writing", group, 400, limit=True)],
     )
     write(tmp_path, "pack", [row("synthesis", rate=70), row("pack png", ratio=0.8, baseline="something else")])
-    table = targets.markdown(tmp_path)
+    table = targets.targets_table(tmp_path)
     assert line_of(table, "`mapped`, `indexed`")[1:] == [
         *("≥ 2.50", "0.50", "0.20"),
         "bound by memory writes, at 0.75 of the limit (writing: 400 images/s)",
@@ -96,10 +92,10 @@ def test_the_worst_model_counts_and_none_may_be_missing(tmp_path: Path) -> None:
         for i, name in enumerate(ARCHITECTURES)
     ]
     write(tmp_path, "train", rows[1:])
-    assert line_of(targets.markdown(tmp_path), "trained")[-1] == "not measured"
+    assert line_of(targets.targets_table(tmp_path), "trained")[-1] == "not measured"
     write(tmp_path, "train", rows, date="2026-01-03")
     first, *_, last = ARCHITECTURES
-    table = targets.markdown(tmp_path)
+    table = targets.targets_table(tmp_path)
     assert line_of(table, "trained")[2:] == [f"0.96 ({first})", "1.01", "met"]
     assert line_of(table, "waiting")[1:] == ["≤ 2.0%", f"6.0% ({last})", "3.00", "bound by host"]
 
@@ -116,7 +112,7 @@ def test_upper_bounds_take_the_largest(tmp_path: Path) -> None:
         for samples, first in ((1000, 9.0), (57_918, 0.5), (57_918, 1.2))
     ]
     write(tmp_path, "scaling", rows)
-    table = targets.markdown(tmp_path)
+    table = targets.targets_table(tmp_path)
     assert line_of(table, "`mapped`, first batch")[1:] == ["≤ 1.00", "1.20", "1.20", "missed"]
     assert line_of(table, "`mapped`, memory added")[1:] == ["≤ 200", "151", "0.76", "met"]
 
@@ -124,9 +120,9 @@ def test_upper_bounds_take_the_largest(tmp_path: Path) -> None:
 def test_only_the_gpu_that_is_meant(tmp_path: Path) -> None:
     rows = [row("resident, indexed shards", "nothing to decode, float16", 1_200_000, share_of_limit=0.7)]
     write(tmp_path, "load", rows, gpu="NVIDIA GeForce RTX 2080 Ti")
-    assert line_of(targets.markdown(tmp_path), "H200: render")[-1] == "not measured: no GPU was at hand"
+    assert line_of(targets.targets_table(tmp_path), "H200: render")[-1] == "not measured: no GPU was at hand"
     write(tmp_path, "load", rows, date="2026-01-03", gpu="NVIDIA H200")
-    table = targets.markdown(tmp_path)
+    table = targets.targets_table(tmp_path)
     assert line_of(table, "H200: `resident`")[1:] == ["≥ 1,000,000", "1,200,000", "1.20", "met"]
     assert line_of(table, "H200: render")[1:] == ["≥ 0.60", "0.70", "1.17", "met"]
 
@@ -139,10 +135,10 @@ def test_the_newest_result_of_one_process_counts(tmp_path: Path) -> None:
         ("2026-01-05", 4, 2),
     ):
         write(tmp_path, "load", [row("ours", rate=rate)], date, world_size=world_size)
-    found = records.find_row(records.newest("load", folder=tmp_path), "ours")
+    found = records.find_row(records.newest_record("load", folder=tmp_path), "ours")
     assert found is not None
     assert found["median_images_per_s"] == 2
-    assert records.newest("load", gpu=True, folder=tmp_path) is None
+    assert records.newest_record("load", gpu=True, folder=tmp_path) is None
     assert records.find_row({"rows": [{"name": "ours", "group": "", "left_out": "broken"}]}, "ours") is None
 
 
@@ -153,12 +149,12 @@ def test_the_newest_result_of_one_process_counts(tmp_path: Path) -> None:
 def test_readmes_hold_what_the_results_make_of_them(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     assert "<!-- table: " in text
-    assert readme_tables.rendered(text) == text, "run benchmarks/readme_tables.py"
+    assert readme_tables.fill_blocks(text) == text, "run benchmarks/readme_tables.py"
 
 
 def test_the_targets_are_shown() -> None:
-    text = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
-    assert f"<!-- table: targets -->\n{targets.markdown()}\n<!-- /table -->" in text
+    text = (benchmarking.BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- table: targets -->\n{targets.targets_table()}\n<!-- /table -->" in text
 
 
 def test_blocks_are_made_anew(tmp_path: Path) -> None:
@@ -178,7 +174,7 @@ def test_blocks_are_made_anew(tmp_path: Path) -> None:
     ]
     write(tmp_path, "load", rows)
     text = "before\n<!-- table: load_uint8 -->\nold\n<!-- /table -->\nafter <!-- table: decode -->\n<!-- /table -->\n"
-    made = readme_tables.rendered(text, tmp_path)
+    made = readme_tables.fill_blocks(text, tmp_path)
     assert "old" not in made
     assert made.startswith("before\n<!-- table: load_uint8 -->\n| ")
     assert "Not measured yet." in made
@@ -187,15 +183,15 @@ def test_blocks_are_made_anew(tmp_path: Path) -> None:
     ]
     assert line_of(made, "copying")[3:6] == ["", "", "the limit itself"]
     assert line_of(made, "LitData")[1] == "left out: no such version"
-    assert readme_tables.rendered(made, tmp_path) == made
-    assert line_of(readme_tables.block("load_short", tmp_path), "mapped")[1:] == ["", "", "2,000", "1.62"]
+    assert readme_tables.fill_blocks(made, tmp_path) == made
+    assert line_of(readme_tables.make_block("load_short", tmp_path), "mapped")[1:] == ["", "", "2,000", "1.62"]
 
 
 def test_an_unknown_block_is_named() -> None:
     with pytest.raises(
         DataError, match=r"<!-- table: lood -->: no such table; choose among targets, figure_KIND, load_short, "
     ):
-        readme_tables.block("lood")
+        readme_tables.make_block("lood")
 
 
 def test_check_changes_nothing_and_says_what_would(
@@ -232,12 +228,12 @@ def test_figures_of_races_and_of_sizes(tmp_path: Path) -> None:
         {"samples": 10**k, "first_batch_s": 1, "resident_mb_added_at_most": 2, "images_per_s": 3} for k in range(3)
     ]
     write(tmp_path, "scaling", sizes)
-    assert readme_tables.block("figure_load", tmp_path) == "Not measured yet.\n"
+    assert readme_tables.make_block("figure_load", tmp_path) == "Not measured yet.\n"
     assert plot.main([*map(str, tmp_path.glob("*.json")), "--output_dir", str(tmp_path)]) == 0
     for kind, image in (("load", "load_0.png"), ("scaling", "scaling_1.png")):
         assert (tmp_path / image).read_bytes().startswith(b"\x89PNG")
-        assert readme_tables.block(f"figure_{kind}", tmp_path) == f"![{kind}](results/{image})\n"
-    assert [plot._colour(a_row) for a_row in rows[:3]] == ["tab:gray", "tab:blue", "tab:orange"]
+        assert readme_tables.make_block(f"figure_{kind}", tmp_path) == f"![{kind}](results/{image})\n"
+    assert [plot._bar_colour(a_row) for a_row in rows[:3]] == ["tab:gray", "tab:blue", "tab:orange"]
 
 
 def test_other_files_are_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,4 +262,4 @@ def test_committed_figures_are_small() -> None:
     ],
 )
 def test_a_command_line_names_no_folder_of_the_machine(argument: str, kept: str) -> None:
-    assert records._without_folder(argument) == kept
+    assert records._strip_folder(argument) == kept

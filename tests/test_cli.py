@@ -161,7 +161,7 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     """The one line that ``flags`` are refused with."""
     capsys.readouterr()
     try:
-        code = main(flags)
+        code: str | int | None = main(flags)
     except SystemExit as ended:  # argparse's own
         code = ended.code
     output = capsys.readouterr()
@@ -319,7 +319,7 @@ def test_fewer_folds_than_ten(tree: PngTree, capsys: pytest.CaptureFixture[str])
     assert main([*flags, "--fold", "2"]) == 0
     assert main([*flags, "--fold", "3"]) == 0
     assert sorted(path.name for path in Path("results/mobilenet").glob("[!.]*")) == [
-        *("fold_2", "fold_3", "run_status.json", "summary.json")
+        *("fold_2", "fold_3", "original_summary.json", "run_status.json", "summary.json")
     ]
 
 
@@ -355,7 +355,7 @@ def test_shards_that_do_not_fit(
     assert "--image_size 8: " in refused(capsys, *flags, str(rgb_shards))
     assert "already resized to 32; use --image_size 32" in refused(capsys, *flags, str(rgb_shards))
     assert "--loader dali: " in refused(capsys, *flags, str(rgb_shards), "--loader", "dali")
-    assert "manifest.json: no such file; make shards with tools/shard_dataset.py" in refused(capsys, *flags, "nowhere")
+    assert "manifest.json: no such file; make shards with quaclrs-pack" in refused(capsys, *flags, "nowhere")
 
     changed = tmp_path / "changed"
     shutil.copytree(png_shards, changed)

@@ -19,9 +19,10 @@ from quaclrs.loaders.base import LoaderConfig
 from quaclrs.loaders.resident import ResidentLoader
 from quaclrs.shards.reader import ShardSet
 from quaclrs.training import loop
+from quaclrs.training.architectures import ARCHITECTURES
 from quaclrs.training.cuda_graph import GraphedStep
-from quaclrs.training.models import ARCHITECTURES, build_model
-from quaclrs.training.state import Training, amp_dtype, set_tf32
+from quaclrs.training.models import build_model
+from quaclrs.training.state import TrainState, amp_dtype, set_tf32
 
 SIZE = 32
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -79,7 +80,7 @@ def test_captured_steps_learn_what_plain_steps_do(device_name: str, shards: Shar
     for way in ("none", "cudagraph"):
         loader = loader_on(shards, device)
         config = TrainConfig(compile=way, batch_size=5, learning_rate=1e-3)
-        training = Training.begin(mobilenet(), np.array([0.5, 1.0, 2.0, 1.5], np.float32), device, config)
+        training = TrainState.create(mobilenet(), np.array([0.5, 1.0, 2.0, 1.5], np.float32), device, config)
         graphed = GraphedStep(training, loader, 5) if way == "cudagraph" else None
         for epoch in (1, 2):
             plan = loop.plan_epoch(training, samples, label, global_batch=5, seed=1, epoch=epoch)
@@ -104,32 +105,34 @@ def test_the_schedule_reaches_a_captured_graph(shards: ShardSet) -> None:
     """The learning rate of a graph lies on the device: set to nothing, the weights must stop."""
     device = device_of("cuda")
     loader = loader_on(shards, device)
-    training = Training.begin(
+    training = TrainState.create(
         mobilenet(), np.ones(4, np.float32), device, TrainConfig(compile="cudagraph", weight_decay=0.0)
     )
     graphed = GraphedStep(training, loader, 5)
-    index, share = torch.arange(5, device=device), torch.full((), 0.2, device=device)
+    index, loss_scale = torch.arange(5, device=device), torch.full((), 0.2, device=device)
     for _ in range(5):
-        graphed(index, share)
+        graphed(index, loss_scale)
     training.optimizer.param_groups[0]["lr"].fill_(0.0)
     before = [parameter.clone() for parameter in training.model.parameters()]
-    graphed(index, share)
+    graphed(index, loss_scale)
     assert all(torch.equal(now, then) for now, then in zip(training.model.parameters(), before, strict=True))
 
 
 def test_a_checkpoint_moves_between_ways_of_computing() -> None:
     """Saved with a learning rate on the device and other kernels, it goes on with this process's own."""
-    training = Training.begin(
+    training = TrainState.create(
         nn.Linear(2, 4), np.ones(4, np.float32), torch.device("cpu"), TrainConfig(learning_rate=0.5)
     )
     training.optimizer.zero_grad()
     training.model(torch.ones(1, 2)).sum().backward()
     training.optimizer.step()
-    state = training.state()
+    state = training.state_dict()
     group = state["optimizer"]["param_groups"][0]
     group |= {"lr": torch.tensor(0.25), "capturable": True, "fused": False}
-    other = Training.begin(nn.Linear(2, 4), np.ones(4, np.float32), torch.device("cpu"), TrainConfig(learning_rate=0.5))
-    other.restore(state)
+    other = TrainState.create(
+        nn.Linear(2, 4), np.ones(4, np.float32), torch.device("cpu"), TrainConfig(learning_rate=0.5)
+    )
+    other.load_state_dict(state)
     restored = other.optimizer.param_groups[0]
     assert (restored["lr"], restored["capturable"], restored["fused"]) == (0.25, False, True)
     assert isinstance(restored["lr"], float)
@@ -141,19 +144,20 @@ def test_a_checkpoint_moves_between_ways_of_computing() -> None:
 # --- torch.compile ---
 
 
+@pytest.mark.exhaustive  # a compiler's run
 def test_inductor_learns_what_plain_steps_do() -> None:
     """And leaves the names of the weights alone, so that checkpoints fit."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("torch.compile needs a C++ compiler, and there is none here")
-    images, labels, share = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor(1 / 6)
+    images, labels, loss_scale = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor(1 / 6)
     losses = {}
     for way in ("none", "inductor"):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
         names = list(model.state_dict())
-        training = Training.begin(model, np.ones(4, np.float32), torch.device("cpu"), TrainConfig(compile=way))
-        losses[way] = [training.step(images, labels, share)[0].item() for _ in range(3)]
-        assert list(training.state()["model"]) == names
+        training = TrainState.create(model, np.ones(4, np.float32), torch.device("cpu"), TrainConfig(compile=way))
+        losses[way] = [training.step(images, labels, loss_scale)[0].item() for _ in range(3)]
+        assert list(training.state_dict()["model"]) == names
     assert losses["inductor"] == pytest.approx(losses["none"], rel=1e-4)
     assert losses["none"][2] < losses["none"][0]
 
@@ -180,7 +184,7 @@ def test_amp_dtype_follows_the_gpu(
 
 
 def test_tf32_is_off_unless_asked_for() -> None:
-    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    flags: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
     before = [flag.allow_tf32 for flag in flags]
     try:
         for allowed in (True, False):
@@ -198,12 +202,12 @@ def test_float16_scales_its_loss() -> None:
         ({"use_amp": True}, False),
         ({"use_amp": True, "amp_dtype": "float16"}, True),
     ):
-        config = TrainConfig(**options)  # type: ignore[arg-type]
-        training = Training.begin(nn.Linear(2, 4), np.ones(4, np.float32), torch.device("cpu"), config)
+        config = TrainConfig(**options)
+        training = TrainState.create(nn.Linear(2, 4), np.ones(4, np.float32), torch.device("cpu"), config)
         assert training.scaler.is_enabled() is enabled
         loss, _ = training.step(torch.ones(3, 2), torch.tensor([0, 1, 2]), torch.tensor(1 / 3))
         assert loss.dtype == torch.float32
-        assert bool(training.state()["scaler"]) is enabled
+        assert bool(training.state_dict()["scaler"]) is enabled
 
 
 # --- frozen layers ---
@@ -242,7 +246,7 @@ def test_frozen_layers_keep_nothing(name: str) -> None:
             learns = not frozen or any(parameter_name.startswith(f"{module}.") for module in row.trainable)
             assert (parameter.grad is not None) == learns, parameter_name
     assert kept[True] < kept[False] / 3
-    training = Training.begin(
+    training = TrainState.create(
         build_model(name, 4, freeze_features=True), np.ones(4, np.float32), torch.device("cpu"), TrainConfig()
     )
     learning = [parameter for group in training.optimizer.param_groups for parameter in group["params"]]

@@ -5,7 +5,9 @@ another one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import io
 import json
 import multiprocessing
 import os
@@ -18,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +31,27 @@ from png_trees import PngTree, make_rows, write_tree
 from quaclrs.cli.train import main
 from quaclrs.config import TrainConfig
 from quaclrs.errors import Interrupted, StorageError, TrainingError, UsageError
-from quaclrs.experiment import cross_validation, fold
+from quaclrs.experiment import cross_validation, fold, fold_pool
 from quaclrs.experiment.cross_validation import FoldRunner, run_cross_validation, tasks
-from quaclrs.experiment.fold import Run
+from quaclrs.experiment.results import FoldResult
+from quaclrs.experiment.run import Run
 from quaclrs.experiment.run_status import claimed, note, note_done, read_run_status
-from quaclrs.training.loop import Hooks
-from quaclrs.training.models import ARCHITECTURES
+from quaclrs.loaders.dataset import open_dataset
+from quaclrs.training.architectures import ARCHITECTURES
+from quaclrs.training.records import EpochRecord
+from quaclrs.training.trainer import Hooks
 
 CLASSES = ("dog_bark", "drilling", "traffic")
 DEADLINE_S = 120
 """Of every wait, so that a hang is a failure."""
 EPOCHS = 3
 PARALLEL = ("--parallel", "folds", "--nproc", 2)
+ROOT = Path(__file__).parents[1]
 MACHINE = {"config", "environment", "processes"}
 """In a result, what may differ between ways of making it; and times."""
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
-    ["torch", "torchvision", "sklearn.metrics", "pytest", "quaclrs.cli.train", "quaclrs.experiment.cross_validation"]
-)
+_processes.set_forkserver_preload(["pytest", "sklearn.metrics", "quaclrs.cli.train", "quaclrs.experiment.fold_pool"])
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +143,9 @@ def without_times(content: Any) -> Any:
 
 
 def last_weights(fold_folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(fold_folder / f"checkpoint_epoch_{EPOCHS}.pth", weights_only=True)["state"]["model"]
+    checkpoint = torch.load(fold_folder / f"checkpoint_epoch_{EPOCHS}.pth", weights_only=True)
+    weights: dict[str, torch.Tensor] = checkpoint["state"]["model"]
+    return weights
 
 
 def assert_same_results(ours: Path, theirs: Path, *models: str) -> None:
@@ -191,7 +198,6 @@ def test_results_are_those_of_one_process(
 def test_one_dataset_and_a_loader_for_each_size(tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of one image size come one after the other, so that the loader is made anew only between sizes."""
     opened: list[TrainConfig] = []
-    open_dataset = cross_validation.open_dataset
 
     def counted(config: TrainConfig, **options: Any) -> Any:
         opened.append(config)
@@ -199,18 +205,16 @@ def test_one_dataset_and_a_loader_for_each_size(tree: PngTree, tmp_path: Path, m
 
     runs: list[Run] = []
 
-    def noted(run: Run, number: int) -> dict[str, Any]:
+    def noted(run: Run, number: int) -> None:
         runs.append(run)
-        return {}
 
     monkeypatch.setattr(cross_validation, "open_dataset", counted)
     monkeypatch.setattr(cross_validation, "run_fold", noted)
-    monkeypatch.setattr(cross_validation, "write_summary", lambda run, metrics: {})
     log: list[str] = []
     config = config_for(tree, tmp_path, model_name="inception,mobilenet,resnet18,inception", image_size=None)
-    with FoldRunner.opened(config, log.append) as place:
+    with FoldRunner.opened(config, log.append) as runner:
         for name, number in tasks(config):
-            place.train(name, number)
+            runner.train(name, number)
     assert len(opened) == 1
     names = [run.config.model_name for run in runs]
     assert names == ["mobilenet"] * 3 + ["resnet18"] * 3 + ["inception"] * 3
@@ -236,19 +240,30 @@ def test_all_models() -> None:
 
 
 def sabotage(where: dict[str, str]) -> None:
-    """What happens in which fold, at its second step or before; and no plots, as matplotlib takes longer than the
-    training.
+    """In this process from now on: what happens in which fold, at its second step or before.
+
+    Also one torch thread, as the other runs have, and no plots, since matplotlib takes longer than the training.
     """
+    import torch
+
     import quaclrs.experiment.cross_validation
     import quaclrs.experiment.fold
-    from quaclrs.training.state import Training
+    from quaclrs.training.state import TrainState
 
-    quaclrs.experiment.fold.write_plots = lambda *_: []
-    run_fold, step = quaclrs.experiment.cross_validation.run_fold, Training.step
+    def wait_for_company() -> None:
+        """Until a second process trains, so that no fold is done before, however slow the machine is."""
+        if "COMPANY" in os.environ:
+            open(os.path.join(os.environ["COMPANY"], str(os.getpid())), "w").close()  # noqa: PTH118, PTH123
+            while len(os.listdir(os.environ["COMPANY"])) < 2:  # noqa: PTH208 - no pathlib where this is copied to
+                time.sleep(0.02)
+
+    torch.set_num_threads(1)
+    vars(quaclrs.experiment.fold)["write_plots"] = lambda *_: []
+    run_fold, step = quaclrs.experiment.fold.run_fold, TrainState.step
     steps: list[None] = []
     now = [""]
 
-    def sabotaged_fold(run: Run, fold: int) -> dict[str, Any]:
+    def sabotaged_fold(run: Run, fold: int) -> FoldResult | None:
         now[0] = where.get(str(fold), "")
         steps.clear()
         if now[0] == "bug":
@@ -260,34 +275,52 @@ def sabotage(where: dict[str, str]) -> None:
         if now[0] == "killed" and len(steps) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         if now[0] == "slow":
+            wait_for_company()
             time.sleep(0.25)
         return step(*arguments)
 
-    quaclrs.experiment.cross_validation.run_fold = sabotaged_fold
-    Training.step = sabotaged_step  # type: ignore[assignment, method-assign]
+    vars(quaclrs.experiment.cross_validation)["run_fold"] = sabotaged_fold
+    TrainState.step = sabotaged_step  # type: ignore[assignment, method-assign]
 
 
 def site_with(code: str, folder: Path) -> str:
-    """A folder for PYTHONPATH: ``code`` runs at the start of every spawned process, but for those that only help
-    Python.
-    """
+    """A PYTHONPATH with which ``code`` runs at the start of every process that the pool spawns."""
     folder.mkdir()
     lines = (
         *("from __future__ import annotations", "import os, signal, sys, time", inspect.getsource(sabotage)),
         *("if any('spawn_main' in argument for argument in sys.orig_argv):", f"    {code}"),
     )
     (folder / "sitecustomize.py").write_text("\n".join(lines))
-    return str(folder)
+    return os.pathsep.join([str(folder), str(ROOT)])
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Call it, and the pool's workers are forked from a server that has imported everything, which takes a tenth of the
+    time. Each worker calls the given function first.
+    """
+
+    def with_first(first: Callable[..., None], *arguments: object) -> None:
+        forkserver.ensure_running()  # not first in the pool, which blocks SIGINT then: all processes would inherit that
+        monkeypatch.setattr(multiprocessing, "get_context", lambda method: _processes)
+        monkeypatch.setattr(fold_pool, "_work", functools.partial(_work_after, first, arguments))
+
+    return with_first
+
+
+def _work_after(first: Callable[..., None], arguments: tuple[object, ...], *rest: Any) -> None:
+    first(*arguments)
+    fold_pool._work(*rest)
 
 
 @pytest.mark.usefixtures("no_plots")
 def test_a_fold_that_fails_costs_itself_only(
-    tree: PngTree, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tree: PngTree, tmp_path: Path, capsys: pytest.CaptureFixture[str], forked_workers: Callable[..., None]
 ) -> None:
-    """And --resume trains that one only, in as many processes as one likes."""
-    monkeypatch.setenv("PYTHONPATH", site_with("sabotage({})", tmp_path / "site"))
+    """And --resume trains that one only, in any number of processes."""
+    forked_workers(sabotage, {})
 
-    def stop(entry: dict[str, float | int]) -> None:
+    def stop(record: EpochRecord) -> None:
         raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):  # another run's checkpoint is in the way of fold 2
@@ -321,10 +354,14 @@ def test_a_fold_that_fails_costs_itself_only(
 
 
 def test_a_process_that_dies_costs_its_fold_only(
-    tree: PngTree, one_by_one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tree: PngTree,
+    one_by_one: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    forked_workers: Callable[..., None],
 ) -> None:
-    """Killed, or by a bug, after which it is of no more use: new processes train what is left."""
-    monkeypatch.setenv("PYTHONPATH", site_with("sabotage({'1': 'bug', '2': 'killed'})", tmp_path / "site"))
+    """By a signal, or by a bug, after which it is not used again: new processes train the folds that are left."""
+    forked_workers(sabotage, {"1": "bug", "2": "killed"})
     assert main(flags(tree, tmp_path, *PARALLEL)) == 2
     root, printed = tmp_path / "mobilenet", capsys.readouterr()
     assert printed.err.count("\n") == 1
@@ -340,19 +377,25 @@ def test_a_process_that_dies_costs_its_fold_only(
     assert without_times(read_json(metrics[0])) == without_times(read_json(metrics[1]))
 
 
+def _die_unless(marker: Path | None) -> None:
+    """Exit before doing anything, with ``marker`` only the first process that comes."""
+    if marker is None:
+        os._exit(3)
+    with contextlib.suppress(FileExistsError), marker.open("x"):
+        os._exit(3)
+    sabotage({})
+
+
 @pytest.mark.parametrize("all_of_them", [True, False], ids=["all", "one of two"])
 def test_processes_that_cannot_start(
     all_of_them: bool,
     tree: PngTree,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    forked_workers: Callable[..., None],
 ) -> None:
-    first, root = tmp_path / "first", tmp_path / "mobilenet"
-    code = (
-        "os._exit(3)" if all_of_them else f"os.path.exists({str(first)!r}) or (open({str(first)!r}, 'x'), os._exit(3))"
-    )
-    monkeypatch.setenv("PYTHONPATH", site_with(f"{code}; sabotage({{}})", tmp_path / "site"))
+    root = tmp_path / "mobilenet"
+    forked_workers(_die_unless, None if all_of_them else tmp_path / "first")
     problem = "a process on cpu could not start: its process ended with exit code 3; its own messages are above"
     exit_code = main(flags(tree, tmp_path, *PARALLEL, "--epochs", 1))
     printed = capsys.readouterr()
@@ -372,6 +415,8 @@ def in_session(arguments: list[str], folder: Path) -> None:
     os.setsid()
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=True)  # the test reads along
     torch.set_num_threads(1)
     sys.exit(main(arguments))
 
@@ -428,15 +473,25 @@ def interrupt(arguments: list[str], site: str, folder: Path, number: signal.Sign
 
 
 def _train_with_site(site: str, arguments: list[str], folder: Path) -> None:
-    os.environ.update(PYTHONPATH=site, OMP_NUM_THREADS="1")
+    (folder / "company").mkdir()
+    os.environ.update(PYTHONPATH=site, OMP_NUM_THREADS="1", COMPANY=str(folder / "company"))
     in_session(arguments, folder)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 @pytest.mark.usefixtures("no_plots")
-def test_signals_save_every_fold_and_leave_no_process(tree: PngTree, one_by_one: Path, tmp_path: Path) -> None:
-    """One run, killed and stopped again and again, and then finished in one process, ends as one that was never
-    interrupted.
+@pytest.mark.parametrize(
+    "stops",
+    [
+        pytest.param([signal.SIGINT], id="INT"),
+        pytest.param([signal.SIGTERM, signal.SIGINT, signal.SIGTERM], marks=pytest.mark.exhaustive, id="TERM-INT-TERM"),
+    ],
+)
+def test_signals_save_every_fold_and_leave_no_process(
+    stops: list[signal.Signals], tree: PngTree, one_by_one: Path, tmp_path: Path
+) -> None:
+    """A run that is killed, then stopped, each time resumed, and finished in one process has the same results as one
+    without interruption.
     """
     site = site_with("sabotage({'1': 'slow', '2': 'slow', '3': 'slow'})", tmp_path / "site")
     output_dir = tmp_path / "results"
@@ -444,8 +499,8 @@ def test_signals_save_every_fold_and_leave_no_process(tree: PngTree, one_by_one:
     assert (tmp_path / "KILL" / "stderr").read_text() == ""
     root = output_dir / "mobilenet"
     assert "running" in states(root).values()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        folder = tmp_path / number.name
+    for stop, number in enumerate(stops):
+        folder = tmp_path / f"stop {stop}"
         assert interrupt(flags(tree, output_dir, *PARALLEL, "--resume"), site, folder, number) == 128 + number
         what = f"stopped by {number.name} in the folds that were running, each of which is saved"
         assert (

@@ -1,17 +1,19 @@
-"""Contract of the package's structure: imports point one way, heavy libraries are loaded only where needed, one fact
-has one home.
+"""Contract of the package's structure: imports point one way, heavy libraries are loaded only where needed, each fact
+is stated once.
 """
 
 from __future__ import annotations
 
 import ast
 import configparser
+import importlib
 import importlib.metadata
+import importlib.util
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ PACKAGE = ROOT / "quaclrs"
 
 LAYERS = (
     "cli",
+    "api",
     "experiment",
     "report",
     "training",
@@ -31,42 +34,63 @@ LAYERS = (
     "data",
     "system",
     "config",
+    "settings",
     "errors",
     "__init__",
 )
 """The folders and files of ``quaclrs/`` from the top down: a layer imports itself and those below it, never one above.
 """
 
-
 SHARED_BY_LOADERS = ("loaders.base", "loaders.dataset", "loaders.rendering")
 
 
-# --- who imports whom, read from the sources ---
+# --- which module imports which, read from the sources ---
 
 
-def sources() -> dict[str, str]:
-    """Module (``loaders.files``; ``loaders.__init__`` for a folder itself) to source."""
+@cache
+def _sources() -> dict[str, str]:
     paths = sorted(PACKAGE.rglob("*.py"))
     return {
         ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text(encoding="utf-8") for path in paths
     }
 
 
-def imported_names(source: str, module: str = "") -> Iterator[str]:
-    """Full dotted names of everything imported anywhere in ``source``, those of functions included."""
-    for node in ast.walk(ast.parse(source)):
+def sources() -> dict[str, str]:
+    """Module (``loaders.files``; ``loaders.__init__`` for a folder itself) to source."""
+    return dict(_sources())
+
+
+class _WithoutTypeChecking(ast.NodeTransformer):
+    """Leaves out the blocks ``if TYPE_CHECKING:``, which are never executed."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        return node.orelse if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING" else node
+
+
+@cache
+def imported_names(source: str, module: str = "", at_run_time: bool = False) -> tuple[str, ...]:
+    """Full dotted names of everything imported anywhere in ``source``, inside functions too.
+
+    ``at_run_time`` leaves out what only type checkers see.
+    """
+    tree: ast.AST = ast.parse(source)
+    if at_run_time:
+        tree = _WithoutTypeChecking().visit(tree)
+    names: list[str] = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = ["quaclrs", *module.split(".")][: -node.level] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            names += (f"{base}.{alias.name}" for alias in node.names)
+    return tuple(names)
 
 
-def imported_modules(module: str, source: str, modules: set[str]) -> set[str]:
+def imported_modules(module: str, source: str, modules: set[str], at_run_time: bool = False) -> set[str]:
     """The package's modules that ``source`` imports; a folder counts as its ``__init__``."""
     found = set()
-    for name in imported_names(source, module):
+    for name in imported_names(source, module, at_run_time):
         parts = name.split(".")
         if parts[0] != "quaclrs":
             continue
@@ -84,10 +108,13 @@ def layer(module: str) -> str:
 
 
 def upward_imports(all_sources: dict[str, str]) -> list[str]:
-    """Each import of a layer above the importing module's own, and each import of a loader by another loader."""
+    """Each import of a layer above the importing module's own, and each import of a loader by another loader.
+
+    ``quaclrs/__init__.py`` may show type checkers the public API, which it loads when a name is first used.
+    """
     found = []
     for module, source in all_sources.items():
-        for imported in sorted(imported_modules(module, source, set(all_sources))):
+        for imported in sorted(imported_modules(module, source, set(all_sources), at_run_time=module == "__init__")):
             upward = LAYERS.index(layer(imported)) < LAYERS.index(layer(module))
             siblings = (
                 layer(module) == layer(imported) == "loaders"
@@ -117,6 +144,8 @@ def test_imports_point_one_way() -> None:
         ("imaging.png", "from ..shards import reader"),
         ("loaders.dali", "from quaclrs.loaders.files import FilesLoader"),
         ("loaders.files", "from quaclrs.loaders import choose_loader"),
+        ("experiment.fold", "from quaclrs.api import make_loader"),
+        ("__init__", "from quaclrs import api"),
     ],
 )
 def test_an_import_the_other_way_is_found(module: str, line: str) -> None:
@@ -125,9 +154,12 @@ def test_an_import_the_other_way_is_found(module: str, line: str) -> None:
     assert [found.partition(" ")[0] for found in upward_imports(all_sources)] == [module]
 
 
-def test_no_import_goes_round_in_a_circle() -> None:
+def test_there_is_no_import_cycle() -> None:
     all_sources = sources()
-    waiting = {module: imported_modules(module, source, set(all_sources)) for module, source in all_sources.items()}
+    waiting = {
+        module: imported_modules(module, source, set(all_sources), at_run_time=True)
+        for module, source in all_sources.items()
+    }
     while waiting:
         free = [module for module, imported in waiting.items() if not imported & set(waiting)]
         assert free, f"among these: {sorted(waiting)}"
@@ -175,56 +207,104 @@ def test_one_file_reads_the_environment_of_torchrun() -> None:
 
 # --- what an import loads, seen from outside ---
 
+_COMMAND = "from quaclrs.cli.{} import main\ntry:\n    main({})\nexcept SystemExit:\n    pass"
+COMMANDS = ("train", "pack", "inspect", "synthesize")
+"""The modules of ``quaclrs.cli`` that are commands: ``quaclrs-train`` and so on."""
+WORKER_MODULES = ("shards.packing.write_shard", "system.processes")
+"""What every worker process of a packing imports anew."""
+PROBES = {
+    "package": "import quaclrs",
+    "workers": "".join(f"import quaclrs.{module}\n" for module in WORKER_MODULES),
+    "drawing": "import quaclrs.synthesize.write",
+    "packing": "import quaclrs.shards.packing.pack, quaclrs.shards.reader, quaclrs.shards.verify\n"
+    "import quaclrs.shards.packing.summary, quaclrs.data.metadata",
+    **{f"{name} {flag}": _COMMAND.format(name, [flag]) for name in COMMANDS for flag in ("--help", "--version")},
+    **{f"{name} --unknown": _COMMAND.format(name, ["--unknown", "x"]) for name in COMMANDS},
+}
 
-def modules_loaded_by(code: str) -> set[str]:
-    """Modules that a fresh interpreter has loaded after ``code``, by their full names."""
-    report = f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=True, cwd=ROOT)
-    return set(json.loads(done.stdout.splitlines()[-1]))
+_PROBE_RUNNER = """
+import io, json, os, sys, traceback
+for code in json.load(sys.stdin):
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        before = set(sys.modules)
+        sys.stdout = sys.stderr = io.StringIO()
+        try:
+            exec(code, {"__name__": "__probe__"})
+            report = sorted(set(sys.modules) - before)
+        except BaseException:
+            report = traceback.format_exc()
+        os.write(writing, json.dumps(report).encode() + b"\\n")
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as pipe:
+        print(pipe.read(), end="")
+    os.wait()
+"""
+"""Runs each snippet in a fork of one fresh interpreter, and prints what it loaded."""
 
 
-def loaded_by(code: str) -> set[str]:
-    """Packages that ``code`` loads, without the standard library and what ``site`` loads at start (an editable
-    installation).
-    """
-    found, at_start = ({name.partition(".")[0] for name in modules_loaded_by(source)} for source in (code, ""))
-    return found - set(sys.stdlib_module_names) - at_start - {"__mp_main__"}
+@cache
+def _probe_reports() -> dict[str, frozenset[str]]:
+    done = subprocess.run(
+        [sys.executable, "-c", _PROBE_RUNNER],
+        input=json.dumps(list(PROBES.values())),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    for report in reports:
+        assert isinstance(report, list), report
+    return {name: frozenset(report) for name, report in zip(PROBES, reports, strict=True)}
+
+
+def modules_loaded_by(probe: str) -> frozenset[str]:
+    """Full names of the modules that a fresh interpreter loads to run the snippet ``probe`` of :data:`PROBES`."""
+    return _probe_reports()[probe]
+
+
+def packages_loaded_by(probe: str) -> set[str]:
+    """Top-level names of what ``probe`` loads, without the standard library."""
+    return (
+        {name.partition(".")[0] for name in modules_loaded_by(probe)} - set(sys.stdlib_module_names) - {"__mp_main__"}
+    )
 
 
 def test_importing_the_package_loads_no_library() -> None:
-    assert loaded_by("import quaclrs") == {"quaclrs"}
+    """Which keeps it under 0.2 s: no third-party module, and of the standard library next to nothing."""
+    assert packages_loaded_by("package") == {"quaclrs"}
+    assert {name for name in modules_loaded_by("package") if name.startswith("quaclrs")} == {"quaclrs"}
+    assert len(modules_loaded_by("package")) < 10
 
 
-@pytest.mark.parametrize("flags", [["--help"], ["--version"], ["--batch_size", "many"]])
-def test_the_command_line_reads_its_flags_without_libraries(flags: list[str]) -> None:
-    code = f"from quaclrs.cli.train import main\ntry:\n    main({flags})\nexcept SystemExit:\n    pass"
-    assert loaded_by(code) == {"quaclrs"}
+@pytest.mark.parametrize("flag", ["--help", "--version", "--unknown"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_reads_its_flags_without_libraries(command: str, flag: str) -> None:
+    assert packages_loaded_by(f"{command} {flag}") == {"quaclrs"}
+    assert f"quaclrs.cli.{command}" in modules_loaded_by(f"{command} {flag}")
 
 
-@pytest.mark.parametrize("module", ["shards.packing.work_queue", "system.processes"])
-def test_packing_workers_start_light(module: str) -> None:
-    """Every spawned worker imports these anew."""
-    loaded = loaded_by(f"import quaclrs.{module}")
+def test_packing_workers_start_light() -> None:
+    loaded = packages_loaded_by("workers")
     assert "quaclrs" in loaded
     assert loaded <= {"quaclrs", "numpy", "PIL", "isal", "tqdm"}
 
 
 def test_drawing_workers_start_light() -> None:
-    loaded = modules_loaded_by("import quaclrs.synthesize.write")
+    loaded = modules_loaded_by("drawing")
     assert "numpy" in loaded
     assert not loaded & {"torch", "pandas", "sklearn", "matplotlib.pyplot"}
 
 
-@pytest.mark.parametrize(
-    "module", ["shards.packing.pack", "shards.reader", "shards.verify", "shards.packing.summary", "data.metadata"]
-)
-def test_packing_and_inspecting_need_no_torch(module: str) -> None:
-    loaded = loaded_by(f"import quaclrs.{module}")
+def test_packing_and_inspecting_need_no_torch() -> None:
+    loaded = packages_loaded_by("packing")
     assert "pandas" in loaded
     assert not loaded & {"torch", "torchvision", "nvidia", "matplotlib", "sklearn", "captum"}
 
 
-# --- one fact, one home ---
+# --- each fact is stated once ---
 
 
 def requirements() -> dict[str, list[str]]:
@@ -254,12 +334,28 @@ def test_no_dependency_is_stated_twice() -> None:
     assert not [path.name for path in ROOT.glob("*requirements*")] + [path.name for path in ROOT.glob("setup.py")]
 
 
+def test_all_checks_mean_the_same_pythons() -> None:
+    """The oldest and the newest of setup.cfg's classifiers."""
+    metadata = (ROOT / "setup.cfg").read_text(encoding="utf-8")
+    pythons = re.findall(r"Programming Language :: Python :: (3\.\d+)$", metadata, re.MULTILINE)
+    oldest, newest = pythons[0], pythons[-1]
+    assert f"python_requires = >={oldest}\n" in metadata
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'python_version = "{oldest}"' in settings
+    assert f'target-version = "py{oldest.replace(".", "")}"' in settings
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    assert f'python: ["{oldest}", "{newest}"]' in workflow
+    for document in ("README.md", "CONTRIBUTING.md", ".ci/run"):
+        assert f"Python {oldest} to {newest}" in (ROOT / document).read_text(encoding="utf-8").replace("(", ""), (
+            document
+        )
+
+
 def in_use() -> set[str]:
-    """The modules that a command of ours can come to import."""
+    """The modules that a command of ours, or a user of the Python API, can come to import."""
     all_sources = sources()
-    commands = {f"tools.{path.stem}": path.read_text(encoding="utf-8") for path in (ROOT / "tools").glob("*.py")}
     found: set[str] = set()
-    new = {"cli.train"}.union(*(imported_modules(name, source, set(all_sources)) for name, source in commands.items()))
+    new = {"api", *(f"cli.{command}" for command in COMMANDS)}
     while new:
         found |= new
         new = set().union(*(imported_modules(module, all_sources[module], set(all_sources)) for module in new)) - found
@@ -278,7 +374,46 @@ def test_every_library_that_is_imported_is_a_dependency() -> None:
     )
 
 
-def test_licence_and_command() -> None:
+# --- commands ---
+
+
+def declared_commands() -> dict[str, str]:
+    """Console script to ``module:function``, as setup.cfg has them."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    lines = parser["options.entry_points"]["console_scripts"].split("\n")
+    return {name.strip(): target.strip() for name, _, target in (line.partition("=") for line in lines if line)}
+
+
+def test_licence_and_commands() -> None:
     assert (ROOT / "LICENSE").read_text(encoding="utf-8").lstrip().startswith("Apache License")
-    (command,) = importlib.metadata.entry_points(group="console_scripts", name="quaclrs-train")
-    assert command.value == "quaclrs.cli.train:main"
+    assert declared_commands() == {f"quaclrs-{name}": f"quaclrs.cli.{name}:main" for name in COMMANDS}
+    for name in COMMANDS:
+        command = importlib.import_module(f"quaclrs.cli.{name}")
+        assert callable(command.main)
+        assert f"quaclrs-{name}" == command.PROGRAM
+    (installed,) = importlib.metadata.entry_points(group="console_scripts", name="quaclrs-train")
+    assert installed.value == declared_commands()["quaclrs-train"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "command"),
+    [("shard_dataset", "pack"), ("inspect_shards", "inspect"), ("synthesize_dataset", "synthesize")],
+)
+def test_a_tool_is_a_command_under_its_former_name(tool: str, command: str) -> None:
+    spec = importlib.util.spec_from_file_location(tool, ROOT / "tools" / f"{tool}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.main.func is importlib.import_module(f"quaclrs.cli.{command}").main
+    assert module.main.keywords == {"program": f"{tool}.py"}
+
+
+def test_no_message_names_a_path_that_is_not_installed() -> None:
+    """Whoever did ``pip install`` has commands, and no folder ``tools``."""
+    for module, source in sources().items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named = re.findall(r"\b(?:tools|benchmarks|tests)/\w+|\b(?:shard_dataset|inspect_shards)\b", node.value)
+                assert not named, f"quaclrs.{module}, line {node.lineno}"

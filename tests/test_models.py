@@ -18,7 +18,7 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from quaclrs.errors import MissingDependencyError, StorageError, UsageError
-from quaclrs.training import models
+from quaclrs.training import architectures, models
 
 NAMES = ["alexnet", "vgg16", "resnet18", "mobilenet", "inception", "efficientnet", "convnext"]
 CLASSES = 13
@@ -58,8 +58,8 @@ def can_train(model: nn.Module, batch_size: int, size: int) -> bool:
 
 
 def test_table_has_the_original_names_and_sizes() -> None:
-    assert list(models.ARCHITECTURES) == NAMES
-    assert {name: models.input_size(name) for name in NAMES} == dict.fromkeys(NAMES, 224) | {"inception": 299}
+    assert list(architectures.ARCHITECTURES) == NAMES
+    assert {name: architectures.input_size(name) for name in NAMES} == dict.fromkeys(NAMES, 224) | {"inception": 299}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,7 +71,7 @@ def test_trains_at_its_smallest_size(name: str) -> None:
         for parameter in model.parameters()
         if parameter.ndim == 4
     )
-    size = max(models.ARCHITECTURES[name].min_input_size, 32)
+    size = max(architectures.ARCHITECTURES[name].min_input_size, 32)
     images = torch.randn(2, 3, size, size).to(memory_format=torch.channels_last)
     logits, aux_logits = models.forward_logits(model, images)
     assert logits.shape == (2, CLASSES)
@@ -90,18 +90,18 @@ def test_trains_at_its_smallest_size(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_tables_smallest_sizes_are_the_smallest(name: str) -> None:
-    row, model = models.ARCHITECTURES[name], on_meta(name)
+    row, model = architectures.ARCHITECTURES[name], on_meta(name)
     smallest = row.min_input_size
-    assert can_train(model, 2, smallest)  # no batch is smaller, see order.py
+    assert can_train(model, 2, smallest)  # no batch is smaller, see sampling.py
     assert smallest == 1 or not can_train(model, 2, smallest - 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_check_input_size(name: str) -> None:
-    smallest = models.ARCHITECTURES[name].min_input_size
-    models.check_input_size(name, smallest)
+    smallest = architectures.ARCHITECTURES[name].min_input_size
+    architectures.check_input_size(name, smallest)
     with pytest.raises(UsageError, match=f"--image_size {smallest - 1}: {name} needs at least {smallest} pixels"):
-        models.check_input_size(name, smallest - 1)
+        architectures.check_input_size(name, smallest - 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -114,13 +114,15 @@ def test_freezing_leaves_exactly_the_head(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pretrained_takes_all_but_the_heads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = models.ARCHITECTURES[name]
+    row = architectures.ARCHITECTURES[name]
     with torch.device("meta"):
-        shapes = row.constructor(weights=None).state_dict() if name != "inception" else inception_shapes()
+        shapes = models._construct(row, {}).state_dict() if name != "inception" else inception_shapes()
     state = {
         key: torch.full(value.shape, index, dtype=value.dtype) for index, (key, value) in enumerate(shapes.items())
     }
-    monkeypatch.setattr(type(row.weights), "get_state_dict", lambda _self, **_options: state)
+    monkeypatch.setattr(
+        type(torchvision_models.get_weight(row.weights)), "get_state_dict", lambda _self, **_options: state
+    )
     loaded = models.build_model(name, CLASSES, pretrained=True, freeze_features=True)
     heads = {f"{head}.{kind}" for head in row.heads for kind in ("weight", "bias")}
     for key, value in loaded.state_dict().items():
@@ -132,11 +134,12 @@ def test_pretrained_takes_all_but_the_heads(name: str, monkeypatch: pytest.Monke
         TRAINABLE_WHEN_FROZEN[name]
     )
     if name == "inception":
-        assert loaded.transform_input is True
+        assert loaded.transform_input
 
 
 def inception_shapes() -> dict[str, torch.Tensor]:
-    return torchvision_models.inception_v3(weights=None, init_weights=False).state_dict()
+    shapes: dict[str, torch.Tensor] = torchvision_models.inception_v3(weights=None, init_weights=False).state_dict()
+    return shapes
 
 
 def test_same_seed_same_fresh_weights() -> None:
@@ -148,7 +151,7 @@ def test_same_seed_same_fresh_weights() -> None:
 
 
 def test_unknown_name_lists_the_known() -> None:
-    for call in (models.input_size, lambda name: models.build_model(name, 2), models.weights_path):
+    for call in (architectures.input_size, lambda name: models.build_model(name, 2), models.weights_path):
         with pytest.raises(UsageError, match=r"--model_name resnet19: choose one of alexnet, vgg16, .*convnext"):
             call("resnet19")
 

@@ -632,8 +632,8 @@ def test_a_job_says_what_is_missing_and_the_last_one_how_it_ended(
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
         f"inspect_shards.py: error: {output_dir}/manifest.json: no such file (a packing was begun here: run "
-        "tools/shard_dataset.py again "
-        "to finish it, if it is not running; fold(s) 1,3 are missing); make shards with tools/shard_dataset.py"
+        "quaclrs-pack again "
+        "to finish it, if it is not running; fold(s) 1,3 are missing); make shards with quaclrs-pack"
     )
     with pytest.raises(ShardError, match=r"fold\(s\) 1,3 are missing"):
         ShardSet(output_dir)

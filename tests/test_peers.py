@@ -1,44 +1,43 @@
-"""The peers of the benchmark: what they are asked, how they are checked, and that none of them can spoil a run."""
+"""The peers of the benchmark: how they are started, checked and tuned, and that none of them can spoil a run."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import csv
 import importlib.util
 import json
 import math
 import os
-import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import benchmarking
 import numpy as np
 import pytest
+import torch
+from harness import measure, peer_contender, records
+from harness.contender import Contender, Group, Outcome, Pass, PeerError
+from harness.peer_contender import Setting, list_worker_counts, open_peer, tune_workers
+from harness.peer_environment import read_requirements
+from harness.peer_process import PEERS_FOLDER, Peer
+from harness.tables import group_table
+from peers.registry import DECODING, KEYS, PEERS, READY, Entry
 from PIL import Image
 from png_trees import PngTree
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import measure  # noqa: E402
-import records  # noqa: E402
-from measure import Contender, Group, Outcome  # noqa: E402
-from peers.client import HERE, Pass, Peer, PeerError, make_environment, read_requirements  # noqa: E402
-from peers.registry import DECODING, KEYS, PEERS, READY, Entry  # noqa: E402
-from peers.serving import IMAGENET_MEAN, IMAGENET_STD, KeptBuffer, Tolerance, check_batch, check_epoch  # noqa: E402
-from peers.starting import Setting, open_peer, tune, worker_counts  # noqa: E402
-from tables import table  # noqa: E402
 
 SIZE = 32
 BATCH = 8
 SAMPLES = 20
 ENVIRONMENTS = "QUACLRS_PEERS"
-"""Names the folder of the peers' environments, as throughput.py --peers has it; without it those peers are skipped."""
+"""Names the folder of the peers' environments, as for throughput.py --peers; without it those peers are skipped."""
 NEEDS = {"dali": "nvidia.dali", "webdataset": "webdataset"}
+
+
+@pytest.fixture(autouse=True)
+def short_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_contender, "_TUNING_S", 0.05)
 
 
 @pytest.fixture(scope="session")
@@ -48,10 +47,7 @@ def setting(png_tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> Sett
     from quaclrs.shards.packing.pack import pack
 
     folder = tmp_path_factory.mktemp("peers")
-    with png_tree.csv_file.open(newline="") as file:
-        lines = file.readlines()
-    small = folder / "data.csv"
-    small.write_text("".join(lines[: 1 + SAMPLES]))
+    small = benchmarking.write_small_csv(png_tree, folder / "data.csv", SAMPLES)
     shards = folder / "shards-png"
     pack(
         PackConfig(
@@ -87,7 +83,7 @@ def entry(key: str) -> Entry:
 
 
 def served(python: Path, entry: Entry, setting: Setting, num_workers: int) -> tuple[int, Peer]:
-    peer = Peer(entry.name, python, HERE / entry.script, setting.arguments(entry, num_workers), deadline_s=120)
+    peer = Peer(entry.name, python, PEERS_FOLDER / entry.script, setting.arguments(entry, num_workers), deadline_s=120)
     with peer:
         done = peer.run()
         assert done.first_batch_s is not None
@@ -97,8 +93,6 @@ def served(python: Path, entry: Entry, setting: Setting, num_workers: int) -> tu
         return int(done.images), peer
 
 
-# one process each, in turn over the number of workers and the dtype: the script's own check of a whole epoch is the
-# test
 OURS = {
     "pillow": (0, "float32"),
     "torchvision": (1, "uint8"),
@@ -107,6 +101,9 @@ OURS = {
     "memmap": (1, "float32"),
     "memmap-kept": (1, "float32"),
 }
+"""Peers of our own environment, with the number of workers and the dtype to test them with."""
+BY_DEFAULT = ("pillow", "memmap-kept")
+"""One that decodes and one with ready pixels; each start takes seconds, and the others are exhaustive."""
 
 
 def _installed(module: str) -> bool:
@@ -116,24 +113,15 @@ def _installed(module: str) -> bool:
         return False
 
 
-@pytest.fixture(scope="module")
-def serving(setting: Setting) -> Iterator[dict[str, Future[tuple[int, Peer]]]]:
-    """Two at a time: most of their time is that of importing torch."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            key: pool.submit(served, Path(sys.executable), entry(key), _with(setting, dtype=dtype), num_workers)
-            for key, (num_workers, dtype) in OURS.items()
-            if key not in NEEDS or _installed(NEEDS[key])
-        }
-
-
-@pytest.mark.parametrize("key", OURS)
-def test_a_peer_of_our_environment_serves_every_sample_once(
-    key: str, serving: dict[str, Future[tuple[int, Peer]]]
-) -> None:
-    if key not in serving:
+@pytest.mark.parametrize(
+    "key", [key if key in BY_DEFAULT else pytest.param(key, marks=pytest.mark.exhaustive) for key in OURS]
+)
+def test_a_peer_of_our_environment_serves_every_sample_once(key: str, setting: Setting) -> None:
+    """The script itself checks a whole epoch before it serves one."""
+    if key in NEEDS and not _installed(NEEDS[key]):
         pytest.skip(f"no {NEEDS[key]} here")
-    images, peer = serving[key].result()
+    num_workers, dtype = OURS[key]
+    images, peer = served(Path(sys.executable), entry(key), _with(setting, dtype=dtype), num_workers)
     assert images == SAMPLES
     assert peer.versions["torch"]
     if key not in ("dali", "torchvision"):
@@ -155,87 +143,15 @@ def test_a_peer_of_another_environment_serves_every_sample_once(key: str, settin
 def test_the_registry_is_whole() -> None:
     assert len(set(KEYS)) == len({entry.name for entry in PEERS}) == len(PEERS)
     for entry in PEERS:
-        assert (HERE / entry.script).is_file()
+        assert (PEERS_FOLDER / entry.script).is_file()
         assert entry.group in (DECODING, READY)
         if entry.environment is not None:
-            requirements = read_requirements(HERE / f"requirements-{entry.environment}.txt")
+            requirements = read_requirements(PEERS_FOLDER / f"requirements-{entry.environment}.txt")
             assert requirements
             assert all("==" in requirement for requirement in requirements)
 
 
-def test_normalisation_of_the_peers_is_ours() -> None:
-    torch = pytest.importorskip("torch")
-    from quaclrs.imaging import normalise
-
-    assert (IMAGENET_MEAN, IMAGENET_STD) == (normalise.IMAGENET_MEAN, normalise.IMAGENET_STD)
-    images = torch.arange(2 * 4 * 4 * 3, dtype=torch.uint8).reshape(2, 4, 4, 3)
-    kept = KeptBuffer(3, 4).normalise(images).permute(0, 3, 1, 2)
-    torch.testing.assert_close(kept, normalise.normalise(images), rtol=0, atol=1e-6)
-
-
-# ---------------------------------------------------------------------- the check
-
-
-def _pixels() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 255, (3, 4, 4, 3), dtype=np.uint8)
-
-
-def _batch(pixels: np.ndarray, dtype: str) -> Any:
-    import torch
-
-    from quaclrs.imaging.normalise import normalise
-
-    tensor = torch.from_numpy(pixels.copy())
-    return normalise(tensor) if dtype == "float32" else tensor.permute(0, 3, 1, 2)
-
-
-@pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_check_passes_equal_pixels_and_refuses_one_wrong_level(dtype: str) -> None:
-    pixels = _pixels()
-    assert check_batch(_batch(pixels, dtype), pixels, dtype) == (0, 0)
-    wrong = pixels.copy()
-    wrong[1, 2, 3, 0] += 1
-    with pytest.raises(SystemExit, match=r"up to 1 levels, 0\.0069\d in the mean; allowed are 0 and 0"):
-        check_batch(_batch(wrong, dtype), pixels, dtype)
-    most, mean = check_batch(_batch(wrong, dtype), pixels, dtype, Tolerance(most=1, mean=0.1))
-    assert (most, mean) == pytest.approx((1, 1 / pixels.size), abs=1e-3)
-    with pytest.raises(SystemExit, match=r"allowed are 1 and 0\.001"):
-        check_batch(_batch(wrong, dtype), pixels, dtype, Tolerance(most=1, mean=0.001))
-
-
-def test_check_refuses_other_layouts_types_and_shapes() -> None:
-    pixels = _pixels()
-    with pytest.raises(SystemExit, match="not in channels_last memory"):
-        check_batch(_batch(pixels, "float32").contiguous(), pixels, "float32")
-    with pytest.raises(SystemExit, match=r"the batch is torch\.uint8, not float32"):
-        check_batch(_batch(pixels, "uint8"), pixels, "float32")
-    with pytest.raises(SystemExit, match=r"the batch is \(2, 4, 4, 3\), not \(3, 4, 4, 3\)"):
-        check_batch(_batch(pixels[:2], "uint8"), pixels, "uint8")
-
-
-@pytest.mark.parametrize(
-    ("order", "message"),
-    [
-        ([[0, 1], [2]], None),
-        ([[2], [0, 1]], None),
-        ([[0, 1]], "an epoch has 2 samples, 2 of them different, where there are 3"),
-        ([[0, 1], [2], [0]], "an epoch has 4 samples, 3 of them different, where there are 3"),
-        ([[0, 1], [1]], "an epoch has 3 samples, 2 of them different, where there are 3"),
-        ([], "an epoch has 0 samples, 0 of them different, where there are 3"),
-    ],
-)
-def test_check_wants_every_sample_once(order: list[list[int]], message: str | None) -> None:
-    pixels = _pixels()
-
-    def epoch() -> Iterator[tuple[Any, Any]]:
-        for numbers in order:
-            yield _batch(pixels[numbers], "uint8"), numbers
-
-    with contextlib.nullcontext() if message is None else pytest.raises(SystemExit, match=message):
-        check = check_epoch(epoch, pixels, "uint8", Tolerance(), np.asarray)
-        assert check == {"most_levels_from_pillow": 0, "mean_levels_from_pillow": 0}
-
-
+@pytest.mark.exhaustive  # starts a peer; test_peer_checks.py tests the check, a test below the reason
 def test_a_peer_with_wrong_pixels_is_not_timed(setting: Setting, tmp_path: Path) -> None:
     other = tmp_path / "other.npy"
     np.save(other, 255 - np.load(setting.pixels))
@@ -244,7 +160,7 @@ def test_a_peer_with_wrong_pixels_is_not_timed(setting: Setting, tmp_path: Path)
     assert caught.value.reason.startswith("ended early with exit code 1: ValueError: the batch differs")
 
 
-# ---------------------------------------------------------------------- the protocol, by scripts that do nothing
+# ---------------------------------------------------------------------- the protocol, with scripts that do nothing
 
 
 READY_LINE = json.dumps({"ready": True, "versions": {"python": "3"}, "check": {"most_levels_from_pillow": 0.5}})
@@ -257,7 +173,7 @@ def _script(tmp_path: Path, text: str) -> Entry:
 
 
 def _serving(run: str) -> str:
-    """A script that is ready at once; ``run`` is done for each line of its input, which is ``line``."""
+    """Return a script that is ready at once and does ``run`` for each ``line`` of its stdin."""
     return f"import sys, os, json, time\nprint({READY_LINE!r}, flush=True)\nfor line in sys.stdin:\n    {run}\n"
 
 
@@ -291,6 +207,7 @@ def test_what_a_library_prints_is_not_an_answer(tmp_path: Path, setting: Setting
     ("text", "reason"),
     [
         ("raise MemoryError('no room')", "ended early with exit code 1: MemoryError: no room"),
+        ("import sys\nsys.exit('ValueError: the batch differs')", "exit code 1: ValueError: the batch differs"),
         (_serving("os._exit(9)"), "ended early with exit code 9: it said nothing"),
         (
             "import a_library_that_nobody_has",
@@ -316,30 +233,12 @@ def test_a_peer_that_cannot_be_installed_is_left_out_with_its_reason(
     def install(name: str, requirements: list[str], folder: Path, *, over_ours: bool) -> Path:
         raise PeerError(name, "not installed: ERROR: No matching distribution found for ffcv==1.0.2")
 
-    monkeypatch.setattr("peers.starting.make_environment", install)
+    monkeypatch.setattr("harness.peer_contender.make_environment", install)
     with contextlib.ExitStack() as stack:
         contender = open_peer(entry("ffcv-raw"), _with(setting, environments=tmp_path), stack, lambda line: None)
         without = open_peer(entry("ffcv-raw"), setting, stack, lambda line: None)
     assert contender.left_out == "not installed: ERROR: No matching distribution found for ffcv==1.0.2"
     assert without.left_out == "needs an environment of its own; name a folder with --peers"
-
-
-def test_pips_reason_is_told(tmp_path: Path) -> None:
-    with pytest.raises(PeerError, match=r"^ours: not installed: ERROR: .*no-such-file\.whl"):
-        make_environment("ours", [str(tmp_path / "no-such-file.whl")], tmp_path)
-    assert not (tmp_path / "ours" / "requirements.txt").exists()  # so that it is made anew
-
-
-def test_an_environment_over_ours_has_our_packages(tmp_path: Path) -> None:
-    # an installed requirement: pip finds it in ours and installs nothing
-    python = make_environment("over", ["numpy"], tmp_path, over_ours=True)
-    asked = subprocess.run(
-        [str(python), "-c", "import numpy; print(numpy.__file__)"], capture_output=True, text=True, check=True
-    )
-    assert asked.stdout.strip() == np.__file__
-    before = (tmp_path / "over" / "requirements.txt").stat().st_mtime_ns
-    assert make_environment("over", ["numpy"], tmp_path, over_ours=True) == python
-    assert (tmp_path / "over" / "requirements.txt").stat().st_mtime_ns == before
 
 
 # ---------------------------------------------------------------------- tuning and racing
@@ -355,11 +254,11 @@ def test_tuning_keeps_the_best_number_of_workers(tmp_path: Path) -> None:
             tried.append(Peer("a test's peer", Path(sys.executable), script, [count], deadline_s=30))
             return tried[-1]
 
-        best, rates, peer = tune(start, [0, 1, 2], stack)
+        best, rates, peer = tune_workers(start, [0, 1, 2], stack)
         assert best == 1
         assert peer is tried[1]
         assert peer.run() == Pass(images=7)
-        assert [other._process is None for other in tried] == [True, False, True]
+        assert [peer.is_open for peer in tried] == [False, True, False]
     assert list(rates) == [0, 1, 2]
     assert rates[1] == max(rates.values())
 
@@ -403,19 +302,19 @@ def test_tuning_passes_over_numbers_of_workers_that_fail() -> None:
 
     closed: list[int] = []
     with contextlib.ExitStack() as stack:
-        best, rates, _ = tune(Picky, [0, 1, 2], stack)  # type: ignore[arg-type]
+        best, rates, _ = tune_workers(Picky, [0, 1, 2], stack)  # type: ignore[arg-type]
         assert (best, list(rates)) == (1, [1])
         assert closed == [2]  # at once: its workers would take the cores from those that are timed
         with pytest.raises(PeerError, match="picky: wants a worker"):
-            tune(Picky, [0], stack)  # type: ignore[arg-type]
+            tune_workers(Picky, [0], stack)  # type: ignore[arg-type]
 
 
 def test_worker_counts() -> None:
-    assert worker_counts(0, 1) == [0, 1]
-    assert worker_counts(0, 2) == [0, 1, 2]
-    assert worker_counts(1, 4) == [1, 2, 3, 4]
-    assert worker_counts(0, 8) == [0, 1, 2, 3, 4, 8]
-    assert worker_counts(0, 20) == [0, 1, 2, 3, 4, 8, 16, 20]
+    assert list_worker_counts(0, 1) == [0, 1]
+    assert list_worker_counts(0, 2) == [0, 1, 2]
+    assert list_worker_counts(1, 4) == [1, 2, 3, 4]
+    assert list_worker_counts(0, 8) == [0, 1, 2, 3, 4, 8]
+    assert list_worker_counts(0, 20) == [0, 1, 2, 3, 4, 8, 16, 20]
 
 
 def test_a_peer_that_fails_in_the_race_is_left_out_and_the_others_go_on(
@@ -435,12 +334,12 @@ def test_a_peer_that_fails_in_the_race_is_left_out_and_the_others_go_on(
     assert len(good.rates) == 3
     assert good.left_out is None
     assert bad.rates == []
-    assert "left out: ended early" in table(group)
+    assert "left out: ended early" in group_table(group)
     assert math.isnan(measure.ratio(good, bad))
 
     written: dict[str, Any] = {}
     monkeypatch.setattr(records, "write_result", lambda what, rows, setting, device, folder: written.update(rows=rows))
-    records.save(Outcome(what="load", groups=[group], setting={}, device=SimpleNamespace(type="cpu")), {}, tmp_path)  # type: ignore[arg-type]
+    records.save_outcome(Outcome(what="load", groups=[group], setting={}, device=torch.device("cpu")), {}, tmp_path)
     row = written["rows"][0]
     assert (row["group"], row["name"]) == ("a group", "weak")
     assert row["left_out"] == "ended early: file.py: killed"  # and nothing of the machine's folders
@@ -461,9 +360,17 @@ def _with(setting: Setting, **changes: Any) -> Setting:
     return dataclasses.replace(setting, **changes)
 
 
+def test_scripts_import_nothing_that_a_peers_environment_lacks() -> None:
+    for script in PEERS_FOLDER.glob("*.py"):
+        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not {name.partition(".")[0] for name in names} & {"harness", "quaclrs"}, script.name
+
+
 def test_no_script_hides_a_library() -> None:
     """A script's folder comes first where it looks for modules."""
-    names = {path.stem for path in HERE.glob("*.py")}
+    names = {path.stem for path in PEERS_FOLDER.glob("*.py")}
     libraries = ("litdata", "datasets", "streaming", "ffcv", "webdataset", "torch", "numpy", "PIL", "nvidia")
     assert not names.intersection(libraries)
     assert all(name not in sys.stdlib_module_names for name in names)

@@ -1,6 +1,4 @@
-"""Contract of ``--profile``: a trace and a verdict that agree with each other and with other clocks, and no other trace
-of it.
-"""
+"""Contract of ``--profile``: trace and bottleneck agree with each other and with other clocks; nothing else changes."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import json
 import re
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
@@ -29,11 +27,13 @@ from quaclrs.experiment import fold
 from quaclrs.experiment.cross_validation import run_cross_validation
 from quaclrs.loaders.base import Batch
 from quaclrs.training import profiler
-from quaclrs.training.bottleneck import Setting, Steps, Trace, advice, judge, page, read_trace, union
+from quaclrs.training.bottleneck import Setting, Steps, Trace, advice, find_bottleneck, page, read_trace, union
 from quaclrs.training.distributed import World
-from quaclrs.training.loop import Hooks, OnStep
-from quaclrs.training.profiler import plan_steps, with_profile
-from quaclrs.training.state import RunningMetrics, Training
+from quaclrs.training.loop import OnStep
+from quaclrs.training.profiler import schedule_steps, with_profile
+from quaclrs.training.running_metrics import RunningMetrics
+from quaclrs.training.state import TrainState
+from quaclrs.training.trainer import Hooks
 
 CLASSES = ("dog_bark", "drilling", "traffic")
 STEPS, BATCH = 12, 2
@@ -75,7 +75,7 @@ def train(config: TrainConfig, hooks: Hooks | None = None) -> list[str]:
             run_cross_validation(config, log.append, hooks)
     finally:
         torch.set_num_threads(threads)
-        assert not torch.autograd._profiler_enabled()
+        assert not torch._C._autograd._profiler_enabled()
     return [line for line in log if line.startswith("profile: ")]
 
 
@@ -85,7 +85,8 @@ def fold_folder(output_dir: Path) -> Path:
 
 def final_weights(output_dir: Path) -> dict[str, torch.Tensor]:
     (last,) = fold_folder(output_dir).glob("checkpoint_epoch_*.pth")
-    return torch.load(last, weights_only=True)["state"]["model"]
+    weights: dict[str, torch.Tensor] = torch.load(last, weights_only=True)["state"]["model"]
+    return weights
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
@@ -96,7 +97,8 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
     with gzip.open(folder / "trace.json.gz", "rt", encoding="utf-8") as file:
-        return json.load(file)["traceEvents"]
+        events: list[dict[str, Any]] = json.load(file)["traceEvents"]
+    return events
 
 
 def figures(text: str, name: str) -> list[float]:
@@ -143,7 +145,7 @@ class Profiled:
 
     @property
     def text(self) -> str:
-        return (self.folder / "verdict.txt").read_text()
+        return (self.folder / "bottleneck.txt").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -181,12 +183,12 @@ def test_a_profile_changes_no_bit(plain: Path, profiled: Profiled) -> None:
 
 
 def test_one_line_and_two_files(profiled: Profiled) -> None:
-    assert sorted(path.name for path in profiled.folder.iterdir()) == ["trace.json.gz", "verdict.txt"]
+    assert sorted(path.name for path in profiled.folder.iterdir()) == ["bottleneck.txt", "trace.json.gz"]
     (line,) = profiled.log
     match = re.fullmatch(r"profile: (bound by \w+ \(waiting for data \d+%\)); see (.*)", line)
     assert match is not None
-    assert Path(match[2]) == profiled.folder / "verdict.txt"
-    assert f"Verdict: {match[1]}\n" in profiled.text
+    assert Path(match[2]) == profiled.folder / "bottleneck.txt"
+    assert f"Bottleneck: {match[1]}\n" in profiled.text
     assert len(profiled.tracers) == 1  # the first epoch's
     assert profiled.text.startswith(
         "mobilenet, batch 2, loader files, cpu\n"
@@ -218,7 +220,8 @@ def test_times_agree_with_another_clock(profiled: Profiled) -> None:
     mean, median, shortest, longest, images_per_s = figures(profiled.text, "wall")
     assert mean == pytest.approx(np.mean(timed), abs=3)
     assert median == pytest.approx(np.median(timed), abs=3)
-    assert (shortest, longest) == (pytest.approx(min(timed), abs=3), pytest.approx(max(timed), abs=3))
+    assert shortest == pytest.approx(min(timed), abs=3)
+    assert longest == pytest.approx(max(timed), abs=3)
     assert images_per_s == pytest.approx(1e3 * BATCH / np.mean(timed), rel=0.02, abs=3)
     data, data_share = figures(profiled.text, "data wait")
     assert data == pytest.approx(np.mean([waited[step - 1] for step in TIMED]), abs=0.006)
@@ -259,16 +262,16 @@ def test_a_resumed_run_is_profiled_and_leaves_the_same_weights(plain: Path, tree
     def stop(batch: Batch, totals: RunningMetrics, waited_s: float) -> None:
         seen.append(len(batch))
         if len(seen) == 9:
-            assert torch.autograd._profiler_enabled()
+            assert torch._C._autograd._profiler_enabled()
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="epoch 1, after step 9"):
         train(config_for(tree, tmp_path, epochs=2, profile=True), Hooks(step_meter=lambda *_: stop))
-    assert not torch.autograd._profiler_enabled()
+    assert not torch._C._autograd._profiler_enabled()
     assert not (fold_folder(tmp_path) / "profile").exists()
     (line,) = train(config_for(tree, tmp_path, epochs=2, profile=True, resume=True))
     assert "bound by" in line
-    text = (fold_folder(tmp_path) / "profile" / "verdict.txt").read_text()
+    text = (fold_folder(tmp_path) / "profile" / "bottleneck.txt").read_text()
     assert "Epoch 1, counting this call's steps: 2 timed as they are, 3 traced" in text
     assert_same_weights(plain, tmp_path)
 
@@ -305,9 +308,10 @@ class Bench:
     ) -> None:
         model, device = nn.Linear(2, 2), torch.device("cpu")
         self.config = TrainConfig(profile=profile)
-        self.training = Training.begin(model, np.ones(2, np.float32), device, self.config)
+        self.training = TrainState.create(model, np.ones(2, np.float32), device, self.config)
         self.training.world = world or World()
-        self.folder, self.hooks, self.log = folder, hooks or Hooks(), []
+        self.folder, self.hooks = folder, hooks or Hooks()
+        self.log: list[str] = []
 
     def profile(self) -> Any:
         return with_profile(self.hooks, self.config, self.training, "files", self.folder, self.log.append)
@@ -329,7 +333,7 @@ class Bench:
 
     @property
     def text(self) -> str:
-        return (self.folder / "profile" / "verdict.txt").read_text()
+        return (self.folder / "profile" / "bottleneck.txt").read_text()
 
 
 def annotated(bench: Bench) -> int:
@@ -337,10 +341,10 @@ def annotated(bench: Bench) -> int:
 
 
 def test_every_plan_fits_its_epoch() -> None:
-    assert [plan_steps(steps) for steps in range(3)] == [None] * 3
+    assert [schedule_steps(steps) for steps in range(3)] == [None] * 3
     before = None
     for steps in range(3, 200):
-        plan = plan_steps(steps)
+        plan = schedule_steps(steps)
         assert plan is not None
         assert 1 <= plan.timed < plan.timed_end <= plan.traced < plan.end <= steps
         assert plan.end == min(steps, 46)
@@ -349,16 +353,16 @@ def test_every_plan_fits_its_epoch() -> None:
             assert plan.timed >= before.timed
             assert plan.end - plan.traced >= before.end - before.traced
         before = plan
-    assert plan_steps(46) == plan_steps(10**6) == profiler.Plan(5, 25, 26, 46)
+    assert schedule_steps(46) == schedule_steps(10**6) == profiler.ProfileSchedule(5, 25, 26, 46)
 
 
 @pytest.mark.parametrize("steps", [3, 4, 5, 12, 46, 60])
 def test_steps_are_counted_right(steps: int, tmp_path: Path) -> None:
-    bench, plan = Bench(tmp_path), plan_steps(steps)
+    bench, plan = Bench(tmp_path), schedule_steps(steps)
     assert plan is not None
     with bench.profile() as hooks:
         meter = hooks.step_meter("train", 1, 4 * steps)
-        tracing = [step + 1 for step in bench.steps(meter, steps) if torch.autograd._profiler_enabled()]
+        tracing = [step + 1 for step in bench.steps(meter, steps) if torch._C._autograd._profiler_enabled()]
         hooks.step_meter("validate", 1, 8)
     assert tracing == list(range(plan.traced, plan.end))  # from then on, after that many steps
     assert annotated(bench) == plan.end - plan.traced
@@ -368,11 +372,11 @@ def test_steps_are_counted_right(steps: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", [3, 4, 7])
 def test_an_epoch_that_ends_a_step_early(steps: int, tmp_path: Path) -> None:
     """A lone last sample joins its neighbour's batch."""
-    bench, plan = Bench(tmp_path), plan_steps(steps + 1)
+    bench, plan = Bench(tmp_path), schedule_steps(steps + 1)
     assert plan is not None
     with bench.profile() as hooks:
         bench.epoch(hooks, 1, steps, expected=steps + 1)
-        assert not torch.autograd._profiler_enabled()
+        assert not torch._C._autograd._profiler_enabled()
         bench.epoch(hooks, 2, 20)
     assert len(bench.log) == 1
     traced = "" if steps == plan.traced + 1 else f"{plan.traced + 1} to "
@@ -385,7 +389,7 @@ def test_an_epoch_that_ends_before_a_step_is_traced(steps: int, tmp_path: Path) 
     bench = Bench(tmp_path)
     with bench.profile() as hooks:
         bench.epoch(hooks, 1, steps, expected=12)
-        assert not torch.autograd._profiler_enabled()
+        assert not torch._C._autograd._profiler_enabled()
         assert bench.log == []
         bench.epoch(hooks, 2, 3)
     assert bench.text.splitlines()[1].startswith("Epoch 2, ")
@@ -424,10 +428,10 @@ def test_an_exception_stops_the_profiler(where: str, after: int, tmp_path: Path)
     bench = Bench(tmp_path, hooks=Hooks(step_meter=lambda *_: inner))
     with pytest.raises(KeyboardInterrupt):
         epoch()
-    assert not torch.autograd._profiler_enabled()
+    assert not torch._C._autograd._profiler_enabled()
     whole = where == "between steps" and after == 12
     assert [path.name for path in sorted(tmp_path.glob("profile/*"))] == (
-        ["trace.json.gz", "verdict.txt"] if whole else []
+        ["bottleneck.txt", "trace.json.gz"] if whole else []
     )
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):  # nobody else's is in the way
         pass
@@ -435,11 +439,11 @@ def test_an_exception_stops_the_profiler(where: str, after: int, tmp_path: Path)
 
 def test_only_rank_0_and_only_when_asked_for(tmp_path: Path) -> None:
     for options in ({"profile": False}, {"world": World(rank=1, size=2)}):
-        bench = Bench(tmp_path, **options)  # type: ignore[arg-type]
+        bench = Bench(tmp_path, **options)
         with bench.profile() as hooks:
             assert hooks is bench.hooks
         assert bench.log == []
-    called: list[str] = []
+    called: list[object] = []
     bench = Bench(
         tmp_path, hooks=Hooks(step_meter=lambda phase, *_: lambda *_: called.append(phase), epoch_done=called.append)
     )
@@ -463,7 +467,7 @@ def test_a_trace_that_nobody_understands_costs_no_training(
         bench.epoch(hooks, 1, 12)
         bench.epoch(hooks, 2, 12)
     (line,) = bench.log
-    assert line == f"profile: no verdict, since torch's trace cannot be understood ({said})"
+    assert line == f"profile: no bottleneck found, since torch's trace cannot be understood ({said})"
 
 
 # --- a GPU's trace, made up ---
@@ -534,14 +538,9 @@ def test_what_a_gpu_trace_says() -> None:
         "cudaStreamSynchronize in aten::_local_scalar_dense": 1,
         "cudaEventSynchronize in Python": 1,
     }
-    assert list(trace.operators) == [
-        *(
-            ("aten::convolution", pytest.approx(200e-6)),
-            ("render", pytest.approx(150e-6)),
-            ("gemm", pytest.approx(150e-6)),
-        ),
-        ("aten::_local_scalar_dense", pytest.approx(30e-6)),
-    ]
+    names, seconds = zip(*trace.operators, strict=True)
+    assert names == ("aten::convolution", "render", "gemm", "aten::_local_scalar_dense")
+    assert seconds == pytest.approx((200e-6, 150e-6, 150e-6, 30e-6))
     assert read_trace(gpu_events(), 1, device=0).device_s == pytest.approx(250e-6)
     assert read_trace(gpu_events(), 2, device=1).device_s == pytest.approx(90e-6)
     on_cpu = read_trace(gpu_events(), 2, device=None)
@@ -581,8 +580,12 @@ def steps_of(wall_ms: float, waited_ms: float = 0.0, samples: int = 32, count: i
 
 def trace_of(device_ms: float, launches: int = 400, lost: int = 0) -> Trace:
     return Trace(
-        **{"steps": 20, "device_s": 20 * device_ms / 1e3, "launches": launches, "lost_launches": lost},
-        **{"synchronisations": {}, "operators": [("aten::mm", 20 * device_ms / 1e3)]},
+        steps=20,
+        device_s=20 * device_ms / 1e3,
+        launches=launches,
+        lost_launches=lost,
+        synchronisations={},
+        operators=[("aten::mm", 20 * device_ms / 1e3)],
     )
 
 
@@ -600,33 +603,34 @@ def trace_of(device_ms: float, launches: int = 400, lost: int = 0) -> Trace:
         (11.0, 0.1, "device"),  # a traced step can be slower on the device too
     ],
 )
-def test_verdicts_on_a_gpu(device_ms: float, waited_ms: float, bound: str) -> None:
+def test_bottlenecks_on_a_gpu(device_ms: float, waited_ms: float, bound: str) -> None:
     """The profiler slowed the traced steps from 10 to 30 ms, which does not count."""
-    verdict = judge(steps_of(10, waited_ms), steps_of(30, 20), trace_of(device_ms), on_gpu=True)
-    assert verdict.bound == bound
-    assert verdict.busy == pytest.approx(min(device_ms / 10, 1.0))
-    assert verdict.waiting == pytest.approx(waited_ms / 10)
-    idle = 1 - verdict.busy
-    assert verdict.line == f"bound by {bound} (waiting for data {verdict.waiting:.0%}, device idle {idle:.0%})"
+    bottleneck = find_bottleneck(steps_of(10, waited_ms), steps_of(30, 20), trace_of(device_ms), on_gpu=True)
+    assert bottleneck.bound == bound
+    assert bottleneck.busy is not None
+    assert bottleneck.busy == pytest.approx(min(device_ms / 10, 1.0))
+    assert bottleneck.waiting == pytest.approx(waited_ms / 10)
+    idle = 1 - bottleneck.busy
+    assert bottleneck.line == f"bound by {bound} (waiting for data {bottleneck.waiting:.0%}, device idle {idle:.0%})"
 
 
 def test_steps_of_other_sizes_are_compared_by_sample() -> None:
     """The last, smaller batch of a short epoch is the traced one."""
     traced = steps_of(30, samples=8, count=1)
     trace = dataclasses.replace(trace_of(1.0), steps=1, device_s=2e-3)
-    assert judge(steps_of(10, count=1), traced, trace, on_gpu=True).busy == pytest.approx(0.8)
+    assert find_bottleneck(steps_of(10, count=1), traced, trace, on_gpu=True).busy == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize(("waited_ms", "bound"), [(0.0, "compute"), (1.9, "compute"), (2.0, "data"), (9.0, "data")])
-def test_verdicts_on_the_cpu(waited_ms: float, bound: str) -> None:
-    verdict = judge(steps_of(10, waited_ms), steps_of(30), trace_of(0.0, launches=0), on_gpu=False)
-    assert (verdict.bound, verdict.busy) == (bound, None)
+def test_bottlenecks_on_the_cpu(waited_ms: float, bound: str) -> None:
+    bottleneck = find_bottleneck(steps_of(10, waited_ms), steps_of(30), trace_of(0.0, launches=0), on_gpu=False)
+    assert (bottleneck.bound, bottleneck.busy) == (bound, None)
 
 
 @pytest.mark.parametrize(("launches", "lost", "bound"), [(0, 0, "unknown"), (400, 5, "unknown"), (400, 4, "host")])
 def test_a_device_that_was_not_watched_is_not_called_idle(launches: int, lost: int, bound: str) -> None:
-    verdict = judge(steps_of(10), steps_of(10), trace_of(0.5, launches, lost), on_gpu=True)
-    assert verdict.bound == bound
+    bottleneck = find_bottleneck(steps_of(10), steps_of(10), trace_of(0.5, launches, lost), on_gpu=True)
+    assert bottleneck.bound == bound
 
 
 def setting_of(loader: str = "mapped", processes: int = 1, **options: Any) -> Setting:
@@ -664,7 +668,7 @@ def test_advice(bound: str, setting: Setting, said: list[str], unsaid: list[str]
 
 
 def pack_flags() -> set[str]:
-    source = (Path(__file__).parents[1] / "tools" / "shard_dataset.py").read_text()
+    source = (Path(__file__).parents[1] / "quaclrs" / "cli" / "pack.py").read_text()
     return set(re.findall(r'"(--\w+)"', source))
 
 
@@ -676,8 +680,8 @@ def test_the_page_of_a_gpu() -> None:
     )
     timed, traced = steps_of(10, 1.0), steps_of(30)
     setting = dataclasses.replace(setting_of(processes=2), peak_bytes=(3 * 2**29, 2**31))
-    text = page(setting, timed, traced, trace, judge(timed, traced, trace, on_gpu=True))
-    assert "Verdict: bound by host (waiting for data 10%, device idle 80%)\n" in text
+    text = page(setting, timed, traced, trace, find_bottleneck(timed, traced, trace, on_gpu=True))
+    assert "Bottleneck: bound by host (waiting for data 10%, device idle 80%)\n" in text
     assert figures(text, "device") == [2.0, 20.0, 80.0]
     assert figures(text, "host") == [9.0, 90.0]
     assert figures(text, "traced") == [30.0]
@@ -692,11 +696,19 @@ def test_the_page_of_a_gpu() -> None:
     assert re.search(r"^aten::mm +1\.500 ms +75\.0%$", text, flags=re.MULTILINE)
     assert "rank 0 of 2" in text
     assert max(map(len, lines)) < 200
-    without = page(setting, timed, traced, trace_of(2.0), judge(timed, traced, trace, on_gpu=True))
+    without = page(setting, timed, traced, trace_of(2.0), find_bottleneck(timed, traced, trace, on_gpu=True))
     assert "Host synchronisations inside the 20 traced steps: none\n" in without
 
 
 # --- a real GPU ---
+
+
+def _read_back(batch: Batch, metrics: RunningMetrics, waited_s: float) -> None:
+    metrics.sums[0].item()
+
+
+def _ignore(batch: Batch, metrics: RunningMetrics, waited_s: float) -> None:
+    pass
 
 
 @pytest.mark.gpu
@@ -704,13 +716,11 @@ def test_the_page_of_a_gpu() -> None:
 def test_a_profile_on_a_gpu(reads_back: bool, tree: PngTree, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
-    read: Callable[..., object] = (
-        (lambda batch, totals, waited_s: totals.sums[0].item()) if reads_back else (lambda *_: None)
-    )
-    hooks = Hooks(step_meter=lambda phase, *_: read if phase == "train" else lambda *_: None)
+    read: OnStep = _read_back if reads_back else _ignore
+    hooks = Hooks(step_meter=lambda phase, *_: read if phase == "train" else _ignore)
     (line,) = train(config_for(tree, tmp_path, device="cuda", profile=True), hooks)
     folder = fold_folder(tmp_path) / "profile"
-    text, events = (folder / "verdict.txt").read_text(), read_events(folder)
+    text, events = (folder / "bottleneck.txt").read_text(), read_events(folder)
     assert re.match(r"profile: bound by (data|host|device) ", line), line
     kernels = [event["dur"] for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     device_ms, busy, idle = figures(text, "device")

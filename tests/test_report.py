@@ -21,6 +21,8 @@ from quaclrs.imaging.normalise import normalise
 from quaclrs.report import gradcam, plots
 from quaclrs.report.metrics import MAX_CURVE_POINTS, compute_metrics, roc_curves
 from quaclrs.training import models
+from quaclrs.training.architectures import ARCHITECTURES
+from quaclrs.training.records import EpochRecord
 
 CLASS_NAMES = [
     *("air_conditioner", "ambulance", "car_horn", "children_playing", "dog_bark", "drilling", "engine_idling"),
@@ -128,25 +130,32 @@ def test_refused_predictions() -> None:
         compute_metrics([], np.zeros((0, 2)), ["a", "b"])
 
 
-def history(epochs: int) -> list[dict[str, Any]]:
+def record(epoch: int, **values: float) -> EpochRecord:
+    figures = {"train_loss": 2.0, "train_accuracy": 0.2, "val_loss": 2.2, "val_accuracy": 0.2, "learning_rate": 1e-3}
+    times = dict.fromkeys(("seconds", "images_per_s", "data_wait"), 1.0)
+    times = {f"{phase}_{name}": value for phase in ("train", "val") for name, value in times.items()}
+    return EpochRecord.from_json({"epoch": epoch, **figures, **times, **values})
+
+
+def history(epochs: int) -> list[EpochRecord]:
     return [
-        {
-            "epoch": epoch,
-            "train_loss": 2 / epoch,
-            "train_accuracy": 1 - 0.8 / epoch,
-            "val_loss": 2.2 / epoch,
-            "val_accuracy": 0.8 - 0.6 / epoch,
-            "learning_rate": 1e-3,
-        }
+        record(
+            epoch,
+            train_loss=2 / epoch,
+            train_accuracy=1 - 0.8 / epoch,
+            val_loss=2.2 / epoch,
+            val_accuracy=0.8 - 0.6 / epoch,
+        )
         for epoch in range(1, epochs + 1)
     ]
 
 
 def check_png(path: Path) -> Image.Image:
-    with Image.open(path) as pixels_of_one:
-        pixels_of_one.load()
-        assert pixels_of_one.format == "PNG"
-        return pixels_of_one.convert("RGB")
+    with Image.open(path) as opened:
+        opened.load()
+        assert opened.format == "PNG"
+        image: Image.Image = opened.convert("RGB")
+        return image
 
 
 def test_the_four_plots(tmp_path: Path) -> None:
@@ -166,16 +175,10 @@ def test_the_four_plots(tmp_path: Path) -> None:
 
 
 def test_plots_of_odd_runs(tmp_path: Path) -> None:
-    """One epoch, values that are not there, and class names that matplotlib would read as something else."""
+    """One epoch, values that are NaN, and class names that matplotlib would read as something else."""
     names = ["_hidden", "$not math$", "犬", "b" * 60]
     metrics = compute_metrics([0, 1, 1, 3], np.eye(4)[[0, 1, 2, 3]], names)
-    odd: dict[str, Any] = {
-        "epoch": 1,
-        "train_loss": math.nan,
-        "val_loss": None,
-        "val_accuracy": None,
-        "learning_rate": 0.0,
-    }
+    odd = record(1, train_loss=math.nan, val_loss=math.nan, val_accuracy=math.nan, learning_rate=0.0)
     for number, epochs in enumerate(([odd], history(1), [])):
         for path in plots.write_plots(tmp_path / str(number), epochs, metrics):
             check_png(path)
@@ -237,7 +240,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(params=list(models.ARCHITECTURES))
+@pytest.fixture(params=list(ARCHITECTURES))
 def network(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
     torch.manual_seed(0)
     return request.param, models.build_model(request.param, 3)
@@ -247,17 +250,17 @@ def test_gradcam_of_every_network(network: tuple[str, nn.Module], tmp_path: Path
     """Frozen and unfrozen give the same maps, and leave the model as it was."""
     name, model = network
     images, pixels = image_batch(160 if name == "inception" else 96)
-    model.get_submodule(models.ARCHITECTURES[name].heads[0]).weight.grad = None
-    model.get_submodule(models.ARCHITECTURES[name].heads[0]).eval()  # a mixture of modes must survive as well
+    model.get_submodule(ARCHITECTURES[name].heads[0]).weight.grad = None
+    model.get_submodule(ARCHITECTURES[name].heads[0]).eval()  # a mixture of modes must survive as well
     every_target = torch.arange(3).repeat_interleave(2)
     maps = []
     for freeze in (False, True):
         if freeze:
-            models._freeze_all_but(model, models.ARCHITECTURES[name].trainable)
+            models._freeze_all_but(model, ARCHITECTURES[name].trainable)
         before = state_of(model)
         maps.append(gradcam.heat_maps(model, name, images.repeat(3, 1, 1, 1), every_target))
         assert state_of(model) == before
-    assert np.array_equal(*maps)
+    assert np.array_equal(maps[0], maps[1])
     assert maps[0].shape == (6, *images.shape[2:])
     assert maps[0].dtype == np.float32
     assert maps[0].min() >= 0
@@ -281,7 +284,7 @@ def test_gradcam_agrees_with_the_papers_formula() -> None:
     images, _ = image_batch(96)
     targets = torch.tensor([2, 0])
     features = nn.Sequential(*list(model.children())[:-2])(images).detach().requires_grad_()
-    scores = model.fc(features.mean(dim=(2, 3)))
+    scores = model.get_submodule("fc")(features.mean(dim=(2, 3)))
     (gradients,) = torch.autograd.grad(scores.gather(1, targets[:, None]).sum(), features)
     weights = gradients.mean(dim=(2, 3), keepdim=True)
     expected = functional.relu((weights * features).sum(dim=1, keepdim=True)).detach()

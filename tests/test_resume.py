@@ -27,14 +27,17 @@ from resuming import KILLED, TIMEOUT_S, UNDISTURBED, Disturbance, Job, Moment, R
 
 from quaclrs.config import TrainConfig
 from quaclrs.errors import TrainingError
-from quaclrs.experiment.fold import agreed_global_batch
+from quaclrs.experiment.run import agreed_global_batch
 from quaclrs.training import checkpoint
 from quaclrs.training.distributed import World
 
 EVERY_STEP = ("--checkpoint_minutes", 1e-9)
 """A checkpoint after each step."""
 TIMES = ("seconds", "per_s", "wait")
-FREE = {"pid", "since", "until", "output_dir", "csv_file", "spectrograms_dir", "shards", "checkpoint_minutes"}
+FREE = {
+    *("pid", "since", "until", "datetime", "output_dir", "paths", "csv_file", "spectrograms_dir", "shards"),
+    "checkpoint_minutes",
+}
 """What may differ between two runs of one training, beside times."""
 
 
@@ -364,7 +367,7 @@ def test_the_command_and_signals(tree: PngTree, tmp_path: Path) -> None:
     keyboard = flags(tree, tmp_path / "keyboard", *COMMAND, "--num_workers", 2)
     shared = flags(tree, tmp_path / "shared", *COMMAND, "--distributed", "--nproc", 2)
     with start(keyboard) as first, start(shared) as second:
-        waiting = {
+        waiting: dict[str, tuple[subprocess.Popen[str], Callable[[], None], int]] = {
             "keyboard": (first, lambda: os.killpg(first.pid, signal.SIGINT), 130),
             "shared": (second, lambda: second.terminate(), 143),
         }

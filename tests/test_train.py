@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from png_trees import PngTree, make_rows, write_csv, write_tree
+from resuming import TinyNetwork
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
@@ -31,12 +32,18 @@ from quaclrs.data.sampling import epoch_order, step_seeds
 from quaclrs.errors import TrainingError
 from quaclrs.experiment import fold as fold_module
 from quaclrs.experiment.cross_validation import run_cross_validation
+from quaclrs.experiment.results import FoldResult, Summary
 from quaclrs.loaders.base import Batch
 from quaclrs.loaders.dataset import open_dataset
-from quaclrs.training import checkpoint, loop
-from quaclrs.training.loop import Hooks
+from quaclrs.report import metrics as metrics_module
+from quaclrs.report.metrics import compute_metrics
+from quaclrs.training import checkpoint, loop, trainer
+from quaclrs.training.architectures import ARCHITECTURES
 from quaclrs.training.progress import StepMeter, epoch_line
-from quaclrs.training.state import RunningMetrics, Training
+from quaclrs.training.records import EpochRecord
+from quaclrs.training.running_metrics import RunningMetrics
+from quaclrs.training.state import TrainState
+from quaclrs.training.trainer import Hooks
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
@@ -53,40 +60,29 @@ SIZES = {
     "convnext": 32,
 }
 SMALL = 32
-"""Pixels of MobileNetV2's images where the network does not matter. Not fewer: torch's bfloat16 gradients on the CPU
-hold uninitialised memory for strided convolutions over a single pixel."""
+"""Side of the images in pixels where the network does not matter. Not fewer: torch's bfloat16 gradients on the CPU hold
+uninitialised memory for strided convolutions over a single pixel."""
 
 HISTORY = {
     *("epoch", "learning_rate", "train_loss", "train_accuracy", "val_loss", "val_accuracy"),
     *("train_seconds", "val_seconds", "train_images_per_s", "val_images_per_s", "train_data_wait", "val_data_wait"),
 }
 TIMES = {name for name in HISTORY if name.endswith(("seconds", "per_s", "wait"))}
-METRICS = {
-    *(
-        "model_name",
-        "fold",
-        "test_accuracy",
-        "test_loss",
-        "test_accuracy_originals",
-        "macro_f1",
-        "confusion_matrix",
-        "class_names",
-    ),
-    *("best_epoch", "best_val_accuracy", "best_val_loss", "epochs_run", "stopped_early", "history", "num_samples"),
-    *("seconds", "train_images_per_s", "test_images_per_s", "config", "data", "environment", "loader", "image_size"),
-}
-SUMMARY = {
-    *("model_name", "num_folds", "mean_test_accuracy", "std_test_accuracy", "fold_accuracies", "folds"),
-    *(
-        "mean_test_accuracy_originals",
-        "mean_macro_f1",
-        "seconds",
-        "train_images_per_s",
-        "config",
-        "data",
-        "environment",
-    ),
-}
+PROVENANCE = ["config", "processes", "global_batch", "loader", "image_size", "data", "environment"]
+METRICS = [
+    *("model_name", "test_accuracy", "test_loss", "test_accuracy_originals", "num_test_originals", "macro_f1"),
+    *("macro_auc", "best_epoch", "best_val_accuracy", "best_val_loss", "epochs_run", "num_samples"),
+    *("train_images_per_s", "train_data_wait", "test_images_per_s", "class_names", "confusion_matrix", "history"),
+    *PROVENANCE,
+    *("fold", "stopped_early", "seconds", "run"),
+]
+"""Keys of metrics.json, in order."""
+SUMMARY = [
+    *("model_name", "num_folds", "mean_test_accuracy", "std_test_accuracy", "mean_test_accuracy_originals"),
+    *("std_test_accuracy_originals", "mean_macro_f1", "std_macro_f1", "fold_accuracies", "folds", "seconds"),
+    *("train_images_per_s", *PROVENANCE),
+]
+MODEL_FILES = ("summary.json", "original_summary.json", "run_status.json")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +91,14 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> PngTree:
     file). Read only.
     """
     return write_tree(tmp_path_factory.mktemp("train"), make_rows(CLASSES, (1, 2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--model_name tiny``, for tests in which the network does not matter."""
+    mobilenet = ARCHITECTURES["mobilenet"]
+    row = dataclasses.replace(mobilenet, constructor=TinyNetwork, gradcam_layer="features.2")
+    monkeypatch.setitem(ARCHITECTURES, "tiny", row)
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +115,7 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def flags(tree: PngTree, output_dir: Path, *more: object) -> list[str]:
-    common = f"--loader files --num_workers 0 --num_folds 3 --batch_size 8 --model_name mobilenet --image_size {SMALL}"
+    common = f"--loader files --num_workers 0 --num_folds 3 --batch_size 8 --model_name tiny --image_size {SMALL}"
     paths = ["--csv_file", tree.csv_file, "--spectrograms_dir", tree.spectrograms_dir, "--output_dir", output_dir]
     return [str(flag) for flag in (*paths, *common.split(), *more)]
 
@@ -120,7 +124,7 @@ def config_for(tree: PngTree, output_dir: Path, **options: Any) -> TrainConfig:
     defaults: dict[str, Any] = {
         **{"csv_file": tree.csv_file, "spectrograms_dir": tree.spectrograms_dir, "output_dir": output_dir},
         **{"loader": "files", "num_workers": 0, "num_folds": 3, "fold": 1, "batch_size": 8, "device": "cpu"},
-        **{"model_name": "mobilenet", "image_size": SMALL, "gradcam_per_class": 0, "epochs": 2},
+        **{"model_name": "tiny", "image_size": SMALL, "gradcam_per_class": 0, "epochs": 2},
     }
     return TrainConfig(**defaults | options)
 
@@ -154,16 +158,30 @@ def files_below(folder: Path) -> set[str]:
 
 
 def fold_files(per_class: dict[str, int], epochs: int) -> set[str]:
-    """The original's names (dataset.md), with the last checkpoint only."""
+    """The original's names, with the last checkpoint only."""
     return {
-        *("run.json", "best_model.pth", f"checkpoint_epoch_{epochs}.pth", "metrics.json", "classification_report.json"),
+        *("run.json", "best_model.pth", f"checkpoint_epoch_{epochs}.pth", "metrics.json", "original_metrics.json"),
+        "classification_report.json",
         *(f"plots/{name}.png" for name in ("loss_curves", "accuracy_curves", "confusion_matrix", "roc_curves")),
         *(f"grad_cam/gradcam_{name}_{i}.png" for name, count in per_class.items() for i in range(count)),
     }
 
 
-@pytest.mark.parametrize("use_amp", [False, True], ids=["float32", "amp"])
-@pytest.mark.parametrize("name", SIZES)
+QUICK = {
+    *(("alexnet", False), ("resnet18", True), ("mobilenet", False)),
+    *(("inception", True), ("efficientnet", False), ("convnext", True)),
+}
+"""Architecture and use_amp of the default run. Not VGG16, which is built as AlexNet is, and writes 1.6 GB."""
+
+
+@pytest.mark.parametrize(
+    ("name", "use_amp"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.exhaustive, id=f"{case[0]}-{kind}")
+        for name in SIZES
+        for case, kind in (((name, False), "float32"), ((name, True), "amp"))
+    ],
+)
 def test_every_architecture_leaves_the_full_result_tree(
     name: str, use_amp: bool, tree: PngTree, tmp_path: Path
 ) -> None:
@@ -184,10 +202,10 @@ def test_every_architecture_leaves_the_full_result_tree(
     assert main(flags(tree, tmp_path, *more)) == 0
     root = tmp_path / name
     expected = {f"fold_1/{file}" for file in fold_files(dict.fromkeys(CLASSES, 2), epochs=1)}
-    assert files_below(tmp_path) == {f"{name}/{file}" for file in (*expected, "summary.json", "run_status.json")}
+    assert files_below(tmp_path) == {f"{name}/{file}" for file in (*expected, *MODEL_FILES)}
     metrics, summary = read_json(root / "fold_1" / "metrics.json"), read_json(root / "summary.json")
-    assert set(metrics) >= METRICS
-    assert set(summary) >= SUMMARY
+    assert list(metrics) == METRICS
+    assert list(summary) == SUMMARY
     assert (metrics["model_name"], metrics["fold"], metrics["config"]["use_amp"]) == (name, 1, use_amp)
     assert summary["fold_accuracies"] == {"fold_1": metrics["test_accuracy"]}
     (entry,) = metrics["history"]
@@ -209,8 +227,8 @@ def test_every_architecture_leaves_the_full_result_tree(
 @pytest.mark.usefixtures("no_plots")
 def test_all_folds_and_their_summary(tree: PngTree, tmp_path: Path) -> None:
     assert main(flags(tree, tmp_path, "--epochs", 1, "--gradcam_per_class", 0)) == 0
-    summary = read_json(tmp_path / "mobilenet" / "summary.json")
-    metrics = [read_json(tmp_path / "mobilenet" / f"fold_{fold}" / "metrics.json") for fold in (1, 2, 3)]
+    summary = read_json(tmp_path / "tiny" / "summary.json")
+    metrics = [read_json(tmp_path / "tiny" / f"fold_{fold}" / "metrics.json") for fold in (1, 2, 3)]
     assert [entry["fold"] for entry in metrics] == [1, 2, 3]
     assert summary["num_folds"] == 3
     for name in ("test_accuracy", "test_accuracy_originals", "macro_f1"):
@@ -226,6 +244,61 @@ def test_all_folds_and_their_summary(tree: PngTree, tmp_path: Path) -> None:
     assert summary["seconds"] == pytest.approx(sum(entry["seconds"] for entry in metrics))
 
 
+@pytest.fixture
+def own_metrics() -> Iterator[None]:
+    """Metrics that the test registers are removed again."""
+    before = dict(metrics_module.METRICS)
+    yield
+    metrics_module.METRICS.clear()
+    metrics_module.METRICS.update(before)
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_metric_is_added_by_one_function(
+    tree: PngTree, tmp_path: Path, own_metrics: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Registered in report/metrics.py, it reaches metrics.json and summary.json; with ``--resume``, from files too."""
+    options = ["--epochs", 1, "--gradcam_per_class", 0]
+    assert main(flags(tree, tmp_path, *options, "--fold", 1)) == 0
+
+    @metrics_module.metric(summarise=True)
+    def mean_confidence(predictions: metrics_module.Predictions) -> metrics_module.Score:
+        return float(predictions.probabilities.max(axis=1).mean())
+
+    @metrics_module.metric(key="test_size")
+    def size(predictions: metrics_module.Predictions) -> metrics_module.Score:
+        return len(predictions.labels)
+
+    for fold in (2, 3):
+        assert main(flags(tree, tmp_path, *options, "--fold", fold)) == 0
+    assert main(flags(tree, tmp_path, *options, "--resume")) == 0
+    assert capsys.readouterr().out.count("finished before") == 3
+    metrics = [read_json(tmp_path / "tiny" / f"fold_{fold}" / "metrics.json") for fold in (1, 2, 3)]
+    assert [entry.get("test_size") for entry in metrics] == [None, 7, 7]
+    confidences = [entry["mean_confidence"] for entry in metrics[1:]]
+    assert all(1 / 3 < confidence < 1 for confidence in confidences)
+    summary = read_json(tmp_path / "tiny" / "summary.json")
+    assert summary["mean_mean_confidence"] == pytest.approx(np.mean(confidences))
+    assert summary["std_mean_confidence"] == pytest.approx(np.std(confidences, ddof=1))
+    assert [fold["mean_confidence"] for fold in summary["folds"]] == [None, *confidences]  # the first had none yet
+    assert "mean_test_size" not in summary
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_results_survive_their_documents(tree: PngTree, tmp_path: Path) -> None:
+    """Keys and order of metrics.json and summary.json are those that scripts read; both can be read back."""
+    metrics, _ = train(config_for(tree, tmp_path, epochs=2))
+    summary = read_json(tmp_path / "tiny" / "summary.json")
+    assert list(metrics) == METRICS
+    assert list(summary) == SUMMARY
+    assert FoldResult.from_json(metrics).to_json() == metrics
+    assert Summary.from_json(summary).to_json() == summary
+    path = tmp_path / "tiny" / "fold_1" / "metrics.json"
+    path.write_text(json.dumps({key: value for key, value in metrics.items() if key != "history"}))
+    with pytest.raises(TrainingError, match=r"metrics\.json: cannot be read \(it has no 'history'\); delete it"):
+        train(config_for(tree, tmp_path, epochs=2, resume=True))
+
+
 @pytest.mark.usefixtures("no_plots")
 def test_folds_run_one_by_one_make_the_same_summary(tree: PngTree, tmp_path: Path) -> None:
     """A fold's result does not depend on what else ran; a fold of another setting is not mixed in."""
@@ -234,11 +307,11 @@ def test_folds_run_one_by_one_make_the_same_summary(tree: PngTree, tmp_path: Pat
     for fold in (3, 1, 2):
         rate = ["--learning_rate", 0.5] if fold == 2 else []
         assert main(flags(tree, tmp_path / "apart", *common, *rate, "--fold", fold)) == 0
-    apart = read_json(tmp_path / "apart" / "mobilenet" / "summary.json")
+    apart = read_json(tmp_path / "apart" / "tiny" / "summary.json")
     assert list(apart["fold_accuracies"]) == ["fold_2"]
     assert apart["std_test_accuracy"] is None
     assert main(flags(tree, tmp_path / "apart", *common, "--fold", 2)) == 0
-    apart, together = (read_json(tmp_path / name / "mobilenet" / "summary.json") for name in ("apart", "together"))
+    apart, together = (read_json(tmp_path / name / "tiny" / "summary.json") for name in ("apart", "together"))
     assert list(apart["fold_accuracies"]) == ["fold_1", "fold_2", "fold_3"]
     for name in ("mean_test_accuracy", "std_test_accuracy", "fold_accuracies", "mean_macro_f1"):
         assert apart[name] == together[name]
@@ -277,7 +350,7 @@ def test_the_best_weights_give_the_reported_test_result(tree: PngTree, tmp_path:
     """``best_model.pth`` is a plain state dict of torchvision's network; a loop of a few lines finds the
     same numbers.
     """
-    metrics, _ = train(config_for(tree, tmp_path, epochs=4, batch_size=3, learning_rate=3e-3))
+    metrics, _ = train(config_for(tree, tmp_path, model_name="mobilenet", epochs=4, batch_size=3, learning_rate=3e-3))
     state = torch.load(tmp_path / "mobilenet" / "fold_1" / "best_model.pth", weights_only=True)
     model = torchvision_models.mobilenet_v2(num_classes=3)
     model.load_state_dict(state)
@@ -306,7 +379,8 @@ def test_the_best_weights_give_the_reported_test_result(tree: PngTree, tmp_path:
 @pytest.mark.usefixtures("no_plots")
 def test_training_is_what_a_hand_written_loop_does(tree: PngTree, tmp_path: Path) -> None:
     """Fresh weights from the seed, balanced cross-entropy, Adam with weight decay, the best epoch's weights kept."""
-    config = config_for(tree, tmp_path, epochs=3, batch_size=4, learning_rate=2e-3, weight_decay=1e-2, scheduler="none")
+    options = {"epochs": 3, "batch_size": 4, "learning_rate": 2e-3, "weight_decay": 1e-2, "scheduler": "none"}
+    config = config_for(tree, tmp_path, model_name="mobilenet", **options)
     metrics, _ = train(config)
 
     dataset = open_dataset(config, want_shards=False, log=print)
@@ -379,6 +453,7 @@ class _Given:
     """A loader over tensors."""
 
     name = "given"
+    pixels = "given"
     replicated = True
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -404,12 +479,15 @@ def test_the_auxiliary_loss_counts_two_fifths_in_training_only() -> None:
             criterion(model.aux(images.flatten(1)), labels),
         )
     config = TrainConfig(learning_rate=1e-30, weight_decay=0.0)
-    training = Training.begin(model, weights, torch.device("cpu"), config)
+    training = TrainState.create(model, weights, torch.device("cpu"), config)
     loader, everything = _Given(images, labels), np.arange(8)
     plan = loop.plan_epoch(training, everything, labels.numpy(), global_batch=8, seed=0, epoch=1)
     assert loop.train_epoch(training, loader, plan).loss == pytest.approx((main_loss + 0.4 * aux_loss).item(), rel=1e-6)
     for batch_size in (8, 5):  # the mean does not depend on how it is cut
-        assert loop.evaluate(training, loader, everything, batch_size).loss == pytest.approx(main_loss.item(), rel=1e-6)
+        found = loop.evaluate(
+            training.model, loader, everything, global_batch=batch_size, class_weights=training.class_weights
+        )
+        assert found.loss == pytest.approx(main_loss.item(), rel=1e-6)
 
 
 # --- schedules and early stopping ---
@@ -476,20 +554,24 @@ def test_early_stopping(tree: PngTree, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_plots")
 def test_keep_checkpoints(keep: int, left: set[int], tree: PngTree, tmp_path: Path) -> None:
     train(config_for(tree, tmp_path, epochs=3, keep_checkpoints=keep))
-    assert {path.name for path in (tmp_path / "mobilenet" / "fold_1").glob("*.pth")} == {
+    assert {path.name for path in (tmp_path / "tiny" / "fold_1").glob("*.pth")} == {
         "best_model.pth",
         *(f"checkpoint_epoch_{epoch}.pth" for epoch in left),
     }
 
 
-def final_weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    (last,) = (output_dir / "mobilenet" / "fold_1").glob("checkpoint_epoch_*.pth")
-    return torch.load(last, weights_only=True)["state"]["model"]
+Weights = dict[str, torch.Tensor]
+
+
+def final_weights(output_dir: Path) -> Weights:
+    (last,) = (output_dir / "tiny" / "fold_1").glob("checkpoint_epoch_*.pth")
+    weights: Weights = torch.load(last, weights_only=True)["state"]["model"]
+    return weights
 
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Bit for bit, but for the times."""
-    ours, theirs = (read_json(folder / "mobilenet" / "fold_1" / "metrics.json") for folder in (one, other))
+    ours, theirs = (read_json(folder / "tiny" / "fold_1" / "metrics.json") for folder in (one, other))
     assert without_times(ours["history"]) == without_times(theirs["history"])
     for name in ("test_loss", "test_accuracy", "macro_f1", "confusion_matrix", "best_epoch", "stopped_early"):
         assert ours[name] == theirs[name]
@@ -503,8 +585,9 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert not differ
 
 
-def load_best(output_dir: Path) -> dict[str, torch.Tensor]:
-    return torch.load(output_dir / "mobilenet" / "fold_1" / "best_model.pth", weights_only=True)
+def load_best(output_dir: Path) -> Weights:
+    weights: Weights = torch.load(output_dir / "tiny" / "fold_1" / "best_model.pth", weights_only=True)
+    return weights
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -521,8 +604,8 @@ class _Interrupted(Exception):
 
 
 def interrupt_after_epoch(epoch: int) -> Hooks:
-    def epoch_done(entry: dict[str, float | int]) -> None:
-        if entry["epoch"] == epoch:
+    def epoch_done(record: EpochRecord) -> None:
+        if record.epoch == epoch:
             raise _Interrupted
 
     return Hooks(epoch_done=epoch_done)
@@ -596,7 +679,7 @@ def test_resume_leaves_no_trace(
     done = {"after epoch 1": 1, "after epoch 3": 3, "after the last epoch": 4, "in training": 2, "in validation": 1}[
         where
     ]
-    assert f"{tmp_path}/mobilenet/fold_1: resuming after epoch {done}" in log
+    assert f"{tmp_path}/tiny/fold_1: resuming after epoch {done}" in log
     assert_same_run(tmp_path, uninterrupted(options))
     if run == "plateau until halved":
         assert len({entry["learning_rate"] for entry in metrics["history"]}) > 1
@@ -638,7 +721,6 @@ def test_resume_in_the_middle_of_the_report(
     def fails(*_: object) -> None:
         raise _Interrupted
 
-    compute_metrics = fold_module.compute_metrics
     monkeypatch.setattr(fold_module, "compute_metrics", fails)
     with pytest.raises(_Interrupted):
         train(config_for(tree, tmp_path, **options))
@@ -673,7 +755,7 @@ def test_resume_of_another_run_is_refused(tree: PngTree, tmp_path: Path, capsys:
 @pytest.mark.usefixtures("no_plots")
 def test_resume_with_nothing_to_resume(tree: PngTree, tmp_path: Path) -> None:
     _, log = train(config_for(tree, tmp_path / "resumed", resume=True))
-    assert f"{tmp_path}/resumed/mobilenet/fold_1: no checkpoint to resume from; starting at the beginning" in log
+    assert f"{tmp_path}/resumed/tiny/fold_1: no checkpoint to resume from; starting at the beginning" in log
     train(config_for(tree, tmp_path / "fresh"))
     assert_same_run(tmp_path / "resumed", tmp_path / "fresh")
 
@@ -682,7 +764,7 @@ def test_resume_with_nothing_to_resume(tree: PngTree, tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_named(tree: PngTree, tmp_path: Path) -> None:
     with pytest.raises(_Interrupted):
         train(config_for(tree, tmp_path), interrupt_after_epoch(1))
-    path = tmp_path / "mobilenet" / "fold_1" / "checkpoint_epoch_1.pth"
+    path = tmp_path / "tiny" / "fold_1" / "checkpoint_epoch_1.pth"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(
         TrainingError, match=r"checkpoint_epoch_1\.pth: cannot be loaded .*; delete it and run again"
@@ -694,29 +776,28 @@ def test_a_damaged_checkpoint_is_named(tree: PngTree, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_plots")
 def test_finished_folds_are_skipped(tree: PngTree, tmp_path: Path) -> None:
     metrics, _ = train(config_for(tree, tmp_path, epochs=1, fold=2))
-    folder = tmp_path / "mobilenet" / "fold_2"
+    folder = tmp_path / "tiny" / "fold_2"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     log: list[str] = []
-    summary = run_cross_validation(config_for(tree, tmp_path, epochs=1, fold=None, resume=True), log.append)[
-        "mobilenet"
-    ]
+    summary = run_cross_validation(config_for(tree, tmp_path, epochs=1, fold=None, resume=True), log.append)["tiny"]
     assert f"fold 2: finished before, test accuracy {metrics['test_accuracy']:.2%}" in log
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-    assert list(summary["fold_accuracies"]) == ["fold_1", "fold_2", "fold_3"]
-    assert summary["fold_accuracies"]["fold_2"] == metrics["test_accuracy"]
+    assert [entry.fold for entry in summary.folds] == [1, 2, 3]
+    assert summary.folds[1].scores["test_accuracy"] == metrics["test_accuracy"]
+    assert read_json(tmp_path / "tiny" / "summary.json") == summary.to_json()
 
 
 @pytest.mark.usefixtures("no_plots")
 def test_an_earlier_run_is_set_aside(tree: PngTree, tmp_path: Path) -> None:
     """A forgotten --resume must not cost the results of hours."""
-    root = tmp_path / "mobilenet"
+    root = tmp_path / "tiny"
     kept = []
     for run, rate in enumerate((1e-3, 2e-3, 3e-3)):
         metrics, log = train(config_for(tree, tmp_path, epochs=1, learning_rate=rate))
         kept.append(metrics)
         assert any("holds an earlier run, which is now" in line for line in log) == (run > 0)
     names = ("fold_1.previous", "fold_1.previous2", "fold_1")
-    assert sorted(path.name for path in root.glob("[!.]*")) == sorted([*names, "summary.json", "run_status.json"])
+    assert sorted(path.name for path in root.glob("[!.]*")) == sorted([*names, *MODEL_FILES])
     assert [read_json(root / name / "metrics.json") for name in names] == kept
     assert files_below(root / "fold_1.previous") == files_below(root / "fold_1")
 
@@ -744,7 +825,7 @@ def test_divergence(
     assert line.startswith("quaclrs-train: error: ")
     assert line.count("\n") == 1
     assert expected in line
-    assert not (tmp_path / "mobilenet" / "fold_1" / "metrics.json").exists()
+    assert not (tmp_path / "tiny" / "fold_1" / "metrics.json").exists()
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -754,12 +835,12 @@ def test_an_epoch_without_finite_predictions_is_never_the_best(
     """Of NaN scores class 0 is the prediction, and may look better than honest ones; and NaN has no place in JSON."""
     evaluate, calls = loop.evaluate, []
 
-    def first_is_nan(*arguments: Any) -> loop.Evaluation:
+    def first_is_nan(*arguments: Any, **options: Any) -> loop.Evaluation:
         calls.append(arguments)
-        found = evaluate(*arguments)
+        found = evaluate(*arguments, **options)
         return dataclasses.replace(found, loss=math.nan, accuracy=1.0) if len(calls) == 1 else found
 
-    monkeypatch.setattr(loop, "evaluate", first_is_nan)
+    monkeypatch.setattr(trainer, "evaluate", first_is_nan)
     metrics, _ = train(config_for(tree, tmp_path, epochs=2))
     assert metrics["best_epoch"] == 2
     assert [entry["val_loss"] is None for entry in metrics["history"]] == [True, False]
@@ -770,11 +851,11 @@ def test_an_epoch_without_finite_predictions_is_never_the_best(
 
 @pytest.mark.usefixtures("no_plots")
 def test_frozen_features_keep_their_bits(tree: PngTree, tmp_path: Path) -> None:
-    train(config_for(tree, tmp_path, freeze_features=True, weight_decay=0.1))
+    train(config_for(tree, tmp_path, model_name="mobilenet", freeze_features=True, weight_decay=0.1))
     torch.manual_seed(int(np.random.SeedSequence([42, 1]).generate_state(1)[0]))
     fresh = torchvision_models.mobilenet_v2(weights=None)
     fresh.classifier[1] = nn.Linear(fresh.last_channel, 3)
-    found = load_best(tmp_path)
+    found = torch.load(tmp_path / "mobilenet" / "fold_1" / "best_model.pth", weights_only=True)
     for name, value in fresh.named_parameters():
         assert torch.equal(found[name], value) == (not name.startswith("classifier.1.")), name
 
@@ -833,19 +914,11 @@ def test_the_bar_shows_sums_of_one_moment(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_line_of_an_epoch() -> None:
-    entry = {
-        **{
-            "epoch": 3,
-            "learning_rate": 5e-4,
-            "train_loss": 1.25,
-            "train_accuracy": 0.5,
-            "val_loss": 1.5,
-            "val_accuracy": 0.25,
-        },
-        **{"train_images_per_s": 1234.4, "train_data_wait": 0.125},
-    }
-    assert epoch_line(entry, 30) == (
+    shown = {"train_loss": 1.25, "train_accuracy": 0.5, "train_images_per_s": 1234.4, "train_data_wait": 0.125}
+    validation = {"val_loss": 1.5, "val_accuracy": 0.25, "val_images_per_s": 9.0, "val_data_wait": 0.0}
+    seconds = {"train_seconds": 2.0, "val_seconds": 1.0}
+    record = EpochRecord.from_json({"epoch": 3, "learning_rate": 5e-4, **shown, **validation, **seconds})
+    assert epoch_line(record, 30) == (
         "epoch 3/30: train loss 1.2500, accuracy 50.00%; validation loss 1.5000, accuracy 25.00%; 1234 images/s, "
-        "waiting for data 12.5%; "
-        "learning rate 0.0005"
+        "waiting for data 12.5%; learning rate 0.0005"
     )

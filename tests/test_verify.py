@@ -381,10 +381,7 @@ def test_a_folder_without_manifest(tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{tmp_path / 'manifest.json'}: no such file (a packing was begun here: run ")
     with pytest.raises(ShardError) as caught:
         ShardSet(tmp_path / "nowhere")
-    assert (
-        str(caught.value)
-        == f"{tmp_path / 'nowhere' / 'manifest.json'}: no such file; make shards with tools/shard_dataset.py"
-    )
+    assert str(caught.value) == f"{tmp_path / 'nowhere' / 'manifest.json'}: no such file; make shards with quaclrs-pack"
 
 
 def test_shards_travel_to_worker_processes(png_shards: Path) -> None:

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Peer: a bare DALI pipeline with DALI's own WebDataset reader on our png shards and their index files, as its manual
-has it.
+"""Peer: a bare DALI pipeline with DALI's own WebDataset reader on our png shards and their index files.
 
-Decoding ("mixed" where there is a GPU), linear antialiased resize, normalisation in the pipeline; batches are handed
-over by DLPack, which copies nothing. DALI keeps two batches prepared, also between epochs. Threads are its workers: at
-least one. Compared: every value, which by DALI's resize may be up to 16 levels off Pillow's at an image's border, and
-in the mean half a level.
+The pipeline follows DALI's manual: decoding ("mixed" on a GPU), linear antialiased resize, normalisation. Batches are
+handed over by DLPack, without a copy. DALI keeps two batches prepared, also between epochs. Its threads are the
+workers; it needs at least one. Every value is checked: DALI's own resize may differ from Pillow's by up to 16 levels at
+an image's border, and by half a level in the mean.
 
-Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+Speaks the protocol of serving.py; harness/peer_process.py starts it and sets the PYTHONPATH.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
+from torch.utils.dlpack import from_dlpack
+
 from peers.serving import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -26,8 +28,8 @@ from peers.serving import (
     make_parser,
     on_gpu,
     parse,
+    read_sample_numbers,
     serve_epochs,
-    shard_numbers,
 )
 
 TOLERANCE = Tolerance(most=16, mean=0.5)
@@ -45,15 +47,14 @@ def main() -> None:
     def epoch() -> Iterator[tuple[torch.Tensor, Any]]:
         for start in range(0, samples, batch_size):
             output, _, sources = pipeline.run()
-            images = torch.from_dlpack(output.as_tensor())[
-                : samples - start
-            ]  # the last batch repeats samples to be whole
+            images = from_dlpack(output.as_tensor())
+            images = images[: samples - start]  # DALI fills the last batch with repeated samples
             yield images.permute(0, 3, 1, 2), (sources, len(images))
 
-    number = shard_numbers(tars)
+    number = read_sample_numbers(tars)
 
     def numbers_of(sources: tuple[Any, int]) -> list[int]:
-        files, count = sources  # of each sample: its tar, its offset and its name there
+        files, count = sources  # per sample: its tar, its offset there and its file name
         return [number[bytes(files.at(i)).decode().rpartition(":")[2].partition(".")[0]] for i in range(count)]
 
     serve_epochs(
@@ -61,24 +62,19 @@ def main() -> None:
     )
 
 
-def _pipeline(tars: list[str], options: Any, size: int) -> Any:
-    """Images (B, S, S, 3), labels, and where each sample came from."""
+def _pipeline(tars: list[str], options: argparse.Namespace, size: int) -> Any:
+    """Return a pipeline of images (B, S, S, 3), labels, and the source of each sample."""
     gpu = on_gpu(options)
 
-    @pipeline_def(
-        batch_size=options.batch_size,
-        num_threads=options.num_workers,
-        device_id=(torch.device(options.device).index or 0) if gpu else None,
-    )
-    def pipeline() -> Any:
-        readers: Any = fn.readers  # its type stub says that a reader returns nothing
+    def define() -> Any:
+        readers: Any = fn.readers  # DALI's type stub says that a reader returns nothing
         encoded, label = readers.webdataset(
             paths=tars,
             index_paths=[tar.removesuffix(".tar") + ".idx" for tar in tars],
             ext=["png", "cls"],
             random_shuffle=True,
             seed=1 + options.seed,
-            pad_last_batch=True,  # so that an epoch has each sample once, but for those that fill its last batch
+            pad_last_batch=True,  # an epoch then has each sample once, and repeats fill only its last batch
         )
         source = fn.get_property(encoded, key="source_info")
         decoded = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB)
@@ -88,7 +84,12 @@ def _pipeline(tars: list[str], options: Any, size: int) -> Any:
             images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="HWC", mean=mean, std=std)
         return images, label, source
 
-    return pipeline()
+    definition: Any = pipeline_def(  # DALI leaves its decorator untyped
+        batch_size=options.batch_size,
+        num_threads=options.num_workers,
+        device_id=(torch.device(options.device).index or 0) if gpu else None,
+    )
+    return definition(define)()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Peer: LitData, optimize() and StreamingDataset, in an environment over ours (requirements-litdata-datasets.txt).
 
---stored png: litdata.Image(path=...), the files' own bytes, as its manual prefers; LitData decodes them with
-torchvision, and v2's transforms follow in the workers. Compared: every value, within v2's resize (one level, 0.05 in
-the mean).
---stored raw: tensors of ready pixels, (S, S, 3) uint8; workers only collate. Compared: every value, equal to Pillow's.
-StreamingDataLoader with workers that stay, chunks of the default 64 MB, LitData's own shuffle. The folder is local and
-not copied.
+--stored png: litdata.Image(path=...), the files' own bytes, as its manual recommends. LitData decodes them with
+torchvision, and v2 transforms follow in the workers. Every value is checked: v2's resize may differ from Pillow's by
+one level, and by 0.05 in the mean.
+--stored raw: tensors of ready pixels, (S, S, 3) uint8; workers only collate. Every value is checked: equal to Pillow's.
 
-Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+StreamingDataLoader with persistent workers, chunks of the default 64 MB, LitData's own shuffle. The folder is local and
+read in place.
+
+Speaks the protocol of serving.py; harness/peer_process.py starts it and sets the PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -19,21 +20,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"  # it would ask the network
+os.environ["LITDATA_DISABLE_VERSION_CHECK"] = "1"  # the check would use the network
 
 import litdata  # type: ignore[import-not-found, unused-ignore]
 import numpy as np
 import torch
-from peers.images import collate, tensor_transform
+
+from peers.images import collate, make_tensor_transform
 from peers.serving import (
     EXACT,
     Delivery,
     Tolerance,
-    cores,
-    loader_options,
+    count_cores,
+    make_loader_options,
     make_parser,
     parse,
-    read_images,
+    read_image_files,
     serve_epochs,
 )
 
@@ -50,16 +52,16 @@ def main() -> None:
     png = options.stored == "png"
     store = options.work_dir / (f"litdata_png_{len(pixels)}" if png else f"litdata_raw_{len(pixels)}x{size}")
     if not store.is_dir():
-        files = read_images(options.images) if png else None
+        files = read_image_files(options.images) if png else None
         _write(store, len(pixels), partial(_from_file, files) if files else partial(_from_pixels, options.pixels))
     dataset = litdata.StreamingDataset(
         str(store),
         shuffle=True,
         drop_last=False,
         seed=42 + options.seed,
-        transform=partial(_transformed, tensor_transform(size, options.dtype)) if png else None,
+        transform=partial(_transformed, make_tensor_transform(size, options.dtype)) if png else None,
     )
-    loader = litdata.StreamingDataLoader(dataset, collate_fn=collate if png else None, **loader_options(options))
+    loader = litdata.StreamingDataLoader(dataset, collate_fn=collate if png else None, **make_loader_options(options))
     delivery = Delivery(options, size)
 
     def epoch() -> Iterator[tuple[torch.Tensor, Any]]:
@@ -80,7 +82,7 @@ def _write(store: Path, samples: int, sample: Any) -> None:
         list(range(samples)),
         str(unfinished),
         chunk_bytes=CHUNK_BYTES,
-        num_workers=cores(),
+        num_workers=count_cores(),
         mode="overwrite",
         verbose=False,
     )

@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""Peer: one memory-mapped array of all images, gathered by NumPy and normalised by torch. What a user writes in ten
-lines.
+"""Peer: one memory-mapped array of all images, gathered by NumPy and normalised by torch: ten lines of user code.
 
-Its workers are torch's threads: at least one. With --keep_buffer float32 goes into one buffer that every batch
-overwrites, for those who know what fresh pages cost. Compared: every value, equal to Pillow's.
+Its workers are torch's threads: at least one. With --keep_buffer, float32 goes into one buffer that every batch
+overwrites, which saves the cost of fresh pages. Every value is checked: equal to Pillow's.
 
-Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+Speaks the protocol of serving.py; harness/peer_process.py starts it and sets the PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -14,13 +13,16 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+
 from peers.serving import IMAGENET_MEAN, IMAGENET_STD, Delivery, make_parser, on_gpu, parse, serve_epochs
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--keep_buffer", action="store_true", help="float32: normalise into one buffer, by rows; 2 to 4 times faster"
+        "--keep_buffer",
+        action="store_true",
+        help="float32: normalise into one reused buffer, by rows; 2 to 4 times as fast",
     )
     options = parse(parser)
     torch.set_num_threads(options.num_workers)

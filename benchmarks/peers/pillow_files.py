@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Peer: the original trainer's way. A PNG tree, Pillow and torchvision's transforms in DataLoader's workers.
+"""Peer: the original trainer's way. A PNG tree, Pillow and torchvision's transforms in the DataLoader's workers.
 
 convert("RGB"), Resize, ToTensor and Normalize for each image; batches are collated in the worker, channels_last.
-Workers stay from epoch to epoch. Compared: every value, equal to Pillow's.
+Workers are persistent. Every value is checked: equal to Pillow's.
 
-Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+Speaks the protocol of serving.py; harness/peer_process.py starts it and sets the PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers.images import collate, pillow_transform
-from peers.serving import Delivery, loader_options, make_parser, parse, read_images, serve_epochs
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from peers.images import collate, make_pillow_transform
+from peers.serving import Delivery, make_loader_options, make_parser, parse, read_image_files, serve_epochs
+
 
 class Images(Dataset[tuple[torch.Tensor, int]]):
-    """The tree; the number stands where a user has the label, so that batches can be checked."""
+    """The PNG tree. The label is the sample number, so that batches can be checked."""
 
     def __init__(self, files: list[str], transform: Any) -> None:
         self.files = files
@@ -39,9 +40,9 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
 def main() -> None:
     options = parse(make_parser(__doc__))
     size = np.load(options.pixels, mmap_mode="r").shape[1]
-    dataset = Images(read_images(options.images), pillow_transform(size, options.dtype))
+    dataset = Images(read_image_files(options.images), make_pillow_transform(size, options.dtype))
     torch.manual_seed(options.seed)
-    loader = DataLoader(dataset, shuffle=True, collate_fn=collate, **loader_options(options))
+    loader = DataLoader(dataset, shuffle=True, collate_fn=collate, **make_loader_options(options))
     delivery = Delivery(options, size)
 
     def epoch() -> Iterator[tuple[torch.Tensor, list[int]]]:

@@ -1,4 +1,4 @@
-"""All peers, and how each is started: one entry is one row of the benchmark."""
+"""The list of all peers and how each is started: one entry is one row of the benchmark."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ class Entry:
     """One peer in one of its variants."""
 
     key: str
-    """For ``--only``."""
+    """Its name for ``--only``."""
     name: str
-    """Of its row: the project, and what it reads."""
+    """The name of its row: the project and what it reads."""
     script: str
-    """In this folder; its docstring says what was chosen and what is compared."""
+    """A file in this folder. Its docstring says which options were chosen and what is checked."""
     group: str
-    """DECODING: images are decoded while loading. READY: pixels of the size asked for lie ready."""
+    """DECODING: images are decoded while loading. READY: pixels of the final size are stored."""
     arguments: tuple[str, ...] = ()
     environment: str | None = None
-    """Its own environment, from ``requirements-{environment}.txt``; None where ours has all it needs."""
+    """Its own environment, from ``requirements-{environment}.txt``; None if ours has all it needs."""
     over_ours: bool = True
-    """Its environment takes from ours what it has not itself."""
+    """Whether packages that its environment lacks come from ours."""
     least_workers: int = 0
     dtypes: tuple[str, ...] = ("float32", "uint8")
     waits_passively: bool = True
-    """OMP_WAIT_POLICY=passive: torch's threads sleep when they wait for one another. Spinning, as is their default,
-    they fight other processes, and the peer's own workers, for the cores. Measured in turn on 2 shared cores: LitData
-    with 0 workers from 212 to 2,473 images/s spinning and from 7,535 to 9,073 sleeping; a memory map into one buffer
-    5,806 and 10,658. FFCV, which has threads of its own, gains nothing (6,335 and 6,204) and keeps the default."""
+    """Whether it runs with OMP_WAIT_POLICY=passive: torch's threads then sleep while they wait for one another. By
+    default they spin, and compete for the cores with other processes and the peer's own workers. Measured in turn on 2
+    shared cores, spinning and sleeping: LitData with 0 workers 212 to 2,473 and 7,535 to 9,073 images/s; a memory map
+    into one buffer 5,806 and 10,658. FFCV has its own threads, gains nothing (6,335 and 6,204) and keeps the default.
+    """
 
 
 PEERS = (

@@ -1,9 +1,11 @@
-"""What all peers' scripts share: arguments, the check of their pixels, and serving runs. Must import in any peer's
-environment.
+"""What all peer scripts share: arguments, the check of their pixels, and the protocol. Imports in any environment.
 
-{"ready": true, "versions": {...}, "check": {...}, "stored": {...}}    printed once all is made, checked and warm run
-->  {"images": n, "first_batch_s": ..., "device_s": ...}          for each such line of the input: one shuffled epoch
-over everything
+The protocol is JSON lines on the script's stdout:
+
+    {"ready": true, "versions": {...}, "check": {...}, "stored": {...}}
+        once, when the peer's store is written, its pixels are checked and it is warm
+    {"images": n, "first_batch_s": ..., "device_s": ...}
+        after one shuffled epoch over all samples, for each line "run" on stdin
 """
 
 from __future__ import annotations
@@ -25,25 +27,26 @@ import numpy as np
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-"""As in quaclrs/imaging/normalise.py, which a peer's environment does not have."""
+"""Copied from quaclrs/imaging/normalise.py: a peer's environment does not have quaclrs."""
 
 ROUNDING = 1e-5
-"""How far normalised values may be from float64's where pixels have to be equal; a level of a pixel is 0.017."""
+"""Allowed difference of normalised values from float64's when pixels must be equal; one level of a pixel is 0.017."""
 
 Epoch = Callable[[], Iterator[tuple[Any, Any]]]
-"""Starts a shuffled epoch: (images, numbers) batches, images (B, 3, S, S) as :func:`check_batch` wants them, numbers of
-any kind.
+"""Starts a shuffled epoch of (images, numbers) batches.
+
+Images are (B, 3, S, S) as :func:`check_batch` expects them; numbers may have any type.
 """
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a peer's pixels may be from Pillow's, in levels of 255; (0, 0) where they have to be equal."""
+    """How far a peer's pixels may be from Pillow's, in levels of 255; (0, 0) means equal."""
 
     most: float = 0
-    """Of one value."""
+    """The largest difference of one value."""
     mean: float = 0
-    """Over a batch."""
+    """The mean difference over a batch."""
 
 
 EXACT = Tolerance()
@@ -68,7 +71,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options; from here on what a library prints goes to stderr and is not taken for an answer."""
+    """Return the options. From here on stdout is redirected to stderr, so that a library's prints are no answers."""
     options = parser.parse_args()
     options.answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -80,25 +83,25 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
-def read_images(path: Path) -> list[str]:
-    """The PNG file of each sample, by sample number."""
+def read_image_files(path: Path) -> list[str]:
+    """Return the PNG file of each sample, in order of sample number."""
     with path.open(newline="", encoding="utf-8") as file:
         return [row["file"] for row in csv.DictReader(file)]
 
 
-def shard_numbers(tars: list[str]) -> dict[str, int]:
-    """The number of each sample by its key, from the shards' index files: samples are numbered in the shards' order."""
+def read_sample_numbers(tars: list[str]) -> dict[str, int]:
+    """Return sample numbers by key, from the shards' index files: samples are numbered in the order of the shards."""
     lines = [line for tar in tars for line in Path(tar).with_suffix(".idx").read_text().splitlines()[1:]]
     return {line.split()[3].partition(".")[0]: number for number, line in enumerate(lines)}
 
 
-def cores() -> int:
-    """For writing, which is not timed."""
+def count_cores() -> int:
+    """Return the number of usable cores, for writing stores, which is not timed."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def loader_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What everybody gives torch's DataLoader: workers that stay, and pinned memory where it goes to a GPU."""
+def make_loader_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of torch's DataLoader for every peer: persistent workers, and pinned memory for a GPU."""
     return {
         "batch_size": options.batch_size,
         "num_workers": options.num_workers,
@@ -108,20 +111,20 @@ def loader_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def on_gpu(options: argparse.Namespace) -> bool:
+    """Return whether batches must be on a CUDA device."""
     return str(options.device).startswith("cuda")
 
 
 class DeviceClock:
-    """The seconds between two CUDA events recorded before and after a block, None on the CPU; asked for when the block
-    is over.
-    """
+    """Times a block with two CUDA events, recorded before and after it; call :meth:`seconds` after the block."""
 
     def __init__(self, device: Any) -> None:
         self._events: list[Any] = []
         if str(device).startswith("cuda"):
             import torch
 
-            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            event: Any = torch.cuda.Event  # torch leaves it untyped
+            self._events = [event(enable_timing=True) for _ in range(2)]
 
     def __enter__(self) -> DeviceClock:
         for event in self._events[:1]:
@@ -133,7 +136,7 @@ class DeviceClock:
             event.record()
 
     def seconds(self) -> float | None:
-        """Waits for the device."""
+        """Wait for the device and return the seconds between the events; None on the CPU."""
         if not self._events:
             return None
         start, stop = self._events
@@ -141,17 +144,17 @@ class DeviceClock:
         return float(start.elapsed_time(stop)) / 1e3
 
 
-def bytes_on_disk(paths: Iterable[Path]) -> int:
-    """Of files, each counted once, and of all files in folders."""
+def count_bytes_on_disk(paths: Iterable[Path]) -> int:
+    """Return the size of ``paths``: of files, each counted once, and of all files in folders."""
     files = {file for path in set(paths) for file in (path.rglob("*") if path.is_dir() else (path,)) if file.is_file()}
     return sum(file.stat().st_size for file in files)
 
 
-class KeptBuffer:
-    """ImageNet normalisation by torch into one buffer used again for every batch: each batch is overwritten by the
-    next.
+class ReusedBuffer:
+    """ImageNet normalisation by torch into one buffer: each batch overwrites the one before.
 
-    The fastest that plain torch has on a CPU: no fresh pages, and whole rows instead of three channels to broadcast.
+    This is the fastest that plain torch can do on a CPU: no fresh pages, and whole rows instead of a broadcast over
+    three channels.
     """
 
     def __init__(self, batch_size: int, size: int) -> None:
@@ -161,7 +164,7 @@ class KeptBuffer:
         self._scale, self._bias = (torch.tensor(values).repeat(size) for values in scale_and_bias())
 
     def normalise(self, images: Any) -> Any:
-        """(B, S, S, 3) uint8 to the same in float32."""
+        """Return ``images``, (B, S, S, 3) uint8, normalised in float32."""
         import torch
 
         rows = self._values[: len(images)]
@@ -170,17 +173,15 @@ class KeptBuffer:
 
 
 def scale_and_bias() -> tuple[list[float], list[float]]:
-    """Normalisation of a level of 0..255 as one multiplication and one addition, per channel."""
+    """Return scale and bias per channel, so that ``level * scale + bias`` normalises a level of 0..255."""
     scale = [1 / (255 * std) for std in IMAGENET_STD]
     return scale, [-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
 
 
 class Delivery:
-    """The main process's part: a batch that workers made, on the device, in channels_last memory, normalised if
-    float32.
+    """The main process's part: moves a worker's batch to the device, in channels_last memory, normalised if float32.
 
-    Ready pixels are normalised here and not by the workers: these would send four times the bytes. On a GPU the GPU
-    does it.
+    Ready pixels are normalised here, on a GPU by the GPU: workers that normalise would send four times the bytes.
     """
 
     def __init__(self, options: argparse.Namespace, size: int) -> None:
@@ -188,30 +189,30 @@ class Delivery:
 
         self._device = torch.device(options.device)
         self._normalise = options.dtype == "float32"
-        self._kept = KeptBuffer(options.batch_size, size) if self._normalise and not on_gpu(options) else None
+        self._reused = ReusedBuffer(options.batch_size, size) if self._normalise and not on_gpu(options) else None
         self._scale, self._bias = (
             torch.tensor(values, device=self._device)[:, None, None] for values in scale_and_bias()
         )
 
     def pixels(self, values: Any) -> Any:
-        """(B, S, S, 3) uint8 on the CPU to (B, 3, S, S)."""
+        """Return ready pixels, (B, S, S, 3) uint8 on the CPU, as a batch (B, 3, S, S)."""
         import torch
 
-        if self._kept is not None:
-            return self._kept.normalise(values).permute(0, 3, 1, 2)
+        if self._reused is not None:
+            return self._reused.normalise(values).permute(0, 3, 1, 2)
         images = values.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
         return torch.addcmul(self._bias, images.to(torch.float32), self._scale) if self._normalise else images
 
     def images(self, images: Any) -> Any:
-        """(B, 3, S, S), finished by the workers but for the device."""
+        """Return a batch (B, 3, S, S) that workers have finished, on the device."""
         return images.to(self._device, non_blocking=True)
 
 
 def check_batch(batch: Any, pixels: np.ndarray, dtype: str, tolerance: Tolerance = EXACT) -> tuple[float, float]:
-    """Exit unless ``batch``, a (B, 3, S, S) tensor in channels_last memory, holds ``pixels`` (B, S, S, 3), normalised
-    if float32.
+    """Return the largest and the mean difference, in levels, between ``batch`` and ``pixels`` (B, S, S, 3) uint8.
 
-    Returns the largest and the mean difference, in levels.
+    Exits with a ``ValueError`` line unless ``batch`` is a (B, 3, S, S) tensor of ``dtype`` in channels_last memory,
+    normalised if float32, and within ``tolerance``.
     """
     served = batch.permute(0, 2, 3, 1)
     if not served.is_contiguous():
@@ -238,8 +239,9 @@ def check_batch(batch: Any, pixels: np.ndarray, dtype: str, tolerance: Tolerance
 def check_epoch(
     epoch: Epoch, pixels: np.ndarray, dtype: str, tolerance: Tolerance, number_of: Callable[[Any], Any]
 ) -> dict[str, float]:
-    """Exit unless an epoch has every sample of ``pixels`` once, and its first and last batch the pixels
-    it should have.
+    """Return the differences from ``pixels`` in the first and the last batch of an epoch.
+
+    Exits with a ``ValueError`` line unless the epoch has every sample once and both batches pass :func:`check_batch`.
     """
     seen: list[np.ndarray] = []
     checked: list[tuple[float, float]] = []
@@ -271,8 +273,11 @@ def serve_epochs(
     tolerance: Tolerance = EXACT,
     number_of: Callable[[Any], Any] = np.asarray,
 ) -> None:
-    """Check one epoch, then serve others; ``number_of`` makes sample numbers of what ``epoch`` gives beside the images,
-    and ``stored`` are the files and folders that it reads."""
+    """Check one epoch, then serve epochs until stdin ends.
+
+    ``number_of`` turns what ``epoch`` yields beside the images into sample numbers; ``stored`` are the files and
+    folders that the peer reads.
+    """
     pixels = np.load(options.pixels, mmap_mode="r")
     check = check_epoch(epoch, pixels, options.dtype, tolerance, number_of)
 
@@ -283,12 +288,10 @@ def serve_epochs(
             for images, _ in epoch():
                 first = first or time.perf_counter()
                 count += len(images)
-                images[
-                    :, 0, 0, 0
-                ].sum()  # one value of each image: a loader that only promises its batches gains nothing
+                images[:, 0, 0, 0].sum()  # reads one value of each image, so that a lazy loader gains nothing
         return {"images": count, "first_batch_s": first and first - started, "device_s": clock.seconds()}
 
-    serve(run, options, packages, check, {"bytes_per_image": bytes_on_disk(stored) / len(pixels)})
+    serve(run, options, packages, check, {"bytes_per_image": count_bytes_on_disk(stored) / len(pixels)})
 
 
 def serve(
@@ -298,8 +301,9 @@ def serve(
     check: dict[str, float] | None = None,
     stored: dict[str, float] | None = None,
 ) -> None:
-    """Say that all is ready, then ``run`` for each line "run" until the input ends; ``packages``: whose versions to
-    tell.
+    """Say that all is ready, then call ``run`` for each line "run" until stdin ends.
+
+    The versions of ``packages`` are part of the first answer.
     """
 
     def answer(**values: Any) -> None:

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Peer: MosaicML Streaming, MDSWriter and StreamingDataset, in an environment over ours (requirements-streaming.txt).
 
---stored png: a column of bytes, the files' own (the "png" column would compress them anew, to the same pixels), opened
-by Pillow as that column does, and the original's transforms in __getitem__, as its manual has it. Compared: every
-value, equal to Pillow's.
---stored raw: a column "ndarray:uint8:S,S,3" of ready pixels; workers only collate. Compared: every value, equal to
-Pillow's. DataLoader over StreamingDataset(local=...), workers that stay, shards of the default 64 MiB uncompressed, the
+--stored png: a column of the files' own bytes, opened by Pillow like its "png" column, which would compress the same
+pixels again; the original trainer's transforms in __getitem__, as in its manual. Every value is checked: equal to
+Pillow's.
+--stored raw: a column "ndarray:uint8:S,S,3" of ready pixels; workers only collate. Every value is checked: equal to
+Pillow's.
+
+A DataLoader over StreamingDataset(local=...) with persistent workers, shards of the default 64 MiB uncompressed, the
 default shuffle (py1e).
 
-Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+Speaks the protocol of serving.py; harness/peer_process.py starts it and sets the PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers.images import collate, pillow_transform
-from peers.serving import Delivery, loader_options, make_parser, parse, read_images, serve_epochs
 from PIL import Image
 from streaming import MDSWriter, StreamingDataset  # type: ignore[import-not-found, unused-ignore]
 from torch.utils.data import DataLoader
+
+from peers.images import collate, make_pillow_transform
+from peers.serving import Delivery, make_loader_options, make_parser, parse, read_image_files, serve_epochs
 
 
 class Decoded(StreamingDataset):  # type: ignore[misc, unused-ignore]
@@ -45,14 +48,14 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--stored", choices=("png", "raw"), default="raw")
     options = parse(parser)
-    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor is it written to
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
     pixels = np.load(options.pixels, mmap_mode="r")
     size = pixels.shape[1]
     png = options.stored == "png"
     store = options.work_dir / (f"streaming_png_{len(pixels)}" if png else f"streaming_raw_{len(pixels)}x{size}")
     if not store.is_dir():
         if png:
-            _write(store, "bytes", (Path(file).read_bytes() for file in read_images(options.images)))
+            _write(store, "bytes", (Path(file).read_bytes() for file in read_image_files(options.images)))
         else:
             _write(store, f"ndarray:uint8:{size},{size},3", map(np.array, pixels))
     reading = {
@@ -61,8 +64,8 @@ def main() -> None:
         "shuffle_seed": 9176 + options.seed,
         "batch_size": options.batch_size,
     }
-    dataset = Decoded(pillow_transform(size, options.dtype), **reading) if png else StreamingDataset(**reading)
-    loader = DataLoader(dataset, collate_fn=collate if png else None, **loader_options(options))
+    dataset = Decoded(make_pillow_transform(size, options.dtype), **reading) if png else StreamingDataset(**reading)
+    loader = DataLoader(dataset, collate_fn=collate if png else None, **make_loader_options(options))
     delivery = Delivery(options, size)
 
     def epoch() -> Iterator[tuple[torch.Tensor, Any]]:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Peer: torchvision alone. A PNG tree, decode_image and the v2 transforms in DataLoader's workers.
+"""Peer: torchvision alone. A PNG tree, decode_image and the v2 transforms in the DataLoader's workers.
 
-decode_image(mode=RGB) gives channels-last memory, which v2's resize, antialiased on uint8, and all that follows keep:
-the batch is stacked without another layout. Compared: every value, which by v2's resize may be one level off Pillow's,
-and in the mean 0.05.
+decode_image(mode=RGB) returns channels-last memory. v2's resize (antialiased, on uint8) and all later transforms keep
+that layout, so batches are stacked without a conversion. Every value is checked: v2's resize may differ from Pillow's
+by one level, and by 0.05 in the mean.
 
-Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+Speaks the protocol of serving.py; harness/peer_process.py starts it and sets the PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers.images import collate, tensor_transform
-from peers.serving import Delivery, Tolerance, loader_options, make_parser, parse, read_images, serve_epochs
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
+
+from peers.images import collate, make_tensor_transform
+from peers.serving import Delivery, Tolerance, make_loader_options, make_parser, parse, read_image_files, serve_epochs
 
 TOLERANCE = Tolerance(most=1, mean=0.05)
 
 
 class Images(Dataset[tuple[torch.Tensor, int]]):
-    """The tree; the number stands where a user has the label, so that batches can be checked."""
+    """The PNG tree. The label is the sample number, so that batches can be checked."""
 
     def __init__(self, files: list[str], transform: Any) -> None:
         self.files = files
@@ -41,13 +42,12 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
 
 def main() -> None:
     options = parse(make_parser(__doc__))
-    warnings.filterwarnings(
-        "ignore", message=".*TorchCodec"
-    )  # decode_image is deprecated since torchvision 0.29, but what is asked for
+    # decode_image is deprecated since torchvision 0.29, but it is the decoder to be measured
+    warnings.filterwarnings("ignore", message=".*TorchCodec")
     size = np.load(options.pixels, mmap_mode="r").shape[1]
-    dataset = Images(read_images(options.images), tensor_transform(size, options.dtype))
+    dataset = Images(read_image_files(options.images), make_tensor_transform(size, options.dtype))
     torch.manual_seed(options.seed)
-    loader = DataLoader(dataset, shuffle=True, collate_fn=collate, **loader_options(options))
+    loader = DataLoader(dataset, shuffle=True, collate_fn=collate, **make_loader_options(options))
     delivery = Delivery(options, size)
 
     def epoch() -> Iterator[tuple[torch.Tensor, list[int]]]:

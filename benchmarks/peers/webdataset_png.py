@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Peer: webdataset on our own png shards, with the pipeline of its manual.
 
-WebDataset(shardshuffle).shuffle(1000).decode("pil"), the original's transforms, batched in the workers; WebLoader over
-that, with workers that stay. Shards are shared out to the workers, so with more workers than shards some have nothing
-to do, and each worker ends an epoch with a smaller batch. Mixing the workers' samples once more in the main process,
-which the manual offers, would copy them, and is left out. Compared: every value, equal to Pillow's.
+WebDataset(shardshuffle).shuffle(1000).decode("pil"), then the original trainer's transforms, batched in the workers;
+WebLoader over that, with persistent workers. Each worker reads its own shards, so with more workers than shards some
+are idle, and each worker ends an epoch with a smaller batch. The manual's optional second shuffle in the main process
+would copy every sample, and is left out. Every value is checked: equal to Pillow's.
 
-Speaks as serving.py says; started by client.py, which sets the PYTHONPATH.
+Speaks the protocol of serving.py; harness/peer_process.py starts it and sets the PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
-from peers.images import collate, pillow_transform
-from peers.serving import Delivery, loader_options, make_parser, parse, serve_epochs, shard_numbers
+
+from peers.images import collate, make_pillow_transform
+from peers.serving import Delivery, make_loader_options, make_parser, parse, read_sample_numbers, serve_epochs
 
 SHUFFLE = 1000
-"""Samples in the shuffle buffer, as in the manual's examples; they wait there undecoded."""
+"""Samples in the shuffle buffer, as in the manual's examples; they are still encoded there."""
 
 
 def main() -> None:
@@ -34,17 +35,17 @@ def main() -> None:
         .shuffle(SHUFFLE)
         .decode("pil")
         .to_tuple("png", "__key__")
-        .map_tuple(pillow_transform(size, options.dtype), str)
+        .map_tuple(make_pillow_transform(size, options.dtype), str)
         .batched(options.batch_size, collation_fn=collate)
     )
-    loader = wds.WebLoader(dataset, **(loader_options(options) | {"batch_size": None}))
+    loader = wds.WebLoader(dataset, **(make_loader_options(options) | {"batch_size": None}))
     delivery = Delivery(options, size)
 
     def epoch() -> Iterator[tuple[torch.Tensor, list[str]]]:
         for images, keys in loader:
             yield delivery.images(images), keys
 
-    number = shard_numbers(tars)
+    number = read_sample_numbers(tars)
 
     def numbers_of(keys: Any) -> list[int]:
         return [number[key] for key in keys]

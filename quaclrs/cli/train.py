@@ -1,20 +1,30 @@
-"""``quaclrs-train``: the command line of the original trainer, and ours. Imports torch only once the flags are read."""
+"""``quaclrs-train``: parses the original trainer's flags and ours, then calls experiment/.
+
+The flags derive from the fields of :class:`TrainConfig`. torch is imported only after they are parsed.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import sys
+import typing
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quaclrs import __version__
 from quaclrs.cli.arguments import Parser, add_dataset_arguments, columns_of
-from quaclrs.config import AMP_DTYPES, COMPILERS, PARALLEL, SCHEDULERS, TrainConfig
+from quaclrs.config import TrainConfig
 from quaclrs.errors import UsageError, run_command, told_once
+from quaclrs.training.architectures import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from quaclrs.experiment.results import Summary
 
 PROGRAM = "quaclrs-train"
+_SEVERAL = "several processes"
+_GROUPS = ("reading", "model", "training", "run", _SEVERAL)
+"""Headings of ``--help``, each with the settings of that ``group``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the flags; ``--demo`` changes some defaults, and what is given beside it still counts."""
+    """Parse the flags. ``--demo`` changes some defaults; flags given beside it still count."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.demo:
@@ -37,7 +47,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def to_config(options: argparse.Namespace) -> TrainConfig:
-    """The run's configuration. Raises :class:`UsageError` naming a flag whose value cannot work."""
+    """Build the run's configuration. Raises :class:`UsageError` naming a flag whose value cannot work."""
     names = {field.name for field in dataclasses.fields(TrainConfig)} & set(vars(options))
     return TrainConfig(columns=columns_of(options), **{name: getattr(options, name) for name in names})
 
@@ -45,7 +55,8 @@ def to_config(options: argparse.Namespace) -> TrainConfig:
 def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     config = to_config(options)
 
-    from quaclrs.training.distributed import is_rank, launch, processes_wanted, run_rank
+    from quaclrs.training.distributed import is_rank, run_rank
+    from quaclrs.training.launcher import launch, processes_wanted
 
     if is_rank():
         return run_rank(lambda: _train_as_rank(config, options), PROGRAM)
@@ -55,7 +66,9 @@ def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if config.parallel:
         from quaclrs.experiment.fold_pool import run_in_parallel
 
-        _tell(config, run_in_parallel(config, processes_wanted(config.nproc, config.device, "--parallel folds")))
+        _print_summaries(
+            config, run_in_parallel(config, processes_wanted(config.nproc, config.device, "--parallel folds"))
+        )
         return 0
     if options.distributed:
         processes = processes_wanted(config.nproc, config.device, "--distributed")
@@ -72,18 +85,18 @@ def _train_as_rank(config: TrainConfig, options: argparse.Namespace) -> None:
 
 
 def _train_here(config: TrainConfig, demo: bool) -> None:
-    """Train in this process, be it alone or one of several; ``demo`` that its data are still to be made."""
+    """Train in this process, alone or as one of several; ``demo``: make the demo's dataset first."""
     from quaclrs.experiment.cross_validation import run_cross_validation
     from quaclrs.training.distributed import joined_world
-    from quaclrs.training.loop import Hooks
     from quaclrs.training.progress import console_hooks
+    from quaclrs.training.trainer import Hooks
 
     with joined_world(config.device) as world:
         if demo:
             with world.main_process_first():
                 config = _with_demo(config)
         if world.is_main:
-            _tell(config, run_cross_validation(config, print, console_hooks(config.epochs), world))
+            _print_summaries(config, run_cross_validation(config, print, console_hooks(config.epochs), world))
         else:
             run_cross_validation(config, lambda text: None, Hooks(), world)
 
@@ -95,6 +108,7 @@ def _with_demo(config: TrainConfig) -> TrainConfig:
 
 
 def _refuse_mixed_ways(config: TrainConfig, distributed: bool, rank: bool) -> None:
+    """Raise :class:`UsageError` for ways of using several processes that exclude each other."""
     if config.parallel and distributed:
         raise UsageError(
             "--distributed --parallel folds: processes either share each fold, or take whole folds; give one of the two"
@@ -105,20 +119,17 @@ def _refuse_mixed_ways(config: TrainConfig, distributed: bool, rank: bool) -> No
         raise UsageError(f"--nproc {config.nproc}: is about --distributed or --parallel folds; give one of them")
 
 
-def _tell(config: TrainConfig, summaries: dict[str, dict[str, Any]]) -> None:
-    from quaclrs.experiment.cross_validation import SUMMARY_FILE
+def _print_summaries(config: TrainConfig, summaries: dict[str, Summary]) -> None:
+    from quaclrs.experiment.results import SUMMARY_FILE
 
     for name, summary in summaries.items():
-        spread = "" if summary["std_test_accuracy"] is None else f" ± {summary['std_test_accuracy']:.2%}"
+        std, originals = summary.std("test_accuracy"), summary.mean("test_accuracy_originals")
         print(
-            f"{name}: test accuracy {summary['mean_test_accuracy']:.2%}{spread} over {summary['num_folds']} fold(s)"
-            f"{_originals(summary)}; results in {config.output_dir / name} (start with {SUMMARY_FILE} and fold_*/plots)"
+            f"{name}: test accuracy {summary.mean('test_accuracy'):.2%}{'' if std is None else f' ± {std:.2%}'} "
+            f"over {len(summary.folds)} fold(s)"
+            f"{'' if originals is None else f', {originals:.2%} on originals only'}; "
+            f"results in {config.output_dir / name} (start with {SUMMARY_FILE} and fold_*/plots)"
         )
-
-
-def _originals(summary: dict[str, Any]) -> str:
-    accuracy = summary["mean_test_accuracy_originals"]
-    return "" if accuracy is None else f", {accuracy:.2%} on originals only"
 
 
 def _parser() -> Parser:
@@ -126,93 +137,26 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--demo", action="store_true", help="make a small synthetic dataset, pack it, and train on it")
     add_dataset_arguments(parser.add_argument_group("data"), show_defaults=True)
-    _add_data_arguments(parser.add_argument_group("reading"))
-    _add_model_arguments(parser.add_argument_group("model"))
-    _add_training_arguments(parser.add_argument_group("training"))
-    _add_run_arguments(parser.add_argument_group("run"))
+    types = typing.get_type_hints(TrainConfig)
+    for name in _GROUPS:
+        group = parser.add_argument_group(name)
+        if name == _SEVERAL:
+            help_text = "each fold on all GPUs of this machine (elsewhere, use torchrun)"
+            group.add_argument("--distributed", action="store_true", help=help_text)
+        for field in dataclasses.fields(TrainConfig):
+            if field.metadata["group"] == name:
+                _add_flag(group, field, types[field.name])
     return parser
 
 
-def _add(group: Any, name: str, help_text: str, **options: Any) -> None:
-    """A flag whose default is the one of :class:`TrainConfig`."""
-    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    group.add_argument(f"--{name}", default=fields[name].default, help=help_text, **options)
-
-
-def _add_data_arguments(group: Any) -> None:
-    _add(
-        group,
-        "shards",
-        "folder of tools/shard_dataset.py; without it, the CSV's images are packed once",
-        type=Path,
-        metavar="DIR",
-    )
-    _add(group, "loader", "auto, resident, mapped, dali or files (Pillow)")
-    _add(group, "num_workers", "processes or threads that read and decode", type=int, metavar="N")
-    _add(group, "prefetch", "batches made ahead, where they are read from disk", type=int, metavar="N")
-    _add(group, "image_size", "pixels; the model's own size if not given", type=int, metavar="S")
-
-
-def _add_model_arguments(group: Any) -> None:
-    _add(
-        group,
-        "model_name",
-        "alexnet, vgg16, resnet18, mobilenet, inception, efficientnet or convnext; several with commas, or all",
-    )
-    _add(group, "pretrained", "start from ImageNet weights", action="store_true")
-    _add(group, "freeze_features", "train the head only", action="store_true")
-
-
-def _add_training_arguments(group: Any) -> None:
-    _add(group, "batch_size", "samples per step and process", type=int, metavar="B")
-    _add(group, "epochs", "at most", type=int, metavar="N")
-    _add(group, "patience", "epochs without a better validation accuracy before stopping", type=int, metavar="N")
-    _add(group, "learning_rate", "Adam's", type=float, metavar="LR")
-    _add(group, "weight_decay", "Adam's", type=float, metavar="WD")
-    _add(
-        group,
-        "scheduler",
-        "plateau halves the learning rate when validation stalls; cosine anneals it",
-        choices=SCHEDULERS,
-    )
-    _add(group, "use_amp", "automatic mixed precision", action="store_true")
-    _add(
-        group,
-        "amp_dtype",
-        "what it computes in; by default bfloat16 where the GPU is fast with it, else float16",
-        choices=AMP_DTYPES,
-    )
-    _add(group, "tf32", "let float32 on a GPU round to TF32, which is faster", action="store_true")
-    _add(
-        group,
-        "compile",
-        "inductor: torch.compile; cudagraph: capture each whole step, for small batches",
-        choices=COMPILERS,
-    )
-    _add(group, "sync_bn", "BatchNorm over the batches of all GPUs", action="store_true")
-    _add(group, "seed", "of weights and order", type=int)
-
-
-def _add_run_arguments(group: Any) -> None:
-    _add(group, "fold", "test this fold only; all folds if not given", type=int, metavar="K")
-    _add(group, "num_folds", "folds of the protocol", type=int, metavar="K")
-    _add(group, "device", "auto, cpu, cuda or cuda:N")
-    _add(group, "output_dir", "results go to {output_dir}/{model_name}/fold_{k}", type=Path, metavar="DIR")
-    _add(group, "resume", "go on where an interrupted run stopped; finished folds are kept", action="store_true")
-    _add(group, "keep_checkpoints", "regular checkpoints to keep per fold", type=int, metavar="N")
-    _add(group, "gradcam_per_class", "Grad-CAM images per class; 0 for none", type=int, metavar="N")
-    _add(
-        group,
-        "checkpoint_minutes",
-        "also write a checkpoint within an epoch each time so long has passed",
-        type=float,
-        metavar="MIN",
-    )
-    _add(
-        group, "profile", "write a profile of some steps of the first epoch, and what bounds them", action="store_true"
-    )
-    group.add_argument(
-        "--distributed", action="store_true", help="each fold on all GPUs of this machine (elsewhere, use torchrun)"
-    )
-    _add(group, "parallel", "folds: one process per GPU, each training whole folds", choices=PARALLEL)
-    _add(group, "nproc", "processes of the two above; needed on the CPU", type=int, metavar="N")
+def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], declared: Any) -> None:
+    """Add the flag of one field of :class:`TrainConfig`; its type is ``int`` for one declared ``int | None``."""
+    *first, last = ARCHITECTURES
+    help_text = field.metadata["help"].replace("{architectures}", f"{', '.join(first)} or {last}")
+    options: dict[str, Any] = {"default": field.default, "help": help_text}
+    field_type = next((part for part in typing.get_args(declared) if part is not type(None)), declared)
+    if field_type is bool:
+        options["action"] = "store_true"
+    else:
+        options |= {"type": field_type, "choices": field.metadata["choices"], "metavar": field.metadata["metavar"]}
+    group.add_argument(f"--{field.name}", **options)

@@ -1,63 +1,50 @@
-"""The folds of one or several models, one after another: open the data once, train, sum up."""
+"""The folds of one or several models, one after another, in one process: the data are opened once for all of them."""
 
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import torch
 
 from quaclrs.config import TrainConfig, default_num_workers
 from quaclrs.errors import UsageError, told_once
-from quaclrs.experiment.fold import (
-    METRICS_FILE,
-    Log,
-    Run,
-    agreed_global_batch,
-    fold_samples,
-    provenance,
-    read_document,
-    run_fold,
-)
+from quaclrs.experiment.fold import run_fold
+from quaclrs.experiment.results import FoldResult, Summary
+from quaclrs.experiment.run import Log, Run, agreed_global_batch, select_fold_samples
+from quaclrs.experiment.summary import write_summary
 from quaclrs.loaders import MemoryEstimate, build_loader, choose_loader, needs_shards
 from quaclrs.loaders.base import Loader, LoaderConfig
 from quaclrs.loaders.dataset import Dataset, open_dataset
 from quaclrs.loaders.resident import ResidentLoader
-from quaclrs.system.atomic_files import make_folder, write_json
+from quaclrs.system.atomic_files import make_folder
 from quaclrs.system.environment import free_memory
-from quaclrs.system.file_locks import folder_lock
 from quaclrs.system.signals import SignalHandler
-from quaclrs.training import loop
+from quaclrs.training.architectures import check_input_size, input_size, parse_model_names
+from quaclrs.training.device import pick_device, refuse_for_device
 from quaclrs.training.distributed import World
-from quaclrs.training.models import ARCHITECTURES, check_input_size, input_size
 from quaclrs.training.state import amp_dtype, set_tf32
-
-SUMMARY_FILE = "summary.json"
+from quaclrs.training.trainer import Hooks
 
 
 def run_cross_validation(
-    config: TrainConfig, log: Log = print, hooks: loop.Hooks | None = None, world: World | None = None
-) -> dict[str, dict[str, Any]]:
-    """Train and test the fold(s) of ``config``'s model(s); returns by model the summary that is also written to
-    ``summary.json``.
+    config: TrainConfig, log: Log = print, hooks: Hooks | None = None, world: World | None = None
+) -> dict[str, Summary]:
+    """Train and test the fold(s) of ``config``'s model(s); returns the summaries, also in ``summary.json``, by model.
 
     Everything that can be refused is refused before the first fold starts. Raises the errors of quaclrs.errors.
     """
-    with FoldRunner.opened(config, log, hooks, world) as place:
+    with FoldRunner.opened(config, log, hooks, world) as runner:
         for name, fold in tasks(config):
-            place.train(name, fold)
-        return place.summaries
+            runner.train(name, fold)
+        return runner.summaries
 
 
 def tasks(config: TrainConfig) -> list[tuple[str, int]]:
-    """Every (model, fold) of ``config``; models of one input size are neighbours, so that few loaders are made.
+    """List every (model, fold) of ``config``, models of one input size together, so that few loaders are made.
 
-    Raises :class:`UsageError` for an unknown model or a size that one cannot take.
+    Raises :class:`UsageError` for an unknown model or an image size that one of them cannot take.
     """
-    names = model_names(config.model_name)
+    names = parse_model_names(config.model_name)
     for name in names:
         check_input_size(name, image_size_of(name, config))
     names.sort(key=lambda name: image_size_of(name, config))
@@ -65,33 +52,20 @@ def tasks(config: TrainConfig) -> list[tuple[str, int]]:
     return [(name, fold) for name in names for fold in folds]
 
 
-def model_names(text: str) -> list[str]:
-    """The models of ``--model_name``: one, several with commas, or ``all``. Raises :class:`UsageError` for one that
-    there is not.
-    """
-    names = list(ARCHITECTURES) if text == "all" else [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if name not in ARCHITECTURES]
-    if unknown:
-        raise UsageError(
-            f"--model_name {unknown[0] or text}: choose one of {', '.join(ARCHITECTURES)}, several with commas, or all"
-        )
-    return list(dict.fromkeys(names))
-
-
 def image_size_of(name: str, config: TrainConfig) -> int:
-    """Pixels a side that the model ``name`` is trained on."""
+    """Side in pixels of the square images that the model ``name`` is trained on."""
     return input_size(name) if config.image_size is None else config.image_size
 
 
 class FoldRunner:
-    """What one process keeps over all folds and models: its device, the dataset, and the loader of one image size."""
+    """Trains folds in one process, keeping the device, the dataset and the loader of one image size between them."""
 
-    def __init__(self, config: TrainConfig, log: Log, hooks: loop.Hooks | None, world: World) -> None:
+    def __init__(self, config: TrainConfig, log: Log, hooks: Hooks | None, world: World) -> None:
         self._config, self._log, self._world = config, log, world
-        self._watch = SignalHandler(config.checkpoint_minutes)
-        self._hooks = hooks or loop.Hooks()
-        self.summaries: dict[str, dict[str, Any]] = {}
-        """By model, of the folds trained here and those found."""
+        self._signals = SignalHandler(config.checkpoint_minutes)
+        self._hooks = hooks or Hooks()
+        self.summaries: dict[str, Summary] = {}
+        """By model, over the folds trained here and those found in its folder. Rank 0 only."""
         with told_once():
             self._device = pick_device(config.device, world)
             refuse_for_device(config, self._device, world)
@@ -109,33 +83,32 @@ class FoldRunner:
     @classmethod
     @contextmanager
     def opened(
-        cls, config: TrainConfig, log: Log = print, hooks: loop.Hooks | None = None, world: World | None = None
+        cls, config: TrainConfig, log: Log = print, hooks: Hooks | None = None, world: World | None = None
     ) -> Iterator[FoldRunner]:
-        """A workplace for the block. Checks all that the folds will need."""
-        place = cls(config, log, hooks, world or World())
+        """Yield a runner that has checked everything that the folds of ``config`` need; close it after the block."""
+        runner = cls(config, log, hooks, world or World())
         try:
             with told_once():
-                place.check_folds()
-            if place._world.is_main:
+                runner.check_folds()
+            if runner._world.is_main:
                 make_folder(config.output_dir)
-            yield place
+            yield runner
         finally:
-            place.close()
+            runner.close()
 
     def check_folds(self) -> None:
-        """Raise what the dataset has against the folds of ``config``."""
+        """Raise :class:`UsageError` or :class:`TrainingError` for folds that the dataset cannot serve."""
         highest, config = int(self._dataset.fold.max()), self._config
         if highest > config.num_folds:
             raise UsageError(
                 f"{self._dataset.name}: has a fold {highest}, but the protocol has {config.num_folds}; give "
-                f"--num_folds {highest} or mend "
-                "the CSV"
+                f"--num_folds {highest} or mend the CSV"
             )
         for fold in dict.fromkeys(fold for _, fold in tasks(config)):
-            fold_samples(self._dataset, fold, config.num_folds)
+            select_fold_samples(self._dataset, fold, config.num_folds)
 
-    def train(self, name: str, fold: int) -> dict[str, Any]:
-        """Train and test one fold of the model ``name``; returns its metrics (on rank 0; other ranks get none).
+    def train(self, name: str, fold: int) -> FoldResult | None:
+        """Train and test one fold of the model ``name``; returns its result, on rank 0 at least.
 
         Raises :class:`Interrupted` after a signal, once the training is saved.
         """
@@ -149,20 +122,20 @@ class FoldRunner:
             image_size=size,
             global_batch=self._global_batches[name],
             world=self._world,
-            watch=self._watch,
+            signals=self._signals,
             log=self._log,
             hooks=self._hooks,
         )
-        with self._watch:  # only here: what has nothing to save can be stopped at once
-            metrics = run_fold(run, fold)
-            if self._world.is_main:  # after each fold, so that a later failure does not cost it
-                self.summaries[name] = write_summary(run, metrics)
-        if any(self._world.gather(self._watch.signal is not None)):
-            raise self._watch.interrupted(f"fold {fold}, which is done")
-        return metrics
+        with self._signals:  # only here: outside of a fold there is nothing to save, so a signal may end the process
+            result = run_fold(run, fold)
+            if self._world.is_main and result is not None:  # after each fold, so that a later failure keeps it
+                self.summaries[name] = write_summary(run, result)
+        if any(self._world.gather(self._signals.signal is not None)):
+            raise self._signals.interrupted(f"fold {fold}, which is done")
+        return result
 
     def close(self) -> None:
-        """Give back the loader and the data."""
+        """Close the loader and the dataset."""
         if self._loader is not None:
             self._loader.close()
         self._loader = None
@@ -181,9 +154,7 @@ class FoldRunner:
         return dataset
 
     def _loader_for(self, image_size: int) -> Loader:
-        """The loader of ``image_size``: the one there is, rendering its data at that size if it can, or else a new one
-        in its place.
-        """
+        """Return the loader of ``image_size``: the present one, resized if possible, or a new one in its place."""
         if self._loader is not None and self._loader_size != image_size:
             config = self._loader_config(image_size, self._parts)
             if not (isinstance(self._loader, ResidentLoader) and self._loader.resize(config)):
@@ -197,31 +168,31 @@ class FoldRunner:
     def _new_loader(self, image_size: int) -> Loader:
         dataset, config = self._dataset, self._config
         encoding = dataset.shards.encoding.name if dataset.shards else None
-        choice = choose_loader(config.loader, encoding, self._fit(image_size))
+        choice = choose_loader(config.loader, encoding, self._estimate_memory(image_size))
         if config.compile == "cudagraph" and choice.name != "resident":
             raise UsageError(
                 f"--compile cudagraph: takes its images from device memory, and --loader {choice.name} does not keep "
-                "them there; "
-                "use --loader resident"
+                "them there; use --loader resident"
             )
         self._log(f"loader: {choice.name} on {self._device} ({choice.reason})")
         self._parts = choice.parts
         return build_loader(choice, dataset, self._loader_config(image_size, choice.parts))
 
-    def _fit(self, image_size: int) -> MemoryEstimate | None:
-        """The data against the memory of the fullest device; None on the CPU, where the page cache keeps them anyway,
-        unless asked for.
+    def _estimate_memory(self, image_size: int) -> MemoryEstimate | None:
+        """Compare the data with the free memory of the fullest device.
+
+        None on the CPU, where the page cache holds the data anyway, unless ``--loader resident`` was given.
         """
         shards, on_gpu = self._dataset.shards, self._device.type == "cuda"
         if shards is None or not (on_gpu or self._config.loader == "resident"):
             return None
         free = free_memory(self._device) or 0
-        least = min(self._world.gather(free if on_gpu else free // self._beside))
+        least = min(self._world.gather(free if on_gpu else free // self._local_processes))
         return MemoryEstimate(needed=shards.memory_bytes(image_size), free=least, ranks=self._world.size)
 
     @property
-    def _beside(self) -> int:
-        """Processes like this one on this machine."""
+    def _local_processes(self) -> int:
+        """Number of training processes on this machine."""
         return self._config.nproc or self._world.local_size
 
     def _loader_config(self, image_size: int, parts: int) -> LoaderConfig:
@@ -231,116 +202,9 @@ class FoldRunner:
             image_size=image_size,
             device=self._device,
             dtype=amp_dtype(self._device, config),
-            max_batch=largest + 1,  # a lone last sample joins its neighbour
-            # more than there are processors only get in each other's way
-            num_workers=min(config.num_workers, max(1, default_num_workers() // self._beside)),
+            max_batch=largest + 1,  # a last batch of one sample joins the batch before it
+            # more workers than processors only slow each other down
+            num_workers=min(config.num_workers, max(1, default_num_workers() // self._local_processes)),
             prefetch=config.prefetch,
             part=(self._world.rank, parts) if parts > 1 else (0, 1),
         )
-
-
-def pick_device(wanted: str, world: World | None = None) -> torch.device:
-    """:func:`find_device`, and make it this process's own."""
-    device = find_device(wanted, world)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # batches keep one shape, so trying out algorithms pays
-        torch.cuda.set_device(device)  # for what asks nobody which device is meant: events, pinned memory, kernels
-    return device
-
-
-def find_device(wanted: str, world: World | None = None) -> torch.device:
-    """``auto`` is the GPU where there is one, of several processes each its own. Raises :class:`UsageError` for one
-    that is not there.
-    """
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {wanted}: choose auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        if device.index is not None and world and world.size > 1:
-            raise UsageError(
-                f"--device {wanted}: names one GPU, and {world.size} processes take one each; use --device cuda, and "
-                "CUDA_VISIBLE_DEVICES "
-                "to choose among them"
-            )
-        index = device.index if device.index is not None else world.local_rank if world else 0
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if index >= found:
-            raise UsageError(f"--device {wanted}: torch sees {found} CUDA device(s) here; use --device auto or cpu")
-        return torch.device("cuda", index)
-    return device
-
-
-def refuse_for_device(config: TrainConfig, device: torch.device, world: World) -> None:
-    """Raise :class:`UsageError` for what torch cannot do on ``device``."""
-    if config.sync_bn and device.type != "cuda":
-        raise UsageError("--sync_bn: torch synchronises BatchNorm between GPUs only; leave it out on the CPU")
-    if config.compile == "cudagraph" and (device.type != "cuda" or world.size > 1):
-        where = f"{world.size} processes" if world.size > 1 else str(device)
-        raise UsageError(
-            f"--compile cudagraph: captures the work of one GPU, and this is {where}; for several GPUs use --parallel "
-            "folds, or --compile "
-            "inductor"
-        )
-
-
-def write_summary(run: Run, result: dict[str, Any]) -> dict[str, Any]:
-    """Write ``summary.json`` over all folds that have results in the run's folder, those of other
-    processes included.
-    """
-    with folder_lock(run.folder):
-        return _write_summary(run, result)
-
-
-def _write_summary(run: Run, result: dict[str, Any]) -> dict[str, Any]:
-    by_fold = {int(result["fold"]): result}
-    for fold in range(1, run.config.num_folds + 1):
-        path = run.folder / f"fold_{fold}" / METRICS_FILE
-        if fold not in by_fold and path.is_file():
-            earlier = read_document(path)
-            if earlier.get("run") == run.identity(fold):
-                by_fold[fold] = earlier
-    folds = [by_fold[fold] for fold in sorted(by_fold)]
-    summary = {
-        "model_name": run.config.model_name,
-        "num_folds": len(folds),
-        **_mean_and_std(folds, "test_accuracy"),
-        **_mean_and_std(folds, "test_accuracy_originals"),
-        **_mean_and_std(folds, "macro_f1"),
-        "fold_accuracies": {f"fold_{result['fold']}": result["test_accuracy"] for result in folds},
-        "folds": [
-            {
-                name: result[name]
-                for name in (
-                    "fold",
-                    "test_accuracy",
-                    "test_loss",
-                    "test_accuracy_originals",
-                    "macro_f1",
-                    "best_epoch",
-                    "epochs_run",
-                    "train_images_per_s",
-                    "seconds",
-                )
-            }
-            for result in folds
-        ],
-        "seconds": sum(result["seconds"] for result in folds),
-        "train_images_per_s": statistics.median(result["train_images_per_s"] for result in folds),
-        **provenance(run),
-    }
-    write_json(run.folder / SUMMARY_FILE, summary)
-    return summary
-
-
-def _mean_and_std(folds: list[dict[str, Any]], name: str) -> dict[str, float | None]:
-    """Mean and sample standard deviation over the folds that have the value; None where there are too few."""
-    values = [result[name] for result in folds if result.get(name) is not None]
-    return {
-        f"mean_{name}": statistics.fmean(values) if values else None,
-        f"std_{name}": statistics.stdev(values) if len(values) > 1 else None,
-    }

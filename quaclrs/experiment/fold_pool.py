@@ -25,17 +25,20 @@ from typing import Any
 
 from quaclrs.config import TrainConfig
 from quaclrs.errors import Interrupted, QuaclrsError, TrainingError
-from quaclrs.experiment.cross_validation import SUMMARY_FILE, FoldRunner, find_device, refuse_for_device, tasks
-from quaclrs.experiment.fold import Log, model_folder, read_document
+from quaclrs.experiment.cross_validation import FoldRunner, tasks
+from quaclrs.experiment.results import SUMMARY_FILE, Summary, read_document
+from quaclrs.experiment.run import Log, model_folder
 from quaclrs.experiment.run_status import note
 from quaclrs.loaders import needs_shards
 from quaclrs.loaders.dataset import open_dataset
 from quaclrs.system.atomic_files import make_folder
 from quaclrs.system.processes import exit_with_parent, interrupts_held
 from quaclrs.system.signals import SignalHandler
-from quaclrs.training.distributed import World, share_processors
-from quaclrs.training.loop import Hooks
+from quaclrs.training.device import refuse_for_device, resolve_device
+from quaclrs.training.distributed import World
+from quaclrs.training.launcher import set_threads_per_process
 from quaclrs.training.progress import epoch_line
+from quaclrs.training.trainer import Hooks
 
 _POLL_S = 0.5
 Task = tuple[str, int]
@@ -47,7 +50,7 @@ def log_file(config: TrainConfig, fold: int) -> Path:
     return model_folder(config) / "logs" / f"fold_{fold}.log"
 
 
-def run_in_parallel(config: TrainConfig, processes: int, log: Log = print) -> dict[str, dict[str, Any]]:
+def run_in_parallel(config: TrainConfig, processes: int, log: Log = print) -> dict[str, Summary]:
     """Train the fold(s) of ``config``'s model(s) in ``processes`` processes; returns the summaries by model.
 
     Raises :class:`TrainingError` at the end when folds failed, naming each with its log; :class:`Interrupted` after a
@@ -55,13 +58,13 @@ def run_in_parallel(config: TrainConfig, processes: int, log: Log = print) -> di
     """
     config = dataclasses.replace(config, nproc=processes)
     to_do = tasks(config)
-    refuse_for_device(config, find_device(config.device), World())
+    refuse_for_device(config, resolve_device(config.device), World())
     _prepare_data(config, log)
     make_folder(config.output_dir)
     with SignalHandler() as watch:
         _Pool(config, to_do, log, watch).run()
     names = dict.fromkeys(name for name, _ in to_do)
-    return {name: read_document(config.output_dir / name / SUMMARY_FILE) for name in names}
+    return {name: Summary.from_json(read_document(config.output_dir / name / SUMMARY_FILE)) for name in names}
 
 
 def _prepare_data(config: TrainConfig, log: Log) -> None:
@@ -104,8 +107,8 @@ class _Pool:
     def run(self) -> None:
         self.waiting.extend(self.to_do)
         processes = min(self.config.nproc or 1, len(self.to_do))
-        share_processors(processes)
-        on_gpu = find_device(self.config.device).type == "cuda"
+        set_threads_per_process(processes)
+        on_gpu = resolve_device(self.config.device).type == "cuda"
         try:
             for i in range(processes):
                 self._start(f"cuda:{i}" if on_gpu else "cpu")
@@ -240,7 +243,7 @@ def _work(connection: Connection, config: TrainConfig) -> None:
             print(text, flush=True)
             say("log", f"{task[0][0]}: {text}")
 
-    hooks = Hooks(epoch_done=lambda entry: log(f"fold {task[0][1]}: {epoch_line(entry, config.epochs)}"))
+    hooks = Hooks(epoch_done=lambda record: log(f"fold {task[0][1]}: {epoch_line(record, config.epochs)}"))
     try:
         with FoldRunner.opened(config, log, hooks) as place:
             say("ready", None)

@@ -1,4 +1,8 @@
-"""Where an image's cells lie: the first pixel of each row and column of cells."""
+"""The layout of an image: at which pixel each row and each column of its cells starts.
+
+matplotlib's Agg renderer, without antialiasing, starts cell i of n at pixel ``floor(i · pixels / n + 0.5)``:
+:func:`even_edges`. Other images may have any edges.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,17 @@ from quaclrs.imaging.resample import MAX_SIDE
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """An image of ``height`` × ``width`` pixels, cut into ``rows`` × ``columns`` cells of one colour each. Hashable.
+    """How an image of ``height`` × ``width`` pixels divides into ``rows`` × ``columns`` cells of one colour. Hashable.
 
-    Raises ``ValueError`` when the edges do not start at 0, do not rise, or leave the image.
+    Raises ``ValueError`` if edges do not start at 0, do not increase, or lie outside the image.
     """
 
     height: int
     width: int
     row_edges: tuple[int, ...]
-    """First pixel row of each row of cells, beginning with 0."""
+    """First pixel row of each row of cells; the first is 0."""
     column_edges: tuple[int, ...]
-    """First pixel column of each column of cells, beginning with 0."""
+    """First pixel column of each column of cells; the first is 0."""
 
     def __post_init__(self) -> None:
         _check_edges("row", self.row_edges, self.height)
@@ -30,17 +34,17 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        """Cells from top to bottom."""
+        """Number of rows of cells."""
         return len(self.row_edges)
 
     @property
     def columns(self) -> int:
-        """Cells from left to right."""
+        """Number of columns of cells."""
         return len(self.column_edges)
 
     @property
     def cells(self) -> int:
-        """Bytes of one grid."""
+        """Number of cells, which is the number of bytes of a grid."""
         return self.rows * self.columns
 
     @property
@@ -49,12 +53,12 @@ class Layout:
         return self.height, self.width
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; :meth:`from_dict` turns it back."""
+        """The layout as JSON-able values; :meth:`from_dict` is the inverse."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> Layout:
-        """Raises ``ValueError`` (also for missing keys or values that are not integers)."""
+        """The inverse of :meth:`to_dict`. Raises ``ValueError``, also for missing keys and for other values."""
         try:
             return cls(
                 height=_integer(document["height"]),
@@ -67,11 +71,9 @@ class Layout:
 
 
 def even_edges(cells: int, pixels: int) -> tuple[int, ...]:
-    """First pixels of ``cells`` even cells on ``pixels``: ``floor(i * pixels / cells + 0.5)``, in exact integer
-    arithmetic.
+    """First pixel of each of ``cells`` even cells: ``floor(i · pixels / cells + 0.5)``, in exact integer arithmetic.
 
-    This is where matplotlib's Agg renderer starts the i-th of n cells without antialiasing. ``cells`` is at most
-    ``pixels``.
+    ``cells`` is at most ``pixels``, else ``ValueError``.
     """
     if not 1 <= cells <= pixels:
         raise ValueError(f"cannot draw {cells} cells on {pixels} pixels")
@@ -79,7 +81,7 @@ def even_edges(cells: int, pixels: int) -> tuple[int, ...]:
 
 
 def even_layout(height: int, width: int, rows: int, columns: int) -> Layout:
-    """A ``height`` × ``width`` image of ``rows`` × ``columns`` even cells, as matplotlib draws them."""
+    """The layout of ``rows`` × ``columns`` cells that matplotlib draws on ``height`` × ``width`` pixels."""
     return Layout(
         height=height, width=width, row_edges=even_edges(rows, height), column_edges=even_edges(columns, width)
     )

@@ -1,4 +1,8 @@
-"""Host memory for batches."""
+"""Host memory for batches, aligned for the CPU kernels.
+
+A batch is channels_last and starts on a cache line. NumPy allocates the memory because it asks the operating system for
+huge pages, which torch does not.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +13,22 @@ import torch
 from numpy.typing import NDArray
 
 _ALIGNMENT = 64
-"""Bytes: a cache line, and enough for any vector store that goes past the caches."""
+"""Bytes: one cache line, which is enough for any vector store that bypasses the caches."""
 _INTEGER_OF_SIZE = {1: np.uint8, 2: np.int16, 4: np.int32}
 
 
 def batch_bytes(images: int, size: int, dtype: torch.dtype) -> int:
-    """What a batch needs, the search for a cache line included."""
+    """Bytes of memory for a batch, including room to align it."""
     return images * size * size * 3 * dtype.itemsize + _ALIGNMENT
 
 
 def host_bytes(images: int, size: int, dtype: torch.dtype) -> NDArray[np.uint8]:
-    """Memory of undefined content that :func:`as_batch` can make a batch of. NumPy asks the kernel for huge pages,
-    torch does not.
-    """
+    """Uninitialised memory for one batch, to be passed to :func:`as_batch`."""
     return np.empty(batch_bytes(images, size, dtype), np.uint8)
 
 
 def as_batch(memory: NDArray[np.uint8], images: int, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """(images, 3, size, size) ``dtype``, channels_last, in ``memory``, beginning on a cache line."""
+    """A batch (images, 3, size, size) of ``dtype``, channels_last, in ``memory``, aligned to a cache line."""
     shape = (images, size, size, 3)
     start = -memory.ctypes.data % _ALIGNMENT
     values = (

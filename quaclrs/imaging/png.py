@@ -1,7 +1,8 @@
-"""PNG bytes to RGB pixels, with every way a file can be bad told apart.
+"""PNG bytes → RGB pixels, or a :class:`DataError` that says what is wrong with the file.
 
-Pillow decodes, and says what is wrong with a file. Only that a file is good can be proven without it, in a third of its
-time.
+Pillow decodes, and its errors say what is wrong. :mod:`quaclrs.imaging.png_check` can prove without decoding that a
+file is good, in a third of Pillow's time. It cannot say what is wrong with any other file; Pillow then decides. Files
+that Pillow accepts although pixels are missing are refused here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from quaclrs.errors import DataError
@@ -31,60 +33,60 @@ _END_CHUNK = b"\0\0\0\0IEND\xae\x42\x60\x82"
 _BIT_DEPTH_OFFSET = 24
 
 PLAIN_MODES = ("RGB", "RGBA")
-"""8-bit colour as the dataset has it; any other mode is converted by Pillow before anything else sees it."""
+"""Modes of 8-bit colour, which the dataset has. Pillow converts any other mode before other decoders see the image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PngFacts:
-    """What decoding a PNG told about it."""
+    """The properties of a PNG that packing records."""
 
     width: int
     height: int
     mode: str
     """Pillow's mode: RGBA, RGB, P, L, LA, I;16, ..."""
     bits: int
-    """Per channel, in the file; Pillow keeps 8 of 16 in colour images."""
+    """Bits per channel in the file; of 16 bits, Pillow keeps 8 in colour images."""
     transparent: bool
-    """Some pixel is not opaque; converting to RGB drops that."""
+    """Whether some pixel is not opaque; converting to RGB drops the alpha channel."""
 
     @property
     def plain(self) -> bool:
-        """8-bit RGB or RGBA: every decoder agrees with Pillow on it."""
+        """Whether it is 8-bit RGB or RGBA, which every decoder decodes as Pillow does."""
         return self.mode in PLAIN_MODES and self.bits == 8
 
 
 def decode_png(data: bytes, name: str) -> tuple[Image.Image, PngFacts]:
-    """Check and decode one PNG: the RGB image as Pillow's ``convert("RGB")`` makes it, and its facts.
+    """Check and decode one PNG: Pillow's ``convert("RGB")`` of it, and its facts.
 
-    ``name`` names the image in messages. Raises :class:`DataError` when the bytes are not a PNG, a chunk's CRC is
-    wrong, the file is cut short or its pixels are not all there, or it is a decompression bomb.
+    ``name`` stands for the image in messages. Raises :class:`DataError` if the bytes are not a PNG, a chunk's CRC is
+    wrong, the file is truncated, pixels are missing, or the image is a decompression bomb.
     """
-    image = _checked(data, name)
-    return _guarded(lambda: image.convert("RGB"), name), _facts(image, data)
+    image = _load_checked(data, name)
+    return _refusing_errors(lambda: image.convert("RGB"), name), _facts(image, data)
 
 
 def check_png(data: bytes, name: str) -> PngFacts:
-    """The facts of :func:`decode_png` and its errors, without the image."""
-    return _proven_facts(data) or _facts(_checked(data, name), data)
+    """The facts and the errors of :func:`decode_png`, without decoding where that is not needed."""
+    return _proven_facts(data) or _facts(_load_checked(data, name), data)
 
 
-def to_rgb(data: bytes, name: str) -> np.ndarray:
-    """(H, W, 3) uint8 of a PNG already proven good; errors as :func:`decode_png`, without the check of CRCs."""
-    return np.asarray(_guarded(lambda: _open(data).convert("RGB"), name))
+def to_rgb(data: bytes, name: str) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 of a PNG that has been checked before. Errors as :func:`decode_png`, but CRCs are not checked."""
+    return np.asarray(_refusing_errors(lambda: _open(data).convert("RGB"), name))
 
 
-def resize_rgb(image: Image.Image, size: int) -> np.ndarray:
-    """(size, size, 3) uint8: the original's resize, antialiased bilinear, aspect ratio not kept."""
+def resize_rgb(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """(size, size, 3) uint8: antialiased bilinear resize, as in the original trainer; the aspect ratio is not kept."""
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _proven_facts(data: bytes) -> PngFacts | None:
-    """The facts of an image that is proven to be good; None for any other, good or bad."""
+    """The facts of an image that png_check proves to be good; None if it proves nothing."""
     stream = read_stream(data)
     if stream is None:
         return None
     try:
-        image = _guarded(lambda: _open(data), "")  # reads what comes before the pixels
+        image = _refusing_errors(lambda: _open(data), "")  # reads only the chunks before the pixels
     except DataError:
         return None
     transparent = is_transparent(stream)
@@ -103,32 +105,37 @@ def _facts(image: Image.Image, data: bytes) -> PngFacts:
     )
 
 
-def _checked(data: bytes, name: str) -> Image.Image:
+def _load_checked(data: bytes, name: str) -> Image.Image:
+    """The decoded image, in its own mode. Raises :class:`DataError` if the file is bad in any way."""
     if not data.startswith(PNG_SIGNATURE):
         raise DataError(f"{name}: not a PNG ({_guess_kind(data)}); convert it to PNG or take its row out of the CSV")
 
     def verify_then_load() -> Image.Image:
-        if data.rfind(_END_CHUNK) < 0:  # Pillow does without the last bytes, other decoders do not
+        if data.rfind(_END_CHUNK) < 0:  # Pillow accepts a file without these bytes, other decoders do not
             raise EOFError("the end of the file is missing")
-        stream = read_stream(data)  # checks CRCs in a third of the time that Pillow takes, but cannot say what is wrong
+        stream = read_stream(data)  # checks CRCs in a third of Pillow's time, but cannot say what is wrong
         if stream is None:
-            _open(data).verify()  # afterwards that image object is spent
+            _open(data).verify()  # the image object cannot be used afterwards
         image = _open(data)
         image.load()
-        _refuse_what_pillow_takes(image, stream)
+        _refuse_incomplete(image, stream)
         return image
 
-    return _guarded(verify_then_load, name)
+    return _refusing_errors(verify_then_load, name)
 
 
-def _refuse_what_pillow_takes(image: Image.Image, stream: Stream | None) -> None:
-    """Raise where other decoders would: Pillow leaves rows black that are missing from a stream with a proper end."""
+def _refuse_incomplete(image: Image.Image, stream: Stream | None) -> None:
+    """Raise for files that Pillow accepts and other decoders refuse.
+
+    Pillow leaves missing pixel rows black if the compressed stream has a proper end.
+    """
     if stream is None:
         raise SyntaxError("its chunks are not as the PNG specification has them")
     if image.mode == "P" and image.palette is None:
         raise SyntaxError("there is no palette before its pixels")
     last_row = image.crop((0, image.height - 1, image.width, image.height))
-    may_lack_rows = stream.interlaced or last_row.getbbox(alpha_only=False) is None  # else something was drawn there
+    # a last row that is not black was decoded, not left over
+    may_lack_rows = stream.interlaced or last_row.getbbox(alpha_only=False) is None
     if may_lack_rows and not has_all_rows(stream):
         raise EOFError("there are fewer pixel rows than the header says")
 
@@ -137,12 +144,12 @@ def _open(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=["PNG"])
 
 
-def _guarded(decode: Callable[[], Image.Image], name: str) -> Image.Image:
+def _refusing_errors(decode: Callable[[], Image.Image], name: str) -> Image.Image:
+    """``decode()``, with every error of Pillow turned into a :class:`DataError` in one line."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.filterwarnings(
-            "ignore", "Palette images with Transparency", UserWarning
-        )  # dropping it is what is asked for
+        # converting to RGB drops transparency on purpose
+        warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
         try:
             return decode()
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -170,9 +177,8 @@ def _guess_kind(data: bytes) -> str:
 def _is_transparent(image: Image.Image) -> bool:
     if "A" not in image.getbands() and "transparency" not in image.info:
         return False
-    if (
-        image.mode != "RGBA"
-    ):  # a tRNS chunk counts only when some pixel uses it; grey with alpha cannot be taken apart below
+    # a tRNS chunk counts only where a pixel uses it, and "raw", "A" does not exist for grey with alpha
+    if image.mode != "RGBA":
         image = image.convert("RGBA")
-    alpha = np.frombuffer(image.tobytes("raw", "A"), np.uint8)  # getextrema would take twice as long
+    alpha = np.frombuffer(image.tobytes("raw", "A"), np.uint8)  # getextrema() takes twice as long
     return bool(alpha.min() < 255)

@@ -1,10 +1,15 @@
-"""What the bytes of a PNG prove without a pixel being decoded: every CRC, every pixel row there, some pixel transparent
-or none.
+"""Proves that a PNG is good without decoding its pixels.
 
-PNG stores each pixel row filtered: as its difference, byte by byte and modulo 256, from a guess by the pixels to the
-left and above. That is a bijection, so once the deflated stream is unpacked nothing can be wrong with the pixels but a
-filter type that does not exist. Undoing the filters is what takes a decoder most of its time, and none of the answers
-above needs it.
+Three questions are answered: is every CRC right, is every pixel row there, and is any pixel transparent?
+
+PNG stores each pixel row filtered: each byte is replaced by its difference, modulo 256, from a prediction made from the
+pixels to the left and above. This is a bijection. So once the zlib stream is decompressed, the only error left is a
+filter type that does not exist. A decoder spends most of its time undoing the filters, and none of the three questions
+needs that.
+
+An opaque image has alpha 255 everywhere, and PNG filters each channel independently. So its alpha bytes are stored as
+known constants, which depend only on the filter type of the row and on whether the pixel is in the first column or the
+first row (:data:`_OPAQUE_IN_FIRST_COLUMN`, :data:`_OPAQUE_IN_TOP_ROW`). Comparing with them replaces decoding.
 """
 
 from __future__ import annotations
@@ -16,44 +21,46 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 try:
     from isal import isal_zlib
-except ImportError:  # a processor for which there is none
+except ImportError:  # isal does not exist for every processor
     isal_zlib = None  # type: ignore[assignment]
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 inflating: Any = isal_zlib or zlib
-"""Unpacks and computes CRCs: isal takes half the time of most builds of zlib and is as strict."""
+"""Decompresses and computes CRCs: isal takes half the time of most builds of zlib and is as strict."""
 _DAMAGE = (zlib.error, inflating.error, ValueError)
-"""What reading the stream raises where it is bad."""
+"""The exceptions of reading a damaged stream."""
 
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-"""Colour type to channels."""
+"""Number of channels of each colour type."""
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-"""First column, first row, column step and row step of the passes of an interlaced image."""
+"""(first column, first row, column step, row step) of each pass of an interlaced image."""
 _RGB, _RGBA = 2, 6
 _HARMLESS = frozenset(
     [b"pHYs", b"tEXt", b"zTXt", b"iTXt", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"sBIT", b"bKGD", b"tIME", b"eXIf"]
 )
-"""Chunks that have no say in what the pixels are, nor in which of them are transparent."""
+"""Chunks that change neither the pixels nor their transparency."""
 _LAST_FILTER = 4
 _OPAQUE = 255
-# how an alpha of 255 is stored, for filters 0 to 4 (none, left, above, average, Paeth), where its neighbours are 255
-# too ...
-_OPAQUE_IN_FIRST_COLUMN = np.array([255, 255, 0, 128, 0], np.uint8)  # ... with 0 to the left of it
-_OPAQUE_IN_TOP_ROW = np.array(
-    [255, 0, 255, 128, 0], np.uint8
-)  # ... with 0 above it; in the corner it is 255 under each filter
-# everywhere else it is 255 unfiltered, and 0 under each filter
+_OPAQUE_IN_FIRST_COLUMN = np.array([255, 255, 0, 128, 0], np.uint8)
+"""How alpha 255 is stored in the first column, by filter type 0 to 4 (none, left, above, average, Paeth).
+
+There the pixel to the left counts as 0 and the pixel above is opaque. In the top left corner, where both count as 0,
+every filter stores 255. Away from the first column and the top row, filter 0 stores 255 and every other filter 0.
+"""
+_OPAQUE_IN_TOP_ROW = np.array([255, 0, 255, 128, 0], np.uint8)
+"""How alpha 255 is stored in the top row, where the pixel above counts as 0."""
 _PIECE_BYTES = 1 << 18
-"""Unpacked at a time: what the processor's cache holds. A whole image at once takes half as long again."""
+"""Decompressed at a time: what fits in the processor's cache. A whole image at once takes half as long again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """The pixels of a PNG as they lie in it."""
+    """The header and the compressed pixels of a PNG."""
 
     width: int
     height: int
@@ -61,20 +68,20 @@ class Stream:
     colour_type: int
     interlaced: bool
     zlib_stream: bytes
-    """The content of all IDAT chunks, joined."""
+    """The contents of all IDAT chunks, joined."""
     extras: frozenset[bytes]
-    """The kinds of all other chunks but the header and the end."""
+    """The types of all chunks other than IHDR, IDAT and IEND."""
     trailing: bool
-    """Some of them stand behind the pixels, where Pillow reads them last and may still refuse them."""
+    """Whether some of them come after the pixels. Pillow reads those last and may still refuse them."""
 
     @property
     def row_bytes(self) -> int:
-        """Of one pixel row with the filter type before it; of an image that is not interlaced."""
+        """Bytes of one decompressed pixel row with its filter type, in an image that is not interlaced."""
         return self._row_bytes(self.width)
 
     @property
     def unpacked_bytes(self) -> int:
-        """Of all pixel rows, each with its filter type."""
+        """Bytes of all decompressed pixel rows, each with its filter type."""
         if not self.interlaced:
             return self.height * self.row_bytes
         sides = ((-(-(self.width - x) // dx), -(-(self.height - y) // dy)) for x, y, dx, dy in _ADAM7)
@@ -85,10 +92,9 @@ class Stream:
 
 
 def read_stream(data: bytes) -> Stream | None:
-    """The stream of a PNG whose chunks are in order up to an empty IEND, each with the right CRC; None for any other
-    bytes.
+    """The stream of a PNG with chunks in order, correct CRCs and an empty IEND at the end; None for any other bytes.
 
-    The pixels in it may still be damaged, or too few.
+    The compressed pixels may still be damaged, or too few.
     """
     if not data.startswith(PNG_SIGNATURE):
         return None
@@ -122,26 +128,23 @@ def read_stream(data: bytes) -> Stream | None:
 
 
 def is_transparent(stream: Stream) -> bool | None:
-    """Whether some pixel is not opaque, where it is proven that every pixel is there and can be decoded.
+    """Whether some pixel is not opaque. A bool also proves that every pixel is there and can be decoded.
 
-    None where nothing is proven: the stream is damaged, short or goes on behind the last row, or it is of a kind that
-    is not looked into here (other than 8-bit RGB and RGBA, interlaced, with a transparent colour, animated, with chunks
-    behind the pixels).
+    None proves nothing. The stream is damaged, too short or too long, or it is of a kind that is not handled here:
+    other than 8-bit RGB and RGBA, interlaced, with a transparent colour, animated, or with chunks after the pixels.
     """
     if stream.bits != 8 or stream.colour_type not in (_RGB, _RGBA) or stream.interlaced:
         return None
     if stream.trailing or not stream.extras <= _HARMLESS:
         return None
     try:
-        return _look_through(stream)
+        return _scan_rows(stream)
     except _DAMAGE:
         return None
 
 
 def has_all_rows(stream: Stream) -> bool:
-    """Whether the stream unpacks to as many bytes as there are in all pixel rows; bytes behind those are
-    not looked at.
-    """
+    """Whether the stream decompresses to at least the bytes of all pixel rows. Bytes after those are ignored."""
     inflate, packed, missing = inflating.decompressobj(-zlib.MAX_WBITS), stream.zlib_stream[2:], stream.unpacked_bytes
     try:
         while missing > 0 and (piece := inflate.decompress(packed, min(missing, _PIECE_BYTES))):
@@ -153,8 +156,9 @@ def has_all_rows(stream: Stream) -> bool:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """Kind and content of each chunk up to IEND. Raises ``struct.error`` or ``ValueError`` for a file that ends before,
-    a wrong CRC.
+    """(type, content) of each chunk up to IEND.
+
+    Raises ``struct.error`` for a file that ends before IEND, ``ValueError`` for a wrong CRC.
     """
     view, at, kind = memoryview(data), len(PNG_SIGNATURE), b""
     while kind != b"IEND":
@@ -166,31 +170,29 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
         at = end + 4
 
 
-def _look_through(stream: Stream) -> bool:
-    """:func:`is_transparent` for 8-bit RGB or RGBA. Raises one of :data:`_DAMAGE` where nothing is proven."""
+def _scan_rows(stream: Stream) -> bool:
+    """:func:`is_transparent` for 8-bit RGB or RGBA. Raises one of :data:`_DAMAGE` if nothing is proven."""
     rows_at_once = max(1, _PIECE_BYTES // stream.row_bytes)
     inflate, packed, transparent = inflating.decompressobj(), stream.zlib_stream, False
     for row in range(0, stream.height, rows_at_once):
         wanted = min(rows_at_once, stream.height - row) * stream.row_bytes
         piece = inflate.decompress(packed, wanted)
         packed = inflate.unconsumed_tail
-        rows = np.frombuffer(piece, np.uint8).reshape(
-            -1, stream.row_bytes
-        )  # (rows, row_bytes): filter type, filtered pixels
+        rows = np.frombuffer(piece, np.uint8).reshape(-1, stream.row_bytes)  # each: filter type, filtered pixels
         if len(piece) != wanted or rows[:, 0].max() > _LAST_FILTER:
             raise ValueError("too few bytes, or a filter that does not exist")
-        # once one row is not opaque, what the rows below it hold depends on it; but then the answer is known
-        transparent = transparent or (stream.colour_type == _RGBA and not _opaque(rows, is_top=row == 0))
+        # rows below one that is not opaque are stored differently, but then the answer is already known
+        transparent = transparent or (stream.colour_type == _RGBA and not _are_opaque(rows, is_top=row == 0))
     if inflate.decompress(packed, 1) or not inflate.eof or inflate.unused_data:
-        raise ValueError("the stream does not end with the last row")  # at its end zlib has compared its checksum
+        # at the end of the stream zlib has also compared its checksum
+        raise ValueError("the stream does not end with the last row")
     return transparent
 
 
-def _opaque(rows: np.ndarray, *, is_top: bool) -> bool:
-    """Whether all alphas in ``rows`` (N, 1 + 4 W) are 255, given that those of the row above are; ``is_top``: there is
-    no row above.
+def _are_opaque(rows: NDArray[np.uint8], *, is_top: bool) -> bool:
+    """Whether all alphas of the filtered ``rows`` (N, 1 + 4 W) are 255, given that the row above them is opaque.
 
-    Filters work on each channel by itself, so alphas of 255 are stored as what the tables say, and no others are.
+    ``is_top`` says that there is no row above. The module docstring explains the constants.
     """
     if is_top:
         if rows[0, 4] != _OPAQUE or (rows[0, 8::4] != _OPAQUE_IN_TOP_ROW[rows[0, 0]]).any():
@@ -203,6 +205,5 @@ def _opaque(rows: np.ndarray, *, is_top: bool) -> bool:
         if (rows[unfiltered, 8::4] != _OPAQUE).any():
             return False
         rows = rows[~unfiltered]
-    return not np.bitwise_or.reduce(rows, axis=0)[
-        8::4
-    ].any()  # whole rows: reading every fourth byte takes four times as long
+    # reduce whole rows: reading every fourth byte of each would take four times as long
+    return not np.bitwise_or.reduce(rows, axis=0)[8::4].any()

@@ -1,17 +1,22 @@
-"""Antialiased bilinear taps, exactly as Pillow computes them, and the same taps for cells instead of pixels.
+"""The integer filter weights of Pillow's antialiased bilinear resize, for pixels and for cells.
 
 Source of the formulas: Pillow's ``libImaging/Resample.c`` (``precompute_coeffs``, ``normalize_coeffs_8bpc``,
-``ImagingResample``). A resize is two passes of integer arithmetic on 8-bit channels, horizontal and vertical; each
-makes its values as ``(Σ weight · source + 2^21) >> 22``. Equal neighbouring pixels share their value, so the integer
-weights of a cell's pixels can be summed beforehand, exactly. The first pass rounds, so their order matters: see
-:func:`vertical_first`.
+``ImagingResample``). Pillow resizes 8-bit channels in two passes, horizontal and vertical, in integer arithmetic. Each
+output value of a pass is ``(Σ weight · source + 2^21) >> 22``.
 
-Two details of Pillow need no code here. It skips a pass whose size does not change: the taps are then one weight of
-2^22, which returns its value unchanged. Its horizontal pass covers only the rows that the vertical one will read: a
-saving, without an effect on any value.
+The pixels of one cell share their value. So ``Σ weight · source`` over pixels equals the same sum over cells, with the
+weights of each cell's pixels added up beforehand. Integer addition makes that exact. The first pass rounds its results,
+so the order of the two passes matters: see :func:`vertical_first`.
 
-The float steps are IEEE doubles in Pillow's order, so the integers are equal wherever Pillow's compiler did not fuse
-multiply and add: all of x86-64, where the tests compare every value.
+Two details of Pillow need no code here:
+
+- Pillow skips a pass whose size does not change. The filter then has one weight of 2^22, which returns each value
+  unchanged.
+- Pillow's horizontal pass computes only the rows that the vertical pass will read. That saves time and changes no
+  value.
+
+The float steps are IEEE doubles in Pillow's order. The integers are therefore equal wherever Pillow's compiler did not
+fuse multiply and add. That holds on all of x86-64, where the tests compare every value.
 """
 
 from __future__ import annotations
@@ -28,14 +33,13 @@ WEIGHT_BITS = 22
 """Fractional bits of a weight: Pillow's PRECISION_BITS, 32 − 8 − 2."""
 
 HALF = 1 << (WEIGHT_BITS - 1)
-"""Added before the shift, so that it rounds to nearest."""
+"""Added before the shift, so that the shift rounds to nearest."""
 
 MAX_SIDE = 16384
-"""Longest side of a source in pixels.
+"""Longest side of a source in pixels. With it no render clips, and every sum fits an int32.
 
 Rounding lets the weights of one output value sum to 2^22 + e, where e is at most half the number of pixels. A value
-needs Pillow's clip to 255 only if 255·e ≥ 2^21, that is e > 8224. Sides up to 16384 never get there, so no render
-clips, and every sum fits an int32.
+needs Pillow's clip to 255 only if 255·e ≥ 2^21, that is e > 8224. A side of 16384 pixels gives e ≤ 8192.
 """
 
 
@@ -45,29 +49,30 @@ _PILLOW_CHOOSES_ORDER = int(PIL.__version__.partition(".")[0]) >= 13
 def vertical_first(height: int, width: int, size: int) -> bool:
     """Whether the installed Pillow resizes an image to ``size`` × ``size`` vertically first.
 
-    It does since version 13 (its pull request 9549) where the height shrinks by more than twice the pixels that the
-    width does; the rule is found by comparing pixels with both orders, at 400 sizes. Before, and for all images lying
-    on their side: horizontally.
+    Since version 13 (pull request 9549), Pillow does where ``height − size > 2 · max(width − size, 0)``. The rule was
+    found by comparing pixels with both orders, at 400 sizes. Older versions always start horizontally.
     """
     return _PILLOW_CHOOSES_ORDER and height - size > 2 * max(width - size, 0)
 
 
 @dataclass(frozen=True)
 class FilterWeights:
-    """For each of S output columns (or rows): which neighbouring sources it is made of.
+    """For each of S output values along an axis: the neighbouring sources it is a weighted sum of.
 
-    Where fewer than K sources matter, the last weights are 0 and ``first + k`` may lie beyond the last source.
+    Output i is the sum of ``weights[i, k] · source[first[i] + k]`` over k. An output with fewer than K sources has 0
+    for its last weights, and ``first + k`` may lie beyond the last source.
     """
 
     first: NDArray[np.int32]
-    """(S,), the first source; never decreases."""
+    """(S,) the first source; never decreases."""
     weights: NDArray[np.int32]
-    """(S, K), for sources first, first + 1, ...; each row sums to about 2^22."""
+    """(S, K) for sources first, first + 1, ...; each row sums to about 2^22."""
 
 
-def pixel_taps(source: int, target: int) -> FilterWeights:
-    """Taps of a resize from ``source`` to ``target`` pixels, up or down. Raises ``ValueError`` for sizes below 1 or
-    above MAX_SIDE.
+def pixel_filter_weights(source: int, target: int) -> FilterWeights:
+    """Filter weights of a resize from ``source`` to ``target`` pixels, up or down.
+
+    Raises ``ValueError`` for sizes below 1 and for a source above MAX_SIDE.
     """
     if not (1 <= source <= MAX_SIDE and target >= 1):
         raise ValueError(f"cannot resize {source} to {target} pixels: sizes are at least 1, sources at most {MAX_SIDE}")
@@ -86,20 +91,19 @@ def pixel_taps(source: int, target: int) -> FilterWeights:
 
 @functools.lru_cache(maxsize=256)
 def cell_filter_weights(edges: tuple[int, ...], source: int, target: int) -> FilterWeights:
-    """Taps over cells: ``edges[i]`` is the first pixel of cell i on an axis of ``source`` pixels, resized to
-    ``target``.
+    """Filter weights over cells: the weights of each cell's pixels, added up.
 
-    The arrays are shared between callers and read-only.
+    The axis has ``source`` pixels, is resized to ``target``, and ``edges[i]`` is the first pixel of cell i. The
+    returned arrays are shared between callers and read-only.
     """
-    pixels = pixel_taps(source, target)
-    position = np.minimum(
-        pixels.first[:, None] + np.arange(pixels.weights.shape[1]), source - 1
-    )  # (S, K) pixel of each weight
+    pixels = pixel_filter_weights(source, target)
+    steps = np.arange(pixels.weights.shape[1])
+    position = np.minimum(pixels.first[:, None] + steps, source - 1)  # (S, K) pixel of each weight
     cell = cell_of_pixel(edges, source)[position]
-    # Pixels of weight 0 at either end would widen the window for nothing.
-    heavy = pixels.weights != 0
-    first = cell[np.arange(target), heavy.argmax(axis=1)]
-    relative = np.where(heavy, cell - first[:, None], 0)
+    # Pixels of weight 0 at either end would only make K larger.
+    nonzero = pixels.weights != 0
+    first = cell[np.arange(target), nonzero.argmax(axis=1)]
+    relative = np.where(nonzero, cell - first[:, None], 0)
     weights = np.zeros((target, int(relative.max()) + 1), np.int32)
     np.add.at(weights, (np.arange(target)[:, None], relative), pixels.weights)
     first = first.astype(np.int32)
@@ -108,5 +112,5 @@ def cell_filter_weights(edges: tuple[int, ...], source: int, target: int) -> Fil
 
 
 def cell_of_pixel(edges: Sequence[int], source: int) -> NDArray[np.intp]:
-    """(source,) the cell that each pixel belongs to; ``edges[i]`` is the first pixel of cell i."""
+    """(source,) the cell of each pixel, where ``edges[i]`` is the first pixel of cell i."""
     return np.searchsorted(np.asarray(edges), np.arange(source), side="right") - 1

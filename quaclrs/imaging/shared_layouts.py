@@ -1,30 +1,30 @@
-"""The few layouts and palettes that a whole dataset shares, whatever order its images came in.
+"""Finds the few layouts and palettes that all images of a dataset share, independent of the images' order.
 
-What one image shows is only part of the truth: equal neighbouring cells merge, and no image uses all colours. So each
-image gives :class:`Facts`, and :func:`plan` chooses from the *set* of all facts. Every step below works on sorted sets,
-so the result depends neither on the order of the images nor on how workers shared them out.
+One image shows only part of its grid: equal neighbouring cells merge, and no image uses every colour. So each image
+contributes :class:`Facts` (the edges and colours seen in it), and :func:`share_layouts` chooses from the *set* of all
+facts. Every step below works on sorted sets. The result therefore depends neither on the order of the images nor on how
+they were distributed over workers.
 
-**Layouts.** A layout *covers* an image of its size if its edges include all edges the image shows. Facts are taken by
-the number of cells they show, most first (ties: the edges themselves), for the richest image knows most about the true
-grid:
+**Layouts.** A layout *covers* an image of the same size if its edges include every edge seen in the image. Facts are
+processed by the number of cells they show, largest first (ties: by the edges themselves), because the image with the
+most cells says most about the true grid:
 
-1. If a layout chosen so far covers it, nothing is needed.
-2. Else, on each axis, the smallest n whose even edges ``floor(i·pixels/n + 0.5)`` include the seen ones, as matplotlib
-   draws them.
-   n may be at most twice the seen cells: some n always fits (n = pixels), and with few edges that proves nothing.
-3. If an axis has no such n, the grid is another kind, and only images tell its edges. The seen edges join those of the
-   first
-   such layout of the same size with which they share at least half of their inner edges on both axes; if there is none,
-   they are a layout of their own.
+1. If a chosen layout covers the image, nothing is added.
+2. Otherwise, on each axis, take the smallest n whose even edges ``floor(i·pixels/n + 0.5)`` (as matplotlib draws them)
+   include the seen edges. n is at most twice the number of seen cells. Without that limit some n always fits
+   (n = pixels), and with few edges a fit proves nothing.
+3. If an axis has no such n, the grid is not even, and only the images tell its edges. The seen edges are added to the
+   first such layout of the same size with which they share at least half of their inner edges on both axes. If there is
+   none, they become a layout of their own.
 
-An image is then drawn on the covering layout with the fewest cells (ties: the smaller edges in order); layouts that no
-image uses are dropped. A dataset of 376-, 469- and 313-column grids has exactly those three, however many cells are
-merged in however many images, provided that of each kind one image shows half of its edges.
+Each image then uses the covering layout with the fewest cells (ties: by the edges), and layouts that no image uses are
+dropped. A dataset of 376-, 469- and 313-column grids gets exactly those three, however many cells are merged in however
+many images, provided that for each kind one image shows half of its edges.
 
-**Palettes.** If all images together have at most 256 colours, these are the one palette. Else colour sets are taken
-largest first; each joins the palette with which it shares most colours, if they fit in 256 together; then palettes that
-fit together are joined, largest first. An image uses the smallest palette that holds its colours (ties: the smaller
-colours in order). Colours ascend in a palette.
+**Palettes.** If all images together have at most 256 colours, these are the one palette. Otherwise colour sets are
+processed largest first. Each joins the palette with which it shares most colours, if the two fit in 256 colours
+together. Finally palettes that fit together are joined, largest first. An image uses the smallest palette that holds
+its colours (ties: by the colours). The colours of a palette are in ascending order.
 """
 
 from __future__ import annotations
@@ -42,25 +42,27 @@ from quaclrs.imaging.indexed import MAX_COLOURS, IndexedImage, NotIndexable, pac
 from quaclrs.imaging.layout import Layout, even_edges
 
 MAX_SHARED = 1024
-"""Of layouts, and of palettes. A dataset that needs more is no set of drawn matrices; their tables would crowd a GPU's
-cache.
+"""Most layouts, and most palettes, of a dataset.
+
+A dataset that needs more does not consist of colour-mapped grids, and its tables would fill a GPU's cache.
 """
 
 
 class Facts(NamedTuple):
-    """What one image tells, in about 1 KB: hashable, sortable, cheap to send between processes."""
+    """The edges and colours seen in one image, in about 1 KB: hashable, sortable, cheap to send between processes."""
 
     height: int
     width: int
     row_bits: bytes
-    """One bit per pixel row, lowest first: a row of cells starts here."""
+    """One bit per pixel row, least significant first: 1 where a row of cells starts."""
     column_bits: bytes
+    """The same for pixel columns."""
     colours: bytes
-    """Ascending RGB triples."""
+    """RGB triples in ascending order."""
 
 
 def image_facts(image: IndexedImage) -> Facts:
-    """The facts of an image as :func:`quaclrs.imaging.indexed.find_cells` saw it."""
+    """The facts of an image that :func:`quaclrs.imaging.indexed.find_cells` returned."""
     layout = image.layout
     codes = np.sort(pack_colours(image.palette))
     row_bits, column_bits = _bits(layout.row_edges, layout.height), _bits(layout.column_edges, layout.width)
@@ -68,18 +70,19 @@ def image_facts(image: IndexedImage) -> Facts:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class SharedLayouts:
     """The layouts and palettes of a dataset, in canonical order."""
 
     layouts: tuple[Layout, ...]
     palettes: tuple[NDArray[np.uint8], ...]
-    """Each (1..256, 3) uint8, ascending."""
+    """Each (1..256, 3) uint8, in ascending order."""
 
     def choose(self, facts: Facts) -> tuple[int, int]:
-        """(layout, palette): positions of the first of each that fits an image. Raises :class:`NotIndexable` if none
-        does.
+        """(layout, palette): positions of the first layout and the first palette that fit the image.
+
+        Raises :class:`NotIndexable` if none does.
         """
-        seen = _Seen.of(facts)
+        seen = _EdgeSets.of(facts)
         layout = next((i for i, candidate in enumerate(self._layout_sets) if candidate.covers(seen)), None)
         colours = _codes(facts.colours)
         palette = next((i for i, candidate in enumerate(self._palette_sets) if candidate >= colours), None)
@@ -88,38 +91,39 @@ class Plan:
             raise NotIndexable(f"the image's {misfit} fit nothing planned: it was not among the planned images")
         return layout, palette
 
-    # Derived once, for choose() runs once per image.
+    # Cached because choose() runs once per image.
     @functools.cached_property
-    def _layout_sets(self) -> list[_Seen]:
-        return [_Seen.of_layout(layout) for layout in self.layouts]
+    def _layout_sets(self) -> list[_EdgeSets]:
+        return [_EdgeSets.of_layout(layout) for layout in self.layouts]
 
     @functools.cached_property
     def _palette_sets(self) -> list[frozenset[int]]:
         return [frozenset(pack_colours(palette).tolist()) for palette in self.palettes]
 
 
-def plan(facts: Iterable[Facts]) -> Plan:
-    """Choose the layouts and palettes of a dataset from its images' facts, in any order; repeated facts change nothing.
+def share_layouts(facts: Iterable[Facts]) -> SharedLayouts:
+    """Choose the layouts and palettes of a dataset from its images' facts. Order and repetition change nothing.
 
-    Raises :class:`NotIndexable` when it would take more than MAX_SHARED of either.
+    Raises :class:`NotIndexable` if more than MAX_SHARED layouts or palettes would be needed.
     """
     distinct = set(facts)
-    seen = sorted({_Seen.of(one) for one in distinct}, key=_Seen.rank)
+    seen = sorted({_EdgeSets.of(one) for one in distinct}, key=_EdgeSets.rank)
     layouts = _used_layouts(seen, _choose_layouts(seen))
     palettes = _choose_palettes({one.colours for one in distinct})
-    return Plan(layouts, tuple(unpack_colours(np.array(sorted(palette), np.uint32)) for palette in palettes))
+    return SharedLayouts(layouts, tuple(unpack_colours(np.array(sorted(palette), np.uint32)) for palette in palettes))
 
 
-class _Seen(NamedTuple):
-    """Edges as bit sets in Python integers, on which inclusion is one operation."""
+class _EdgeSets(NamedTuple):
+    """The edges of one image or layout, as bit sets in Python integers: inclusion is then a single operation."""
 
     height: int
     width: int
     rows: int
+    """Bit i is set where a row of cells starts at pixel row i."""
     columns: int
 
     @classmethod
-    def of(cls, facts: Facts) -> _Seen:
+    def of(cls, facts: Facts) -> _EdgeSets:
         return cls(
             facts.height,
             facts.width,
@@ -128,7 +132,7 @@ class _Seen(NamedTuple):
         )
 
     @classmethod
-    def of_layout(cls, layout: Layout) -> _Seen:
+    def of_layout(cls, layout: Layout) -> _EdgeSets:
         return cls(layout.height, layout.width, _bit_set(layout.row_edges), _bit_set(layout.column_edges))
 
     def layout(self) -> Layout:
@@ -136,65 +140,67 @@ class _Seen(NamedTuple):
             height=self.height, width=self.width, row_edges=_edges(self.rows), column_edges=_edges(self.columns)
         )
 
-    def covers(self, other: _Seen) -> bool:
+    def covers(self, other: _EdgeSets) -> bool:
         same_size = self[:2] == other[:2]
         return same_size and not other.rows & ~self.rows and not other.columns & ~self.columns
 
     def rank(self) -> tuple[int, ...]:
-        """Sorts by size of the image, then most cells first, then by the edges: a total order."""
+        """Sort key of images: by size, then most cells first, then by the edges. A total order."""
         return self.height, self.width, -_count(self.rows) * _count(self.columns), self.rows, self.columns
 
     def cost(self) -> tuple[int, ...]:
-        """Sorts layouts: by size of the image, then fewest cells first, then by the edges."""
+        """Sort key of layouts: by size, then fewest cells first, then by the edges. A total order."""
         return self.height, self.width, _count(self.rows) * _count(self.columns), self.rows, self.columns
 
 
-def _choose_layouts(seen: list[_Seen]) -> list[_Seen]:
-    """Steps 1 to 3 above; ``seen`` in order of rank."""
-    even: list[_Seen] = []
-    other: list[_Seen] = []
+def _choose_layouts(seen: list[_EdgeSets]) -> list[_EdgeSets]:
+    """Steps 1 to 3 of the module docstring; ``seen`` is sorted by rank."""
+    even: list[_EdgeSets] = []
+    uneven: list[_EdgeSets] = []
     for one in seen:
-        if any(layout.covers(one) for layout in itertools.chain(even, other)):
+        if any(layout.covers(one) for layout in itertools.chain(even, uneven)):
             continue
         rows, columns = _smallest_even(one.rows, one.height), _smallest_even(one.columns, one.width)
         if rows and columns:
-            even.append(_Seen(one.height, one.width, rows, columns))
-            _check_number("layouts", len(even) + len(other))
-            continue
-        one = one._replace(
-            rows=rows or one.rows, columns=columns or one.columns
-        )  # the axis that is even is known at least
-        for i, layout in enumerate(other):
-            if _akin(layout, one):
-                other[i] = layout._replace(rows=layout.rows | one.rows, columns=layout.columns | one.columns)
-                break
-        else:
-            other.append(one)
-        _check_number("layouts", len(even) + len(other))
-    return even + other
+            even.append(_EdgeSets(one.height, one.width, rows, columns))
+        else:  # an axis that is even is known completely
+            _add_uneven(uneven, one._replace(rows=rows or one.rows, columns=columns or one.columns))
+        _check_number("layouts", len(even) + len(uneven))
+    return even + uneven
 
 
-def _used_layouts(seen: list[_Seen], chosen: list[_Seen]) -> tuple[Layout, ...]:
-    """The chosen layouts that are some image's cheapest, in order of cost."""
-    chosen = sorted(set(chosen), key=_Seen.cost)
+def _add_uneven(layouts: list[_EdgeSets], one: _EdgeSets) -> None:
+    """Add the edges of ``one`` to the first layout that looks like the same grid, or append a new layout."""
+    for i, layout in enumerate(layouts):
+        if _looks_like_same_grid(layout, one):
+            layouts[i] = layout._replace(rows=layout.rows | one.rows, columns=layout.columns | one.columns)
+            return
+    layouts.append(one)
+
+
+def _used_layouts(seen: list[_EdgeSets], chosen: list[_EdgeSets]) -> tuple[Layout, ...]:
+    """The chosen layouts that are the cheapest cover of at least one image, sorted by cost."""
+    chosen = sorted(set(chosen), key=_EdgeSets.cost)
     used = {next(layout for layout in chosen if layout.covers(one)) for one in seen}
     return tuple(layout.layout() for layout in chosen if layout in used)
 
 
 def _smallest_even(seen: int, pixels: int) -> int:
-    """The bit set of the smallest even grid that has all ``seen`` edges and at most twice as many; 0 if
-    there is none.
+    """The bit set of the smallest even grid that includes all ``seen`` edges; 0 if there is none.
+
+    The grid has at most twice as many cells as ``seen`` has edges.
     """
     edges = np.array(_edges(seen))  # (k,)
     cells = np.arange(len(edges), min(2 * len(edges), pixels) + 1)[:, None]  # (m, 1) candidates
-    nearest = (2 * edges * cells + pixels) // (2 * pixels)  # (m, k): the only cell that could start at the edge
+    nearest = (2 * edges * cells + pixels) // (2 * pixels)  # (m, k): the only cell that could start at this edge
     fits = ((2 * nearest * pixels + cells) // (2 * cells) == edges).all(axis=1)
     return _bit_set(even_edges(int(cells[fits.argmax(), 0]), pixels)) if fits.any() else 0
 
 
-def _akin(layout: _Seen, one: _Seen) -> bool:
-    """Whether ``one`` shares half of its inner edges with ``layout``, on both axes: two parts of the same grid do,
-    strangers do not.
+def _looks_like_same_grid(layout: _EdgeSets, one: _EdgeSets) -> bool:
+    """Whether ``layout`` has at least half of the inner edges of ``one`` on both axes.
+
+    Two partial views of one grid do; views of unrelated grids do not.
     """
     if layout[:2] != one[:2]:
         return False
@@ -219,7 +225,10 @@ def _choose_palettes(colour_sets: set[bytes]) -> list[frozenset[int]]:
 
 
 def _union_if_small(colour_sets: set[bytes]) -> frozenset[int] | None:
-    """All colours if they fit in one palette. Most datasets end here, without a set of numbers in memory per image."""
+    """All colours if they fit in one palette, else None.
+
+    Most datasets need nothing else, and this keeps no set of colours per image in memory.
+    """
     together: set[int] = set()
     for colours in colour_sets:
         together |= _codes(colours)
@@ -229,7 +238,7 @@ def _union_if_small(colour_sets: set[bytes]) -> frozenset[int] | None:
 
 
 def _joined(palettes: list[frozenset[int]]) -> list[frozenset[int]]:
-    """Put palettes together that fit into one, the largest first, each into the first that has room."""
+    """Merge palettes that fit in 256 colours together: largest first, each into the first one with room."""
     joined: list[frozenset[int]] = []
     for palette in sorted(palettes, key=lambda palette: (-len(palette), sorted(palette))):
         room = next((i for i, other in enumerate(joined) if len(other | palette) <= MAX_COLOURS), None)

@@ -106,8 +106,7 @@ class DaliLoader:
         except RuntimeError as error:  # DALI's pipeline is unusable after such an error
             self._pipeline = None
             failure = ShardError(
-                f"{self._damaged(numbers)}: DALI cannot decode it ({_gist(error)}); check with tools/inspect_shards.py "
-                "verify"
+                f"{self._damaged(numbers)}: DALI cannot decode it ({_gist(error)}); check with quaclrs-inspect verify"
             )
         raise failure  # outside `except`: as its context, DALI's error would keep the pipeline and its threads alive
 

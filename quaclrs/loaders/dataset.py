@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, Columns, PackConfig, TrainConfig
+from quaclrs.data.folds import SampleSplit, select, split_for
 from quaclrs.data.metadata import Metadata, read_metadata
 from quaclrs.data.sampling import storage_order
 from quaclrs.errors import DataError, ShardError, StorageError
@@ -56,6 +57,14 @@ class Dataset:
         digest.update(self.fold.tobytes())
         return digest.hexdigest()
 
+    def split(self, test_fold: int, num_folds: int | None = None) -> SampleSplit:
+        """Sample numbers for training, validation and test by the protocol: the fold before ``test_fold`` validates.
+
+        ``num_folds`` defaults to the highest fold of the data. Raises :class:`UsageError` for a fold that there is not,
+        :class:`TrainingError` when one of the three has no samples.
+        """
+        return select(self.fold, split_for(test_fold, int(self.fold.max()) if num_folds is None else num_folds))
+
     def close(self) -> None:
         """Close the shards."""
         if self.shards is not None:
@@ -95,7 +104,7 @@ def open_dataset(config: TrainConfig, *, want_shards: bool, log: Callable[[str],
     try:
         pack(packing, progress=True, metadata=metadata)
     except StorageError as error:
-        raise StorageError(f"{error}, or pack elsewhere with tools/shard_dataset.py and give --shards") from None
+        raise StorageError(f"{error}, or pack elsewhere with quaclrs-pack and give --shards") from None
     shards = ShardSet(cache)
     return _from_shards(shards, shards.metadata(metadata), log)
 

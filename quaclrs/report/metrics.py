@@ -1,12 +1,17 @@
-"""How good the predictions are: scikit-learn's measures of one evaluation, ready for JSON.
+"""Metrics of an evaluation's predictions, by scikit-learn, as plain values for JSON.
 
 Pure functions of labels and probabilities. Accuracies and all other shares are fractions, 0 to 1.
+
+To add a metric, write a function of :class:`Predictions` with the decorator :func:`metric` here. Nothing else changes:
+its value goes to ``metrics.json`` and, with ``summarise=True``, its mean and standard deviation to ``summary.json``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,22 +28,120 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """What metrics are computed from."""
+
+    labels: IntArray
+    """(N,) in 0..C-1"""
+    probabilities: FloatArray
+    """(N, C), finite"""
+    class_names: Sequence[str]
+    is_original: npt.NDArray[np.bool_] | None
+    """(N,): which samples are no augmented copies; None if unknown."""
+
+    @cached_property
+    def predicted(self) -> IntArray:
+        """(N,): the class of the largest probability, the first of equal ones."""
+        predicted: IntArray = self.probabilities.argmax(axis=1)
+        return predicted
+
+    @cached_property
+    def roc(self) -> dict[str, Any]:
+        """See :func:`roc_curves`."""
+        return roc_curves(self.labels, self.probabilities, self.class_names)
+
+
+Score = float | int | None
+"""Value of a metric; None where it is undefined."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One registered metric."""
+
+    compute: Callable[[Predictions], Score]
+    key: str
+    """Its key in ``metrics.json`` and, after ``mean_`` and ``std_``, in ``summary.json``."""
+    summarise: bool
+    """Whether ``summary.json`` has its mean and standard deviation over the folds."""
+
+
+METRICS: dict[str, Metric] = {}
+"""All metrics by their key in :func:`compute_metrics`, in the order of ``metrics.json``."""
+
+
+def metric(
+    *, key: str | None = None, summarise: bool = False
+) -> Callable[[Callable[[Predictions], Score]], Callable[[Predictions], Score]]:
+    """Decorator: register a function in :data:`METRICS` under its name; ``key`` is the name in files if it differs."""
+
+    def register(compute: Callable[[Predictions], Score]) -> Callable[[Predictions], Score]:
+        METRICS[compute.__name__] = Metric(compute=compute, key=key or compute.__name__, summarise=summarise)
+        return compute
+
+    return register
+
+
+@metric(key="test_accuracy", summarise=True)
+def accuracy(predictions: Predictions) -> Score:
+    """Fraction of correct predictions."""
+    return float(accuracy_score(predictions.labels, predictions.predicted))
+
+
+@metric(key="test_accuracy_originals", summarise=True)
+def accuracy_originals(predictions: Predictions) -> Score:
+    """Accuracy over the samples that are no augmented copies; None without such samples."""
+    chosen = predictions.is_original
+    if chosen is None or not chosen.any():
+        return None
+    return float(accuracy_score(predictions.labels[chosen], predictions.predicted[chosen]))
+
+
+@metric(key="num_test_originals")
+def num_originals(predictions: Predictions) -> Score:
+    """Number of samples that are no augmented copies."""
+    return None if predictions.is_original is None else int(predictions.is_original.sum())
+
+
+@metric(summarise=True)
+def macro_f1(predictions: Predictions) -> Score:
+    """Mean F1 of the classes that occur among labels or predictions."""
+    return float(f1_score(predictions.labels, predictions.predicted, average="macro", zero_division=0))
+
+
+@metric()
+def macro_auc(predictions: Predictions) -> Score:
+    """Mean area under the one-vs-rest ROC curves of the classes that have one."""
+    area: float | None = predictions.roc["macro"]["auc"]
+    return area
+
+
+def scores_for_results(metrics: Mapping[str, Any]) -> dict[str, Score]:
+    """The registered metrics of :func:`compute_metrics`'s result, by their keys in ``metrics.json``."""
+    return {registered.key: metrics[name] for name, registered in METRICS.items()}
+
+
+def summarised_keys() -> list[str]:
+    """Keys of the metrics that ``summary.json`` has the mean and standard deviation of."""
+    return [registered.key for registered in METRICS.values() if registered.summarise]
+
+
 def compute_metrics(
     labels: npt.ArrayLike,
     probabilities: npt.ArrayLike,
     class_names: Sequence[str],
     is_original: npt.ArrayLike | None = None,
 ) -> dict[str, Any]:
-    """Everything that the report says about an evaluation's predictions.
+    """Compute everything that the report says about an evaluation's predictions.
 
     ``labels`` (N,) int in 0..C-1; ``probabilities`` (N, C), each row's largest value is the prediction (the first of
     equal ones); ``is_original`` (N,) bool marks the rows that are no augmented copies, None if that is not known.
 
     Returns a dict that ``json.dump(..., allow_nan=False)`` accepts:
 
-    - ``class_names``; ``num_samples``, ``num_originals`` (None if not known)
-    - ``accuracy``, ``accuracy_originals`` (None without such rows)
-    - ``macro_f1``: mean F1 of the classes that occur among labels or predictions
+    - ``class_names``, ``num_samples``
+    - each of :data:`METRICS` by its function's name
     - ``confusion_matrix``: C × C counts, row = label, column = prediction
     - ``classification_report``: scikit-learn's, with every class; undefined values are 0
     - ``roc``: see :func:`roc_curves`
@@ -47,55 +150,51 @@ def compute_metrics(
     not finite.
     """
     truth, scores = _checked(labels, probabilities, len(class_names))
-    predictions = scores.argmax(axis=1)
     originals = None if is_original is None else np.asarray(is_original, dtype=bool)
     if originals is not None and originals.shape != truth.shape:
         raise ValueError(f"is_original has shape {originals.shape}, labels {truth.shape}")
+    predictions = Predictions(labels=truth, probabilities=scores, class_names=list(class_names), is_original=originals)
     every_class = np.arange(len(class_names))
     metrics = {
         "class_names": list(class_names),
         "num_samples": len(truth),
-        "num_originals": None if originals is None else originals.sum(),
-        "accuracy": accuracy_score(truth, predictions),
-        "accuracy_originals": _accuracy_of(originals, truth, predictions),
-        "macro_f1": f1_score(truth, predictions, average="macro", zero_division=0),
-        "confusion_matrix": confusion_matrix(truth, predictions, labels=every_class),
+        **{name: registered.compute(predictions) for name, registered in METRICS.items()},
+        "confusion_matrix": confusion_matrix(truth, predictions.predicted, labels=every_class),
         "classification_report": classification_report(
             truth,
-            predictions,
+            predictions.predicted,
             labels=every_class,
             target_names=list(class_names),
             output_dict=True,
             zero_division=0,
         ),
-        "roc": roc_curves(truth, scores, class_names),
+        "roc": predictions.roc,
     }
-    return to_json_safe(metrics)
+    return {key: to_json_safe(value) for key, value in metrics.items()}
 
 
 def roc_curves(labels: npt.ArrayLike, probabilities: npt.ArrayLike, class_names: Sequence[str]) -> dict[str, Any]:
-    """One-vs-rest ROC curves: ``{"classes": {name: curve}, "micro": curve, "macro": curve}``, fit for JSON.
+    """One-vs-rest ROC curves for JSON: ``{"classes": {name: curve}, "micro": curve, "macro": curve}``.
 
-    A curve is ``{"auc": float | None, "fpr": list, "tpr": list}``. A class that has no positive or no negative rows has
-    no curve: empty lists, ``auc`` None, and it does not count in the macro average. ``micro`` pools all (row, class)
-    pairs. ``macro`` is the mean curve of the classes and its ``auc`` the mean of theirs, as
-    ``roc_auc_score(average="macro", multi_class="ovr")`` has it. Method: scikit-learn's example "Multiclass Receiver
+    A curve is ``{"auc": float | None, "fpr": list, "tpr": list}``. A class without positive or without negative rows
+    has no curve: empty lists, ``auc`` None, and it does not count in the macro average. ``micro`` pools all
+    (row, class) pairs. ``macro`` is the mean curve of the classes, and its ``auc`` the mean of theirs, as in
+    ``roc_auc_score(average="macro", multi_class="ovr")``. Method: scikit-learn's example "Multiclass Receiver
     Operating Characteristic". The points are a subset of the exact curve's corners; ``auc`` is that of the exact curve.
     """
     truth, scores = _checked(labels, probabilities, len(class_names))
     positives = truth[:, np.newaxis] == np.arange(len(class_names))  # (N, C) bool
     curves = [_exact_curve(positives[:, label], scores[:, label]) for label in range(len(class_names))]
-    return to_json_safe(
-        {
-            "classes": {name: _as_entry(curve) for name, curve in zip(class_names, curves, strict=True)},
-            "micro": _as_entry(_exact_curve(positives.ravel(), scores.ravel())),
-            "macro": _macro_entry([curve for curve in curves if curve is not None]),
-        }
-    )
+    entries = {
+        "classes": {name: _as_entry(curve) for name, curve in zip(class_names, curves, strict=True)},
+        "micro": _as_entry(_exact_curve(positives.ravel(), scores.ravel())),
+        "macro": _macro_entry([curve for curve in curves if curve is not None]),
+    }
+    return {key: to_json_safe(entry) for key, entry in entries.items()}
 
 
 def to_json_safe(value: Any) -> Any:
-    """``value`` with NumPy's numbers and arrays as Python's, and None for what JSON cannot say (NaN, infinities)."""
+    """Convert NumPy's numbers and arrays to Python's, and NaN and infinities, which JSON lacks, to None."""
     if isinstance(value, dict):
         return {key: to_json_safe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -124,14 +223,8 @@ def _checked(labels: npt.ArrayLike, probabilities: npt.ArrayLike, num_classes: i
     return truth, scores
 
 
-def _accuracy_of(chosen: npt.NDArray[np.bool_] | None, truth: IntArray, predictions: IntArray) -> float | None:
-    if chosen is None or not chosen.any():
-        return None
-    return float(accuracy_score(truth[chosen], predictions[chosen]))
-
-
 def _exact_curve(positive: npt.NDArray[np.bool_], scores: FloatArray) -> tuple[FloatArray, FloatArray] | None:
-    """All corners (fpr, tpr), or None where one of the two kinds is missing."""
+    """All corners (fpr, tpr), or None without positive or without negative rows."""
     if positive.all() or not positive.any():
         return None  # scikit-learn would warn and return NaN
     fpr, tpr, _ = roc_curve(positive, scores)
@@ -154,6 +247,6 @@ def _macro_entry(curves: list[tuple[FloatArray, FloatArray]]) -> dict[str, Any]:
         return _as_entry(None)
     grid = np.unique(np.concatenate([fpr for fpr, _ in curves]))
     mean_tpr = np.mean([np.interp(grid, fpr, tpr) for fpr, tpr in curves], axis=0)
-    # a curve that starts by going straight up is not at 0 any more at fpr 0; the mean must still start in the corner
+    # a curve may rise vertically at fpr 0; the mean curve must still start at (0, 0)
     corner = (np.concatenate([[0.0], grid]), np.concatenate([[0.0], mean_tpr]))
     return _as_entry(corner, float(np.mean([auc(fpr, tpr) for fpr, tpr in curves])))

@@ -1,6 +1,6 @@
-"""The images of a fold's report, drawn by matplotlib through its object-oriented interface.
+"""Plots of a fold's report, drawn by matplotlib through its object-oriented interface.
 
-``Figure`` without ``pyplot`` keeps no global state, needs no display and may be used in any thread.
+``Figure`` without ``pyplot`` keeps no global state, needs no display and works in any thread.
 """
 
 from __future__ import annotations
@@ -21,26 +21,25 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from quaclrs.system.atomic_files import atomic_writer
+from quaclrs.training.records import EpochRecord
 
 DPI = 120
 TRAIN_COLOUR = "#1f77b4"
 VALIDATION_COLOUR = "#d9541e"
 QUIET_COLOUR = "#8a8a8a"
 MAX_ANNOTATED_CLASSES = 40
-"""With more classes the numbers in the confusion matrix would run into each other."""
+"""With more classes the numbers in the confusion matrix would overlap."""
 MAX_NAME_LENGTH = 28
-"""Characters of a class name that are drawn; longer ones would leave no room for the image."""
+"""Characters of a class name that are drawn; longer ones would leave no room for the plot."""
 
-History = Sequence[Mapping[str, Any]]
+History = Sequence[EpochRecord]
 
 
 def write_plots(directory: Path, history: History, metrics: Mapping[str, Any]) -> list[Path]:
-    """Write the four images of a fold into ``directory`` and return their paths.
+    """Write the four plots of a fold into ``directory``; returns their paths.
 
-    ``history`` has a dict per epoch with ``epoch, train_loss, train_accuracy, val_loss, val_accuracy, learning_rate``
-    (accuracies as fractions; a value may be None or NaN and is then left out); ``metrics`` is what
-    :func:`quaclrs.report.metrics.compute_metrics` returned.
-    Raises :class:`StorageError` naming the file that cannot be written.
+    Values in ``history`` that are NaN are left out; ``metrics`` is the result of
+    :func:`quaclrs.report.metrics.compute_metrics`. Raises :class:`StorageError` naming the file that cannot be written.
     """
     figures = {
         "loss_curves.png": draw_losses(history),
@@ -76,7 +75,7 @@ def draw_accuracies(history: History) -> Figure:
 
 
 def draw_confusion_matrix(metrics: Mapping[str, Any]) -> Figure:
-    """Counts of (label, prediction), coloured by the share of the label's row."""
+    """Counts of (label, prediction), coloured by count / row sum."""
     counts = np.asarray(metrics["confusion_matrix"], dtype=np.int64)  # (C, C)
     names = [_label(name) for name in metrics["class_names"]]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -124,22 +123,18 @@ def draw_roc_curves(metrics: Mapping[str, Any]) -> Figure:
 
 @functools.cache
 def heat_colours() -> npt.NDArray[np.uint8]:
-    """(256, 3) uint8: matplotlib's ``turbo``, from cold blue to hot red. The one array is shared: do not
-    write to it.
-    """
+    """(256, 3) uint8: matplotlib's ``turbo``, from blue to red. All callers share the array: do not write to it."""
     table = matplotlib.colormaps["turbo"](np.arange(256), bytes=True)
     return np.ascontiguousarray(table[:, :3])
 
 
 def font_path() -> Path:
-    """matplotlib's own DejaVu Sans, which is there on every machine and knows more scripts than Pillow's
-    default font.
-    """
+    """Path of matplotlib's own DejaVu Sans: always there, and it covers more scripts than Pillow's default font."""
     return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
 def _new_axes(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of ``width`` × ``height`` inches with one quiet pair of axes."""
+    """A figure of ``width`` × ``height`` inches with one pair of axes, without top and right spines."""
     margins = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)  # inches
     figure = Figure(figsize=(width, height), dpi=DPI, layout=margins)
     axes = figure.add_subplot()
@@ -149,15 +144,13 @@ def _new_axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _save(figure: Figure, path: Path) -> None:
     with atomic_writer(path) as file, warnings.catch_warnings():
-        # a class name in a script that the font lacks is drawn as boxes; a warning for each letter helps nobody
+        # a class name in a script that the font lacks is drawn as boxes; one warning per letter would not help
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from font", category=UserWarning)
         figure.savefig(file, format="png")
 
 
 def _label(name: str) -> str:
-    """A class name fit to be drawn: not too long, on one line, and with no ``$`` that matplotlib takes
-    for a formula.
-    """
+    """A class name for a plot: shortened, on one line, with ``$`` escaped, which matplotlib reads as a formula."""
     line = " ".join(name.split())
     if len(line) > MAX_NAME_LENGTH:
         half = MAX_NAME_LENGTH // 2
@@ -165,14 +158,13 @@ def _label(name: str) -> str:
     return line.replace("$", r"\$")
 
 
-def _column(history: History, key: str) -> npt.NDArray[np.float64]:
-    """(epochs,) float64; NaN, which matplotlib leaves out, where there is no value."""
-    values = [entry.get(key) for entry in history]
-    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+def _column(history: History, name: str) -> npt.NDArray[np.float64]:
+    """(epochs,) float64; matplotlib leaves NaN out."""
+    return np.array([getattr(record, name) for record in history], dtype=np.float64)
 
 
 def _draw_pair(axes: Axes, history: History, quantity: str) -> None:
-    """Curves of a quantity in training and validation, and the epoch whose weights were kept."""
+    """Draw ``loss`` or ``accuracy`` in training and validation, and mark the epoch whose weights were kept."""
     epochs = _column(history, "epoch")
     validation = _column(history, f"val_{quantity}")
     marker = "o" if len(epochs) <= 40 else None
@@ -192,7 +184,7 @@ def _draw_pair(axes: Axes, history: History, quantity: str) -> None:
 
 
 def _best_epoch(history: History) -> int | None:
-    """Position of the first epoch with the highest validation accuracy, which is the one that training keeps."""
+    """Index of the first epoch with the highest validation accuracy, the one that training keeps."""
     accuracies = _column(history, "val_accuracy")
     return None if np.isnan(accuracies).all() else int(np.nanargmax(accuracies))
 
@@ -209,7 +201,7 @@ def _draw_learning_rate(axes: Axes, history: History) -> None:
     behind.tick_params(axis="y", which="both", colors=QUIET_COLOUR)
     behind.spines[["top", "left", "right"]].set_visible(False)
     axes.set_zorder(behind.get_zorder() + 1)
-    axes.patch.set_visible(False)  # or it would hide what is now behind it
+    axes.patch.set_visible(False)  # otherwise it hides the axes behind it
 
 
 def _annotate_counts(axes: Axes, counts: npt.NDArray[np.int64], shares: npt.NDArray[np.float64]) -> None:
@@ -220,6 +212,6 @@ def _annotate_counts(axes: Axes, counts: npt.NDArray[np.int64], shares: npt.NDAr
 
 
 def _draw_curve(axes: Axes, curve: Mapping[str, Any], name: str, **style: Any) -> None:
-    # the area comes first in the label: matplotlib hides labels that start with an underscore, as a class name may
+    # the area comes first: matplotlib hides labels that start with an underscore, and a class name may
     area = "  –  " if curve["auc"] is None else f"{curve['auc']:.3f}"
     axes.plot(curve["fpr"], curve["tpr"], label=f"{area}  {_label(name)}", **style)

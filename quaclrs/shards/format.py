@@ -142,9 +142,7 @@ class Manifest:
         except ValueError as error:
             raise ShardError(f"{name}: not JSON ({error}); pack the shards anew") from None
         if not isinstance(document, dict) or document.pop("format", None) != FORMAT_NAME:
-            raise ShardError(
-                f"{name}: not a manifest of {FORMAT_NAME}; point --shards at a folder of tools/shard_dataset.py"
-            )
+            raise ShardError(f"{name}: not a manifest of {FORMAT_NAME}; point --shards at a folder of quaclrs-pack")
         version = document.pop("version", None)
         if version != FORMAT_VERSION:
             newer = isinstance(version, int) and version > FORMAT_VERSION

@@ -216,7 +216,7 @@ def read_manifest(root: Path) -> fmt.Manifest:
     """The manifest of the shard folder ``root``. Raises as :class:`ShardSet`."""
     path = root / fmt.MANIFEST_FILE
     if not path.is_file():
-        raise ShardError(f"{path}: no such file{_unfinished(root)}; make shards with tools/shard_dataset.py")
+        raise ShardError(f"{path}: no such file{_unfinished(root)}; make shards with quaclrs-pack")
     return fmt.Manifest.from_json(_read(path), str(path), encoding_names())
 
 
@@ -226,7 +226,7 @@ def _unfinished(root: Path) -> str:
         return ""
     folds = folds_not_packed(root)
     missing = f"; fold(s) {folds_text(folds)} are missing" if folds else ""
-    return f" (a packing was begun here: run tools/shard_dataset.py again to finish it, if it is not running{missing})"
+    return f" (a packing was begun here: run quaclrs-pack again to finish it, if it is not running{missing})"
 
 
 def _read(path: Path) -> bytes:

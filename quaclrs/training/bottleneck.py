@@ -1,6 +1,4 @@
-"""What bounds a training step: from times and the events of a trace to a word, a sentence of advice and a page. Pure,
-no torch.
-"""
+"""What bounds a training step: step times and trace events → a bottleneck, advice, a page of text. No torch here."""
 
 from __future__ import annotations
 
@@ -14,15 +12,16 @@ from typing import Any
 from quaclrs.config import TrainConfig
 
 DEVICE_BUSY = 0.9
-"""Share of its time from which on a device counts as busy: with no gap left, steps would be a ninth faster at most."""
+"""Fraction of busy time from which the device is the bottleneck: without idle time, steps would save 10 % at most."""
 DATA_WAIT = 0.2
-"""Share of waiting from which on the data are to blame: below it, data that cost no time would make steps a quarter
-faster at most.
+"""The rule for "bound by data", wherever it is said: the training thread waits for at least this fraction of the time.
+
+Below it, data at no cost would make steps a quarter faster at most: 1 / (1 - 0.2) = 1.25.
 """
 LOST = 0.01
-"""Share of launches without their work in the trace, above which the device's time is not known."""
+"""Fraction of launches whose kernels may be missing from the trace; above it, the device's time counts as unknown."""
 TOP = 10
-"""Operators on the page."""
+"""Operators listed on the page."""
 
 DATA, HOST, DEVICE, COMPUTE, UNKNOWN = "data", "host", "device", "compute", "unknown"
 
@@ -33,8 +32,9 @@ _SYNCHRONISATIONS = {
     *("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"),
     *("cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize"),
 }
-"""Calls that come back only when the device has done something. ``.item()`` of a tensor on the device makes one; that
-of a tensor on the CPU, which costs nothing, does not."""
+"""CUDA calls that block the host until the device has finished some work. ``.item()`` of a tensor on the device makes
+one; ``.item()`` of a CPU tensor, which costs nothing, does not.
+"""
 _NAME_WIDTH = 60
 
 Event = Mapping[str, Any]
@@ -43,75 +43,75 @@ Event = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """Some training steps in a row; one value of each list for each."""
+    """Consecutive training steps; each list has one value per step."""
 
     wall_s: Sequence[float]
-    """From the end of the step before to its own, on a GPU by the GPU's clock."""
+    """Seconds from the end of the previous step to the end of this one, on a GPU by the GPU's clock."""
     host_s: Sequence[float]
-    """The training thread outside waiting for data."""
+    """Seconds of the training thread, without waiting for data."""
     waited_s: Sequence[float]
     samples: Sequence[int]
 
     @property
     def samples_per_s(self) -> float:
-        """Of all the steps together."""
+        """Throughput of all steps together."""
         return sum(self.samples) / sum(self.wall_s)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What a trace says about the steps that it holds."""
+    """Figures read from a trace, over all its steps."""
 
     steps: int
     device_s: float
-    """In which the device did something: the union of its work, since streams overlap."""
+    """Seconds in which the device was busy: the union of its kernels and copies, since streams overlap."""
     launches: int
     lost_launches: int
-    """Those whose work is not in the trace."""
+    """Launches whose kernel is missing from the trace."""
     synchronisations: Mapping[str, int]
-    """How often the training waited for the device, by call and by the operator that made it."""
+    """Number of host synchronisations by "call in operator"."""
     operators: Sequence[tuple[str, float]]
-    """Every operator's self time in seconds, the longest first: the device's where it was traced, else the CPU's."""
+    """(operator, self time in seconds), longest first: device time where a device was traced, else CPU time."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What bounds the steps."""
+class Bottleneck:
+    """What bounds the training steps."""
 
     bound: str
     waiting: float
-    """Share of the wall time in which the training thread had no batch."""
+    """Fraction of the wall time in which the training thread had no batch."""
     busy: float | None
-    """Share of the wall time in which the device did something; None on the CPU."""
+    """Fraction of the wall time in which the device was busy; None on the CPU."""
 
     @property
     def line(self) -> str:
-        """The verdict in a few words."""
+        """The bottleneck in a few words."""
         device = "" if self.busy is None else f", device idle {1 - self.busy:.0%}"
         return f"bound by {self.bound} (waiting for data {self.waiting:.0%}{device})"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What was measured, for the page's head and for advice that is not followed already."""
+    """What was measured: for the head of the page, and so that advice does not name what is in use already."""
 
     config: TrainConfig
     loader: str
     processes: int
     device: str
-    """Its name, for people."""
+    """Its name as shown on the page."""
     on_gpu: bool
     steps: str
-    """Which ones were measured, in words."""
+    """Description of the measured steps."""
     peak_bytes: tuple[int, int] = (0, 0)
-    """Of device memory: in tensors, and taken from the device."""
+    """Peak device memory in bytes: (allocated by tensors, reserved from the device)."""
 
 
 # --- from a trace's events ---
 
 
 def read_trace(events: Iterable[Event], steps: int, device: int | None) -> Trace:
-    """The first ``steps`` steps of a trace and the work of GPU number ``device`` that they launched; None: of the CPU.
+    """Read the first ``steps`` steps of a trace, with the work that they launched on GPU number ``device`` (None: CPU).
 
     Raises ValueError when the trace does not hold them.
     """
@@ -146,7 +146,7 @@ def read_trace(events: Iterable[Event], steps: int, device: int | None) -> Trace
 
 
 def union(intervals: Iterable[tuple[float, float]]) -> float:
-    """Length of what some (begin, end) cover together."""
+    """Total length of the union of (begin, end) intervals."""
     length, reached = 0.0, float("-inf")
     for begin, end in sorted(intervals):
         length += max(0.0, end - max(begin, reached))
@@ -163,9 +163,7 @@ def _correlation(event: Event) -> Any:
 
 
 def _nested(operators: Sequence[Event], calls: Sequence[Event]) -> tuple[dict[str, float], dict[int, str]]:
-    """(µs of each operator's name without the operators inside it, the innermost operator's name around each call by
-    its ``id``).
-    """
+    """(self time in µs by operator name, name of the innermost operator around each call by the call's ``id``)."""
     threads: dict[Any, list[tuple[float, float, bool, Event]]] = defaultdict(list)
     for is_call, events in ((False, operators), (True, calls)):
         for event in events:
@@ -203,9 +201,7 @@ def _work_of(events: Sequence[Event], device: int, begin: float, end: float) -> 
 
 
 def _device_us(work: Sequence[Event], calls: Sequence[Event], makers: Mapping[int, str]) -> dict[str, float]:
-    """µs on the device by the operator that launched it; a kernel launched by none (a graph's, our own) goes by its own
-    name.
-    """
+    """Device time in µs by the launching operator; a kernel without one (of a graph, our own) counts under its name."""
     by_call = {_correlation(call): makers[id(call)] for call in calls if id(call) in makers}
     found: dict[str, float] = defaultdict(float)
     for event in work:
@@ -216,7 +212,7 @@ def _device_us(work: Sequence[Event], calls: Sequence[Event], makers: Mapping[in
 def _synchronisations(
     calls: Sequence[Event], makers: Mapping[int, str], threads: set[tuple[Any, Any]]
 ) -> dict[str, int]:
-    """On the threads that train; others, a loader's, may wait as they like."""
+    """Count the synchronising calls on ``threads``, those that train; a loader's threads may synchronise freely."""
     return dict(
         Counter(
             f"{call['name']} in {makers.get(id(call), 'Python')}"
@@ -226,16 +222,16 @@ def _synchronisations(
     )
 
 
-# --- the verdict ---
+# --- the bottleneck ---
 
 
-def judge(timed: Steps, traced: Steps, trace: Trace, on_gpu: bool) -> Verdict:
+def find_bottleneck(timed: Steps, traced: Steps, trace: Trace, on_gpu: bool) -> Bottleneck:
     """``timed`` ran without the profiler, which slows the host: the device's share is its traced time in steps of their
     length.
     """
     waiting = sum(timed.waited_s) / sum(timed.wall_s)
     if not on_gpu:
-        return Verdict(bound=DATA if waiting >= DATA_WAIT else COMPUTE, waiting=waiting, busy=None)
+        return Bottleneck(bound=DATA if waiting >= DATA_WAIT else COMPUTE, waiting=waiting, busy=None)
     busy = min(1.0, trace.device_s / sum(traced.samples) * timed.samples_per_s)
     if trace.launches == 0 or trace.lost_launches > LOST * trace.launches:
         bound = UNKNOWN
@@ -243,11 +239,11 @@ def judge(timed: Steps, traced: Steps, trace: Trace, on_gpu: bool) -> Verdict:
         bound = DEVICE
     else:
         bound = DATA if waiting >= DATA_WAIT else HOST
-    return Verdict(bound=bound, waiting=waiting, busy=busy)
+    return Bottleneck(bound=bound, waiting=waiting, busy=busy)
 
 
 def advice(bound: str, setting: Setting) -> str:
-    """One sentence about what to try."""
+    """One sentence: what to try next."""
     config = setting.config
     if bound == DATA and setting.loader == "resident":
         return (
@@ -287,17 +283,17 @@ def _could_capture(setting: Setting) -> bool:
 # --- the page ---
 
 
-def page(setting: Setting, timed: Steps, traced: Steps, trace: Trace, verdict: Verdict) -> str:
-    """One page of plain text."""
+def page(setting: Setting, timed: Steps, traced: Steps, trace: Trace, bottleneck: Bottleneck) -> str:
+    """The page of plain text that ``--profile`` writes."""
     config = setting.config
     lines = [
         f"{config.model_name}, batch {max(timed.samples)}, loader {setting.loader}, {setting.device}",
         setting.steps,
         "",
-        f"Verdict: {verdict.line}",
-        f"Advice:  {advice(verdict.bound, setting)}",
+        f"Bottleneck: {bottleneck.line}",
+        f"Advice:     {advice(bottleneck.bound, setting)}",
         "",
-        *_times(setting, timed, traced, trace, verdict),
+        *_times(setting, timed, traced, trace, bottleneck),
         "",
         *(_on_the_device(setting, trace) if setting.on_gpu else []),
         *_operators(setting, trace),
@@ -305,7 +301,7 @@ def page(setting: Setting, timed: Steps, traced: Steps, trace: Trace, verdict: V
     return "\n".join(lines) + "\n"
 
 
-def _times(setting: Setting, timed: Steps, traced: Steps, trace: Trace, verdict: Verdict) -> list[str]:
+def _times(setting: Setting, timed: Steps, traced: Steps, trace: Trace, bottleneck: Bottleneck) -> list[str]:
     wall = [1e3 * seconds for seconds in timed.wall_s]
     host = sum(timed.host_s) / sum(timed.wall_s)
     lines = [
@@ -313,16 +309,16 @@ def _times(setting: Setting, timed: Steps, traced: Steps, trace: Trace, verdict:
         f"{_row('wall', timed.wall_s)}           median {statistics.median(wall):.2f} ms, from {min(wall):.2f} to "
         f"{max(wall):.2f}; "
         f"{timed.samples_per_s:.0f} images/s",
-        f"{_row('data wait', timed.waited_s)} {verdict.waiting:7.1%}   the training thread has no batch",
+        f"{_row('data wait', timed.waited_s)} {bottleneck.waiting:7.1%}   the training thread has no batch",
     ]
-    if verdict.busy is None:
+    if bottleneck.busy is None:
         lines.append(f"{_row('compute', timed.host_s)} {host:7.1%}   the training thread outside waiting")
     else:
-        device = f"some kernel or copy runs; idle {1 - verdict.busy:.1%}"
+        device = f"some kernel or copy runs; idle {1 - bottleneck.busy:.1%}"
         lines += [
             f"{_row('host', timed.host_s)} {host:7.1%}   the training thread outside waiting: Python, launches, and "
             "blocked by the device",
-            f"{_row('device', [trace.device_s / trace.steps])} {verdict.busy:7.1%}   {device}",
+            f"{_row('device', [trace.device_s / trace.steps])} {bottleneck.busy:7.1%}   {device}",
         ]
     lines.append(f"{_row('traced', traced.wall_s)}           wall time under the profiler, which slows the host")
     if setting.processes > 1:

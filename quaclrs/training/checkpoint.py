@@ -1,6 +1,7 @@
-"""Checkpoints: whole or absent, versioned, loaded without running code, and refused when they belong to another run.
+"""Checkpoints: written atomically, versioned, loaded without running code, refused when they belong to another run.
 
-After each epoch ``checkpoint_epoch_{epoch}.pth``; between two, where asked for, ``checkpoint_within_epoch.pth``.
+``checkpoint_epoch_{epoch}.pth`` after each epoch; ``checkpoint_within_epoch.pth`` after a signal, or with
+``--checkpoint_minutes``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _NAME = re.compile(r"checkpoint_epoch_(\d+)\.pth")
 
 
 def checkpoint_file(folder: Path, epoch: int) -> Path:
-    """``checkpoint_epoch_{epoch}.pth``, as the original names it."""
+    """``checkpoint_epoch_{epoch}.pth``, the original trainer's name."""
     return folder / f"checkpoint_epoch_{epoch}.pth"
 
 
@@ -34,52 +35,55 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write tensors and plain values to ``path``, whole or not at all. Raises :class:`StorageError` for the disk."""
+    """Write tensors and plain values to ``path``, atomically. Raises :class:`StorageError` when that fails."""
     with atomic_writer(path) as file:
         torch.save(content, file)
 
 
-def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any], run: dict[str, Any], keep: int) -> None:
-    """Write epoch ``epoch``'s checkpoint, then delete all but the last ``keep``; ``run`` says what it belongs to."""
-    save(checkpoint_file(folder, epoch), _content(epoch, state, run))
+def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any], identity: dict[str, Any], keep: int) -> None:
+    """Write the checkpoint of ``epoch``, then delete all but the last ``keep``.
+
+    ``identity`` is stored with it; :func:`load_checkpoint` refuses another one.
+    """
+    save(checkpoint_file(folder, epoch), _content(epoch, state, identity))
     delete_superseded(folder, keep)
 
 
 def delete_superseded(folder: Path, keep: int) -> None:
-    """Once the last finished epoch has its checkpoint: delete that of its middle, and all but the last ``keep``."""
+    """Delete the checkpoint within the last finished epoch, and all but the last ``keep`` of finished epochs."""
     for old in (folder / WITHIN_EPOCH_FILE, *checkpoints(folder)[:-keep]):
         old.unlink(missing_ok=True)
 
 
-def save_within_epoch(folder: Path, epoch: int, state: dict[str, Any], run: dict[str, Any]) -> None:
-    """Write the state in the middle of ``epoch``; it is of use until that epoch's own checkpoint is there."""
-    save(folder / WITHIN_EPOCH_FILE, _content(epoch, state, run))
+def save_within_epoch(folder: Path, epoch: int, state: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Write the state between two steps of ``epoch``; superseded by the epoch's own checkpoint."""
+    save(folder / WITHIN_EPOCH_FILE, _content(epoch, state, identity))
 
 
-def _content(epoch: int, state: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    return {"version": CHECKPOINT_VERSION, "epoch": epoch, "run": run, "state": state}
+def _content(epoch: int, state: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
+    return {"version": CHECKPOINT_VERSION, "epoch": epoch, "run": identity, "state": state}
 
 
-def load_checkpoint(folder: Path, run: dict[str, Any]) -> dict[str, Any] | None:
+def load_checkpoint(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The most advanced state in ``folder``; None when there is none.
 
-    Raises :class:`TrainingError` when it cannot be read, or belongs to a run that differs from ``run``, naming the
-    differences.
+    Raises :class:`TrainingError` when a checkpoint cannot be read, or its identity differs from ``identity``, naming
+    the differences.
     """
     finished = checkpoints(folder)[-1:]
     within = folder / WITHIN_EPOCH_FILE
-    loaded = [_load_checked(path, run) for path in (*finished, *([within] if within.is_file() else []))]
+    loaded = [_load_checked(path, identity) for path in (*finished, *([within] if within.is_file() else []))]
     return max(loaded, key=lambda content: content["epoch"])["state"] if loaded else None
 
 
-def _load_checked(path: Path, run: dict[str, Any]) -> dict[str, Any]:
+def _load_checked(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     content = load(path)
     if content.get("version") != CHECKPOINT_VERSION:
         raise TrainingError(
             f"{path}: checkpoint version {content.get('version')!r}, this quaclrs reads {CHECKPOINT_VERSION}; train "
             "without --resume"
         )
-    refuse_other_run(path, content["run"], run)
+    refuse_other_run(path, content["run"], identity)
     return content
 
 
@@ -88,21 +92,22 @@ def load(path: Path) -> dict[str, Any]:
     cannot be read.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the unpickler makes of a damaged file
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         reason = " ".join(str(error).split())[:120]
         raise TrainingError(f"{path}: cannot be loaded ({reason}); delete it and run again") from None
+    return content
 
 
-def refuse_other_run(where: Path, saved: dict[str, Any], run: dict[str, Any]) -> None:
-    """Raise :class:`TrainingError` naming each setting in which the run saved at ``where`` differs from ``run``."""
+def refuse_other_run(where: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raise :class:`TrainingError` naming each entry in which ``saved``, read from ``where``, differs."""
     differences = [
-        f"{name} was {saved.get(name)!r}, now {run.get(name)!r}"
-        for name in sorted({*saved, *run})
-        if saved.get(name) != run.get(name)
+        f"{name} was {saved.get(name)!r}, now {identity.get(name)!r}"
+        for name in sorted({*saved, *identity})
+        if saved.get(name) != identity.get(name)
     ]
     if differences:
         raise TrainingError(
-            f"{where}: belongs to another run ({'; '.join(differences)}); use the same settings, or another "
-            "--output_dir"
+            f"{where}: belongs to another run ({'; '.join(differences)}); "
+            "use the same settings, or another --output_dir"
         )

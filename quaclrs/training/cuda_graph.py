@@ -1,9 +1,8 @@
-"""``--compile cudagraph``: whole training steps, from the gather to the optimizer, captured once and replayed with one
-launch each.
+"""``--compile cudagraph``: a training step, from gathering the batch to the optimizer, replayed as one CUDA graph.
 
-At small batches a step's hundreds of kernels take less time than Python needs to launch them. A CUDA graph launches
-them all at once, but with the same addresses each time: so the sample numbers are copied to where the graph looks for
-them, and everything else stays on the device. That takes a loader whose data are there already
+At small batches a step's hundreds of kernels take less time than Python needs to launch them. A CUDA graph launches all
+of them with one call, but always with the same addresses. So the sample numbers are copied into the tensor that the
+graph reads, and everything else stays on the device. This takes a loader whose data are on the device already
 (:class:`~quaclrs.loaders.base.DeviceLoader`).
 """
 
@@ -15,43 +14,45 @@ import numpy as np
 import torch
 
 from quaclrs.loaders.base import Batch, DeviceLoader, to_device
-from quaclrs.training.state import Training
+from quaclrs.training.state import TrainState
 
 _WARM_UP_STEPS = 3
-"""Real steps before the capture: optimizer states, compiled kernels and cuDNN's choices must be there by then (torch's
-own advice).
+"""Training steps before the capture, as torch's documentation advises: optimizer states must exist, kernels be
+compiled and cuDNN's algorithms be chosen by then.
 """
+
+StepOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Images, labels, loss, correct predictions; on the device."""
 
 
 class GraphedStep:
-    """Optimizer steps on batches of ``size`` samples of ``loader``, each of them a replay of one graph but for the
-    first few.
+    """Optimizer steps on batches of ``size`` samples of ``loader``: the first few run eagerly, the others as replays.
 
-    On the CPU, which has no graphs, the same work is done step by step.
+    On the CPU, which has no graphs, every step runs eagerly.
     """
 
-    def __init__(self, training: Training, loader: DeviceLoader, size: int) -> None:
+    def __init__(self, state: TrainState, loader: DeviceLoader, size: int) -> None:
         self._size = size
-        self._training, self._loader = training, loader
-        self._index = torch.zeros(size, dtype=torch.int64, device=training.device)
-        self._share = torch.zeros((), device=training.device)
-        # a capture is not allowed on the default stream, so nor is its rehearsal
-        self._stream = torch.cuda.Stream(training.device) if training.device.type == "cuda" else None
+        self._state, self._loader = state, loader
+        self._index = torch.zeros(size, dtype=torch.int64, device=state.device)
+        self._loss_scale = torch.zeros((), device=state.device)
+        # A capture is not allowed on the default stream, so the warm-up runs on the capture's stream too.
+        self._stream = torch.cuda.Stream(state.device) if state.device.type == "cuda" else None
         self._steps = 0
         self._replay: Callable[[], None] | None = None
-        self._output: _Output | None = None
+        self._output: StepOutput | None = None
 
-    def __call__(self, index: torch.Tensor, share: torch.Tensor) -> _Output:
-        """One step on the samples ``index`` (B,) int64 on the device, with :meth:`Training.step`'s ``share``.
+    def __call__(self, index: torch.Tensor, loss_scale: torch.Tensor) -> StepOutput:
+        """One step on the samples ``index`` (B,) int64 on the device; ``loss_scale`` as in :meth:`TrainState.step`.
 
-        What it returns is overwritten by the next step.
+        The next step overwrites the tensors that are returned. A batch of another size runs eagerly.
         """
         if len(index) != self._size:
-            return self._step(index, share)
+            return self._run(index, loss_scale)
         self._index.copy_(index)
-        self._share.copy_(share)
+        self._loss_scale.copy_(loss_scale)
         if self._replay is None and self._steps >= _WARM_UP_STEPS:
-            self._replay = self._captured()
+            self._replay = self._capture()
         if self._replay is not None:
             self._replay()
         else:
@@ -60,49 +61,43 @@ class GraphedStep:
         assert self._output is not None
         return self._output
 
-    def _step(self, index: torch.Tensor, share: torch.Tensor) -> _Output:
+    def _run(self, index: torch.Tensor, loss_scale: torch.Tensor) -> StepOutput:
         images, labels = self._loader.on_device(index)
-        return images, labels, *self._training.step(images, labels, share)
+        return images, labels, *self._state.step(images, labels, loss_scale)
 
-    def _usual_step(self) -> None:
-        self._output = self._step(self._index, self._share)
+    def _run_on_own_tensors(self) -> None:
+        self._output = self._run(self._index, self._loss_scale)
 
     def _warm_up(self) -> None:
         if self._stream is None:
-            self._usual_step()
+            self._run_on_own_tensors()
             return
-        current = torch.cuda.current_stream(self._training.device)
+        current = torch.cuda.current_stream(self._state.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            self._usual_step()
+            self._run_on_own_tensors()
         current.wait_stream(self._stream)
 
-    def _captured(self) -> Callable[[], None]:
+    def _capture(self) -> Callable[[], None]:
+        """Capture a step; returns what replays it."""
         if self._stream is None:
-            return self._usual_step
+            return self._run_on_own_tensors
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
-            self._usual_step()
+            self._run_on_own_tensors()
         return graph.replay
 
 
-_Output = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""Images, labels, loss, right predictions."""
-
-
 def graphed_steps(
-    graphed: GraphedStep, batches: Sequence[np.ndarray], shares: torch.Tensor, seeds: np.ndarray
+    graphed: GraphedStep, batches: Sequence[np.ndarray], loss_scales: torch.Tensor, seeds: np.ndarray
 ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
-    """A step for each of ``batches``; yields each with its loss and right predictions, on the device.
-
-    Batches of ``graphed``'s size are replayed, others (an epoch's last) done step by step.
-    """
+    """Run one step per array of sample numbers in ``batches``; yields (batch, loss, correct), all on the device."""
     if not batches:
         return
     sizes = [len(batch) for batch in batches]
     numbers = torch.from_numpy(np.concatenate(batches).astype(np.int64, copy=False))
-    indices = to_device(numbers, shares.device).split(sizes)  # one copy for the whole epoch
-    for index, on_host, share, seed in zip(indices, numbers.split(sizes), shares, seeds, strict=True):
+    indices = to_device(numbers, loss_scales.device).split(sizes)  # one copy for the whole epoch
+    for index, index_on_host, loss_scale, seed in zip(indices, numbers.split(sizes), loss_scales, seeds, strict=True):
         torch.manual_seed(int(seed))
-        images, labels, loss, correct = graphed(index, share)
-        yield Batch(images, labels, on_host), loss, correct
+        images, labels, loss, correct = graphed(index, loss_scale)
+        yield Batch(images, labels, index_on_host), loss, correct

@@ -1,7 +1,7 @@
-"""Train one epoch, evaluate, fit. One path with and without AMP, on one rank and on many; nothing is read back within
-an epoch.
+"""One epoch of training, and one pass of evaluation.
 
-The engine neither prints nor parses: progress goes through a callback, and errors are exceptions.
+One code path with and without AMP, on one rank and on many. Nothing is read back from the device within an epoch. The
+functions neither print nor parse: progress goes through callbacks, errors are exceptions.
 """
 
 from __future__ import annotations
@@ -10,15 +10,12 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
-from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
-from quaclrs.config import TrainConfig
 from quaclrs.data.sampling import (
     epoch_order,
     evaluation_batches,
@@ -28,73 +25,29 @@ from quaclrs.data.sampling import (
     train_batches,
 )
 from quaclrs.errors import TrainingError
-from quaclrs.loaders.base import Batch, DeviceLoader, Loader
-from quaclrs.system.signals import SignalHandler, StopRequest
-from quaclrs.training import checkpoint
+from quaclrs.loaders.base import Batch, Loader
 from quaclrs.training.cuda_graph import GraphedStep, graphed_steps
-from quaclrs.training.distributed import AsyncConsensus, World
+from quaclrs.training.distributed import World
 from quaclrs.training.models import forward_logits
-from quaclrs.training.state import Progress, RunningMetrics, Training
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """One pass over some samples without learning; the same on every rank, but for the times."""
-
-    loss: float
-    """Class-weighted cross-entropy: Σ w·loss / Σ w over all samples, whatever the batches."""
-    accuracy: float
-    index: np.ndarray
-    """(N,) int64 sample numbers, in the order of ``probabilities``."""
-    probabilities: np.ndarray
-    """(N, classes) float32"""
-    seconds: float
-    waited_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainedEpoch:
-    """One epoch of learning."""
-
-    loss: float
-    """Mean over samples of what was minimised, the auxiliary loss included."""
-    accuracy: float
-    samples: int
-    """Of all ranks; a few more than there are where the last batch wraps round to be shared out."""
-    seconds: float
-    waited_s: float
-    """Time in which the training thread had no batch; of the rank that waited longest."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpochPlan:
-    """What one rank does in an epoch of learning, step by step; known before it begins."""
-
-    batches: Sequence[np.ndarray]
-    """Of sample numbers."""
-    samples: Sequence[int]
-    """In the global batch."""
-    shares: torch.Tensor
-    """(steps,) float32 on the device, see :meth:`Training.step`."""
-    seeds: np.ndarray
-    """(steps,) uint64"""
-
+from quaclrs.training.running_metrics import EpochProgress, RunningMetrics
+from quaclrs.training.state import TrainState, autocast
 
 OnStep = Callable[[Batch, RunningMetrics, float], None]
-"""Called after each step with its batch, the rank's sums so far and the seconds waited for data so far."""
-Nothing = Callable[[], None]
+"""``on_step(batch, metrics, waited_s)`` after each step: the rank's sums so far, and its seconds without a batch."""
+AfterStep = Callable[[], None]
+"""Called between two steps, equally often on every rank. May raise to stop there."""
 
 
-def _ignore_step(batch: Batch, totals: RunningMetrics, waited_s: float) -> None:
+def _ignore_step(batch: Batch, metrics: RunningMetrics, waited_s: float) -> None:
     pass
 
 
-def _go_on() -> None:
+def _continue() -> None:
     pass
 
 
-class _Timed:
-    """Iterates over batches and adds up the time spent waiting for them."""
+class _TimedBatches:
+    """Iterates over batches and sums the seconds spent waiting for them."""
 
     def __init__(self, batches: Iterator[Batch]) -> None:
         self._batches = batches
@@ -111,8 +64,40 @@ class _Timed:
         return batch
 
 
+# --- training ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochPlan:
+    """The steps of one rank in one epoch of training, known before the first."""
+
+    batches: Sequence[np.ndarray]
+    """Per step: (B,) int64 sample numbers."""
+    samples: Sequence[int]
+    """Per step: samples in the global batch."""
+    loss_scales: torch.Tensor
+    """(steps,) float32 on the device, see :meth:`TrainState.loss_scales`."""
+    seeds: np.ndarray
+    """(steps,) uint64: seeds of the step's random numbers (dropout)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedEpoch:
+    """Figures of one epoch of training, over all ranks."""
+
+    loss: float
+    """Mean over samples of the loss that was minimised, the auxiliary loss included."""
+    accuracy: float
+    """Fraction."""
+    samples: int
+    """More than the fold has where the last batch wraps round to divide among the ranks."""
+    seconds: float
+    waited_s: float
+    """Seconds without a batch, of the rank that waited longest."""
+
+
 def plan_epoch(
-    training: Training,
+    state: TrainState,
     samples: np.ndarray,
     label: np.ndarray,
     global_batch: int,
@@ -120,12 +105,12 @@ def plan_epoch(
     epoch: int,
     replicated: bool = True,
 ) -> EpochPlan:
-    """This rank's part of ``epoch`` over ``samples`` (n,), given the ``label`` (N,) of every sample number.
+    """The steps of ``state``'s rank in ``epoch`` over ``samples`` (n,).
 
-    ``replicated`` as :class:`Loader` has it. Raises :class:`TrainingError` when a rank would have nothing to learn
-    from.
+    ``label`` (N,) int64 by sample number; ``replicated`` as :class:`Loader` has it. Raises :class:`TrainingError` where
+    a rank would have no batch.
     """
-    world = training.world
+    world = state.world
     if replicated:
         order = epoch_order(samples, seed, epoch)
         of_ranks = [train_batches(order, global_batch, world.size, rank) for rank in range(world.size)]
@@ -134,97 +119,119 @@ def plan_epoch(
             of_ranks = rank_shard_batches(samples, global_batch, seed, epoch, world.size)
         except ValueError as error:
             raise TrainingError(f"--loader resident: {error}; use fewer processes", everywhere=True) from None
-    mine = of_ranks[world.rank]
+    own = of_ranks[world.rank]
     return EpochPlan(
-        batches=mine,
-        samples=[world.size * len(batch) for batch in mine],
-        shares=training.shares(label, of_ranks),
-        seeds=step_seeds(len(mine), seed, epoch, world.rank),
+        batches=own,
+        samples=[world.size * len(batch) for batch in own],
+        loss_scales=state.loss_scales(label, of_ranks),
+        seeds=step_seeds(len(own), seed, epoch, world.rank),
     )
 
 
 def train_epoch(
-    training: Training,
+    state: TrainState,
     loader: Loader,
     plan: EpochPlan,
     on_step: OnStep = _ignore_step,
-    after_step: Nothing = _go_on,
+    after_step: AfterStep = _continue,
     graphed: GraphedStep | None = None,
 ) -> TrainedEpoch:
-    """The steps of ``plan`` that ``training.progress`` has not done yet; ``after_step`` may raise to stop between two.
+    """Run the steps of ``plan`` that ``state.progress`` has not done yet.
 
-    ``graphed`` does them from its own loader's data instead of ``loader``'s batches.
+    With ``graphed`` each step is a replay of its CUDA graph over its own loader's data; ``loader`` is then not used.
     """
-    training.model.train()
-    progress = training.progress = training.progress or Progress(totals=RunningMetrics(training.device))
-    rest = slice(progress.step, None)
-    waited_before, timed = progress.waited_s, _Timed(iter(()) if graphed else loader.load(plan.batches[rest]))
+    state.model.train()
+    progress = state.progress = state.progress or EpochProgress(metrics=RunningMetrics(state.device))
+    remaining = slice(progress.step, None)
+    batches, loss_scales, seeds = plan.batches[remaining], plan.loss_scales[remaining], plan.seeds[remaining]
+    waited_before_s, timed = progress.waited_s, _TimedBatches(iter(()) if graphed else loader.load(batches))
     if graphed:
-        steps = graphed_steps(graphed, plan.batches[rest], plan.shares[rest], plan.seeds[rest])
+        steps = graphed_steps(graphed, batches, loss_scales, seeds)
     else:
-        steps = _eager_steps(training, timed, plan.shares[rest], plan.seeds[rest])
+        steps = _eager_steps(state, timed, loss_scales, seeds)
     for batch, loss, correct in steps:
-        # a rank's part of the sum over samples: the mean over ranks is the global batch's mean
-        of_samples = loss * (plan.samples[progress.step] / training.world.size)
-        progress.totals.add(of_samples, torch.full_like(loss, len(batch)), correct, len(batch))
-        progress.step, progress.waited_s = progress.step + 1, waited_before + timed.waited_s
-        on_step(batch, progress.totals, progress.waited_s)
+        # The mean over the ranks of their losses is that of the global batch, so a rank's part of the sum over samples
+        # is loss × samples / world_size.
+        rank_loss_sum = loss * (plan.samples[progress.step] / state.world.size)
+        progress.metrics.add(rank_loss_sum, torch.full_like(loss, len(batch)), correct, len(batch))
+        progress.step, progress.waited_s = progress.step + 1, waited_before_s + timed.waited_s
+        on_step(batch, progress.metrics, progress.waited_s)
         after_step()
-    mean_loss, accuracy, samples = progress.totals.read(training.world)
-    waited_s = max(training.world.gather(progress.waited_s))
+    mean_loss, accuracy, samples = progress.metrics.read(state.world)
+    waited_s = max(state.world.gather(progress.waited_s))
     return TrainedEpoch(loss=mean_loss, accuracy=accuracy, samples=samples, seconds=progress.seconds, waited_s=waited_s)
 
 
 def _eager_steps(
-    training: Training, batches: Iterable[Batch], shares: torch.Tensor, seeds: np.ndarray
+    state: TrainState, batches: Iterable[Batch], loss_scales: torch.Tensor, seeds: np.ndarray
 ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
-    """As :func:`quaclrs.training.cuda_graph.graphed_steps`, for batches that come ready made."""
-    for batch, share, seed in zip(batches, shares, seeds, strict=True):
+    """Run one step per batch; yields (batch, loss, correct), as :func:`graphed_steps` does."""
+    for batch, loss_scale, seed in zip(batches, loss_scales, seeds, strict=True):
         torch.manual_seed(int(seed))
-        yield batch, *training.step(batch.images, batch.labels, share)
+        yield batch, *state.step(batch.images, batch.labels, loss_scale)
+
+
+# --- evaluation ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One pass over some samples without learning. Equal on every rank but for the times."""
+
+    loss: float
+    """Σ w·loss / Σ w over all samples, whatever the batches; NaN without labels."""
+    accuracy: float
+    """Fraction; NaN without labels."""
+    index: np.ndarray
+    """(n,) int64 sample numbers, in the order of ``probabilities``."""
+    probabilities: np.ndarray
+    """(n, classes) float32"""
+    seconds: float
+    waited_s: float
+    """Seconds without a batch, of the rank that waited longest."""
 
 
 def evaluate(
-    training: Training,
+    model: nn.Module,
     loader: Loader,
     samples: np.ndarray,
+    *,
     global_batch: int,
+    class_weights: torch.Tensor | None = None,
+    labelled: bool = True,
+    dtype: torch.dtype = torch.float32,
+    world: World | None = None,
     on_step: OnStep = _ignore_step,
-    after_step: Nothing = _go_on,
+    after_step: AfterStep = _continue,
 ) -> Evaluation:
-    """Loss, accuracy and class probabilities over ``samples`` (N,), each on one rank, once, in batches of
-    ``global_batch`` together.
+    """Class probabilities of ``samples`` (n,) int64, and their loss and accuracy where they are ``labelled``.
 
-    ``after_step`` is called equally often on every rank.
+    Each sample is evaluated exactly once, on one rank; ``global_batch`` is the batch size of all ranks together.
+    ``model`` runs on the device of its parameters, in evaluation mode, computing in ``dtype``; rank 0's buffers
+    (BatchNorm's running statistics) are used on every rank. ``class_weights`` (classes,) float32 on that device weigh
+    the loss, equally by default.
     """
-    started = time.perf_counter()
-    training.broadcast_buffers()
-    world = training.world
+    started, world = time.perf_counter(), world or World()
+    world.broadcast_tensors(list(model.buffers()))
     of_ranks = _positions_of_ranks(samples, global_batch, world, loader.replicated)
-    mine = of_ranks[world.rank]
-    totals, timed, probabilities = (
-        RunningMetrics(training.device),
-        _Timed(loader.load([samples[batch] for batch in mine])),
-        [],
-    )
+    own = of_ranks[world.rank]
+    metrics = RunningMetrics(next(model.parameters()).device)
+    timed, probabilities = _TimedBatches(loader.load([samples[batch] for batch in own])), []
     for batch in timed:
-        probabilities.append(_predict(training, batch, totals))
-        on_step(batch, totals, timed.waited_s)
+        logits = _logits(model, batch.images, dtype)
+        probabilities.append(logits.softmax(1))
+        if labelled:
+            _add_scores(metrics, logits, batch.labels, class_weights)
+        on_step(batch, metrics, timed.waited_s)
         after_step()
-    for _ in range(max(map(len, of_ranks)) - len(mine)):
+    for _ in range(max(map(len, of_ranks)) - len(own)):
         after_step()
-    loss, accuracy, _ = totals.read(world)
-    classes = len(training.class_weights)
-    own = torch.cat(probabilities).cpu().numpy() if probabilities else np.zeros((0, classes), np.float32)
-    everyones = np.zeros((len(samples), classes), np.float32)
-    for batches, rows in zip(of_ranks, world.gather(own), strict=True):
-        if batches:
-            everyones[np.concatenate(batches)] = rows
+    loss, accuracy, _ = metrics.read(world)
     return Evaluation(
         loss=loss,
-        accuracy=accuracy,
+        accuracy=accuracy if labelled else math.nan,
         index=samples,
-        probabilities=everyones,
+        probabilities=_gather_rows(probabilities, of_ranks, len(samples), world),
         seconds=time.perf_counter() - started,
         waited_s=max(world.gather(timed.waited_s)),
     )
@@ -233,7 +240,7 @@ def evaluate(
 def _positions_of_ranks(
     samples: np.ndarray, global_batch: int, world: World, replicated: bool
 ) -> list[list[np.ndarray]]:
-    """For each rank its batches of positions in ``samples``."""
+    """Per rank its batches of positions in ``samples``."""
     ranks = range(world.size)
     if replicated:
         return [evaluation_batches(np.arange(len(samples)), global_batch, world.size, rank) for rank in ranks]
@@ -241,189 +248,31 @@ def _positions_of_ranks(
 
 
 @torch.inference_mode()
-def _predict(training: Training, batch: Batch, totals: RunningMetrics) -> torch.Tensor:
-    """(B, classes) probabilities on the device; adds to ``totals``."""
-    training.model.eval()
-    with training.autocast():
-        logits, _ = forward_logits(training.model, batch.images)
-    logits = logits.float()
-    loss = functional.cross_entropy(logits, batch.labels, training.class_weights, reduction="sum")
-    weight = training.class_weights[batch.labels].sum()
-    totals.add(loss, weight, (logits.argmax(1) == batch.labels).sum(), len(batch))
-    return logits.softmax(1)
+def _logits(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, classes) float32 class scores on the device."""
+    model.eval()
+    with autocast(images.device, dtype):
+        logits, _ = forward_logits(model, images)
+    return logits.float()
 
 
-@dataclass(frozen=True, kw_only=True)
-class FoldSamples:
-    """The sample numbers of one fold's training, each (n,) int64."""
-
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
-    label: np.ndarray
-    """(N,) int64, by sample number."""
+@torch.inference_mode()
+def _add_scores(
+    metrics: RunningMetrics, logits: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None
+) -> None:
+    loss = functional.cross_entropy(logits, labels, class_weights, reduction="sum")
+    weights = torch.ones_like(labels, dtype=torch.float32) if class_weights is None else class_weights[labels]
+    metrics.add(loss, weights.sum(), (logits.argmax(1) == labels).sum(), len(labels))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Hooks:
-    """What the engine tells its caller: ``step_meter(phase, epoch, samples)`` gives an :data:`OnStep`."""
-
-    step_meter: Callable[[str, int, int], OnStep] = lambda phase, epoch, samples: _ignore_step
-    epoch_done: Callable[[dict[str, float | int]], None] = lambda entry: None
-
-
-class Trainer:
-    """One fold's training, from wherever it stands to its end, with what it leaves in ``folder``.
-
-    After each epoch ``folder`` holds its checkpoint, and ``best_model.pth`` the weights of the best validation accuracy
-    so far. Only rank 0 writes. ``run`` says what the checkpoints belong to.
-    """
-
-    def __init__(
-        self,
-        training: Training,
-        loader: Loader,
-        samples: FoldSamples,
-        config: TrainConfig,
-        global_batch: int,
-        folder: Path,
-        run: dict[str, Any],
-        watch: SignalHandler | None = None,
-        hooks: Hooks | None = None,
-    ) -> None:
-        self._training, self._loader, self._samples = training, loader, samples
-        self._config, self._global_batch = config, global_batch
-        self._folder, self._run = folder, run
-        self._watch, self._hooks = watch or SignalHandler(), hooks or Hooks()
-        self._agreement = AsyncConsensus(training.world)
-        self._graphed: GraphedStep | None = None
-        if config.compile == "cudagraph":
-            assert hasattr(loader, "on_device")  # the caller has seen to it
-            self._graphed = GraphedStep(training, cast(DeviceLoader, loader), global_batch)
-
-    def fit(self) -> bool:
-        """Train until ``config.epochs`` or until validation stops improving; returns whether it stopped early.
-
-        At the end the best weights are loaded. Raises :class:`TrainingError` when the training loss, or every
-        validation loss, is not finite, and :class:`Interrupted` once a checkpoint is written after a signal.
-        """
-        training, config = self._training, self._config
-        while len(training.history) < config.epochs and training.epochs_without_improvement < config.patience:
-            self._epoch(len(training.history) + 1)
-        if training.best_epoch == 0:
-            raise TrainingError(
-                f"the validation loss of no epoch is finite; lower --learning_rate (now {config.learning_rate:g})",
-                everywhere=True,
-            )
-        if training.world.is_main:
-            training.model.load_state_dict(checkpoint.load(self._folder / checkpoint.BEST_MODEL_FILE))
-        training.world.broadcast_tensors(list(training.model.state_dict().values()))
-        return len(training.history) < config.epochs
-
-    def test(self) -> Evaluation:
-        """The best weights on the test samples. Raises :class:`Interrupted` after a signal; there is
-        nothing to save.
-        """
-        meter = self._hooks.step_meter("test", self._training.best_epoch, len(self._samples.test))
-        tested = evaluate(
-            self._training, self._loader, self._samples.test, self._global_batch, meter, self._stop_testing
-        )
-        self._stop_if_agreed(self._agreement.settle(), "its test")
-        return tested
-
-    def _epoch(self, epoch: int) -> None:
-        training, config, samples = self._training, self._config, self._samples
-        plan = plan_epoch(
-            training, samples.train, samples.label, self._global_batch, config.seed, epoch, self._loader.replicated
-        )
-        learning_rate = training.learning_rate
-        meter = self._hooks.step_meter("train", epoch, sum(len(batch) for batch in plan.batches))
-        trained = train_epoch(training, self._loader, plan, meter, self._save_if_wished, self._graphed)
-        self._save_if_agreed(self._agreement.settle())
-        _refuse_divergence(trained.loss, epoch, config)
-        meter = self._hooks.step_meter("validate", epoch, len(samples.validation))
-        validated = evaluate(
-            training, self._loader, samples.validation, self._global_batch, meter, self._save_if_stopped
-        )
-        self._save_if_agreed(self._agreement.settle())
-        finite = math.isfinite(validated.loss)  # of NaN scores the first class is the prediction, and sometimes right
-        _step_scheduler(training.scheduler, validated.accuracy if finite else 0.0)
-        training.progress = None
-        training.history.append(_history_entry(epoch, learning_rate, trained, validated))
-        better = finite and validated.accuracy > training.best_val_accuracy
-        if better:
-            training.best_epoch, training.best_val_accuracy = epoch, validated.accuracy
-        state = training.state()
-        if training.world.is_main:
-            checkpoint.save_checkpoint(self._folder, epoch, state, self._run, config.keep_checkpoints)
-            # after the checkpoint, which can make it again: the other way round it could be of an epoch that never was
-            if better:
-                checkpoint.save(self._folder / checkpoint.BEST_MODEL_FILE, state["model"])
-        self._watch.saved()
-        self._hooks.epoch_done(training.history[-1])
-
-    # --- signals and the clock ---
-
-    def _save_if_wished(self) -> None:
-        self._save_if_agreed(self._agreement.exchange(self._watch.wish()))
-
-    def _save_if_stopped(self) -> None:
-        """In validation: the epoch's own checkpoint is near, so the clock has to wait."""
-        wish = self._watch.wish()
-        self._save_if_agreed(self._agreement.exchange(wish if wish == StopRequest.STOP else StopRequest.GO_ON))
-
-    def _save_if_agreed(self, agreed: int) -> None:
-        if agreed == StopRequest.GO_ON:
-            return
-        training = self._training
-        assert training.progress is not None
-        epoch, step = len(training.history) + 1, training.progress.step
-        state = training.state()
-        if training.world.is_main:
-            checkpoint.save_within_epoch(self._folder, epoch, state, self._run)
-        self._watch.saved()
-        self._stop_if_agreed(agreed, f"epoch {epoch}, after step {step}")
-
-    def _stop_testing(self) -> None:
-        self._stop_if_agreed(self._agreement.exchange(self._watch.wish()), "its test")
-
-    def _stop_if_agreed(self, agreed: int, where: str) -> None:
-        if agreed == StopRequest.STOP:
-            raise self._watch.interrupted(f"fold {self._run['fold']}, {where}")
-
-
-def _refuse_divergence(loss: float, epoch: int, config: TrainConfig) -> None:
-    if not math.isfinite(loss):
-        amp = ", or train without --use_amp" if config.use_amp else ""
-        kept = "; the checkpoint of the epoch before is kept" if epoch > 1 else ""
-        raise TrainingError(
-            f"epoch {epoch}: the training loss is {loss}; lower --learning_rate (now "
-            f"{config.learning_rate:g}){amp}{kept}",
-            everywhere=True,
-        )
-
-
-def _step_scheduler(scheduler: ReduceLROnPlateau | CosineAnnealingLR | None, val_accuracy: float) -> None:
-    if isinstance(scheduler, ReduceLROnPlateau):
-        scheduler.step(val_accuracy)
-    elif scheduler is not None:
-        scheduler.step()
-
-
-def _history_entry(
-    epoch: int, learning_rate: float, trained: TrainedEpoch, validated: Evaluation
-) -> dict[str, float | int]:
-    return {
-        "epoch": epoch,
-        "learning_rate": learning_rate,
-        "train_loss": trained.loss,
-        "train_accuracy": trained.accuracy,
-        "val_loss": validated.loss,
-        "val_accuracy": validated.accuracy,
-        "train_seconds": trained.seconds,
-        "val_seconds": validated.seconds,
-        "train_images_per_s": trained.samples / trained.seconds,
-        "val_images_per_s": len(validated.index) / validated.seconds,
-        "train_data_wait": trained.waited_s / trained.seconds,
-        "val_data_wait": validated.waited_s / validated.seconds,
-    }
+def _gather_rows(
+    own: list[torch.Tensor], of_ranks: list[list[np.ndarray]], num_samples: int, world: World
+) -> np.ndarray:
+    """(num_samples, classes) float32: the rows of all ranks' batches, each at its position."""
+    rows_of_ranks = world.gather(torch.cat(own).cpu().numpy() if own else None)
+    classes = next((rows.shape[1] for rows in rows_of_ranks if rows is not None), 0)
+    gathered = np.zeros((num_samples, classes), np.float32)
+    for batches, rows in zip(of_ranks, rows_of_ranks, strict=True):
+        if rows is not None:
+            gathered[np.concatenate(batches)] = rows
+    return gathered

@@ -1,7 +1,7 @@
-"""The seven architectures as one table, and the few things that differ between them.
+"""Builds the models of training/architectures.py.
 
-Constructors and ImageNet weights are torchvision's. As in the original trainer, only the last ``Linear`` is replaced by
-a fresh one; everything before it is untouched.
+Constructors and ImageNet weights are torchvision's. As in the original trainer, the last ``Linear`` is replaced by a
+fresh one with the dataset's number of classes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import errno
 import pickle
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -22,126 +21,17 @@ import torch
 from torch import nn
 from torchvision import models
 
-from quaclrs.errors import MissingDependencyError, QuaclrsError, UsageError
+from quaclrs.errors import MissingDependencyError, QuaclrsError
 from quaclrs.system.atomic_files import storage_error
+from quaclrs.training.architectures import Architecture, architecture
 
 AUX_LOSS_WEIGHT = 0.4
 """Weight of InceptionV3's auxiliary loss in training, as in the original trainer."""
 
 DOWNLOAD_TIMEOUT_S = 30.0
-"""Longest silence of the weights' server. Without it, a network that swallows packets would be waited for by the
-minute.
+"""Longest wait for the weights' server in seconds. torch.hub sets no timeout, and a network that drops packets would
+stall for minutes.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """One row of the table: what this project has to know about a torchvision model."""
-
-    constructor: Callable[..., nn.Module]
-    weights: Any
-    """Member of torchvision's weights enum: the ImageNet weights of ``--pretrained``."""
-    input_size: int = 224
-    """Side of the square input in pixels, where the user asks for no other."""
-    min_input_size: int
-    """Smallest side at which the network can be trained. Below it torch raises, or pooling leaves nothing."""
-    heads: tuple[str, ...]
-    """The ``Linear`` modules that give class scores, main one first. They are replaced by fresh ones."""
-    trainable: tuple[str, ...]
-    """Modules that still learn under ``freeze_features``."""
-    gradcam_layer: str
-    """Module whose output Grad-CAM weighs: the last feature maps (B, channels, rows, columns), after their activation.
-    """
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Constructor arguments for random weights."""
-    pretrained_options: Mapping[str, Any] = field(default_factory=dict)
-    """Constructor arguments for weights from a file."""
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "alexnet": Architecture(
-        constructor=models.alexnet,
-        weights=models.AlexNet_Weights.IMAGENET1K_V1,
-        min_input_size=63,
-        heads=("classifier.6",),
-        trainable=("classifier",),
-        gradcam_layer="features.11",  # the last ReLU; the pooling after it would halve the map
-    ),
-    "vgg16": Architecture(
-        constructor=models.vgg16,
-        weights=models.VGG16_Weights.IMAGENET1K_V1,
-        min_input_size=32,
-        heads=("classifier.6",),
-        trainable=("classifier",),
-        gradcam_layer="features.29",  # as in alexnet
-    ),
-    "resnet18": Architecture(
-        constructor=models.resnet18,
-        weights=models.ResNet18_Weights.IMAGENET1K_V1,
-        min_input_size=1,
-        heads=("fc",),
-        trainable=("fc",),
-        gradcam_layer="layer4",
-    ),
-    "mobilenet": Architecture(
-        constructor=models.mobilenet_v2,
-        weights=models.MobileNet_V2_Weights.IMAGENET1K_V1,
-        min_input_size=1,
-        heads=("classifier.1",),
-        trainable=("classifier.1",),
-        gradcam_layer="features.18",
-    ),
-    "inception": Architecture(
-        constructor=models.inception_v3,
-        weights=models.Inception_V3_Weights.IMAGENET1K_V1,
-        input_size=299,
-        min_input_size=299,  # of the auxiliary head's 5×5 convolution; without that head, as in evaluation, it is 75
-        heads=("fc", "AuxLogits.fc"),
-        trainable=("fc", "AuxLogits.fc"),
-        gradcam_layer="Mixed_7c",
-        options={"init_weights": True},
-        # transform_input: these weights come from TensorFlow, and expect inputs scaled to [-1, 1]
-        pretrained_options={"init_weights": False, "transform_input": True},
-    ),
-    "efficientnet": Architecture(
-        constructor=models.efficientnet_b0,
-        weights=models.EfficientNet_B0_Weights.IMAGENET1K_V1,
-        min_input_size=1,
-        heads=("classifier.1",),
-        trainable=("classifier.1",),
-        gradcam_layer="features.8",
-    ),
-    "convnext": Architecture(
-        constructor=models.convnext_tiny,
-        weights=models.ConvNeXt_Tiny_Weights.IMAGENET1K_V1,
-        min_input_size=32,
-        heads=("classifier.2",),
-        trainable=("classifier.2",),
-        gradcam_layer="features.7",
-    ),
-}
-
-
-def architecture(name: str) -> Architecture:
-    """The table's row for ``name``. Raises :class:`UsageError` listing the names when there is none."""
-    try:
-        return ARCHITECTURES[name]
-    except KeyError:
-        raise UsageError(f"--model_name {name}: choose one of {', '.join(ARCHITECTURES)}") from None
-
-
-def input_size(name: str) -> int:
-    """Side in pixels of the square input that the architecture ``name`` was made for."""
-    return architecture(name).input_size
-
-
-def check_input_size(name: str, size: int) -> None:
-    """Raise :class:`UsageError` when the architecture ``name`` cannot be trained on ``size`` × ``size`` pixels."""
-    row = architecture(name)
-    if size < row.min_input_size:
-        raise UsageError(
-            f"--image_size {size}: {name} needs at least {row.min_input_size} pixels (made for {row.input_size})"
-        )
 
 
 def gradcam_layer(model: nn.Module, name: str) -> nn.Module:
@@ -150,17 +40,17 @@ def gradcam_layer(model: nn.Module, name: str) -> nn.Module:
 
 
 def build_model(name: str, num_classes: int, *, pretrained: bool = False, freeze_features: bool = False) -> nn.Module:
-    """A model of the architecture ``name`` on the CPU, in training mode and channels_last memory.
+    """A model of the architecture ``name`` on the CPU, in training mode, channels_last.
 
-    Fresh weights come from torch's global random generator: seed it before. ``pretrained`` takes ImageNet weights for
-    all but the heads; ``freeze_features`` leaves only the row's ``trainable`` modules learning (BatchNorm's running
-    statistics still follow the data in training mode, as in the original trainer).
+    Random weights come from torch's global generator: seed it before. ``pretrained`` loads ImageNet weights for all but
+    the heads. ``freeze_features`` leaves only the row's ``trainable`` modules with gradients; BatchNorm's running
+    statistics still follow the data in training mode, as in the original trainer.
 
-    Raises :class:`UsageError` for an unknown name, and for weights that are neither on disk nor to be had
-    :class:`MissingDependencyError` naming the file to provide, or :class:`StorageError` when it cannot be stored.
+    Raises :class:`UsageError` for an unknown name; :class:`MissingDependencyError`, naming the file to provide, for
+    weights that are not on disk and cannot be downloaded; :class:`StorageError` when they cannot be stored.
     """
     row = architecture(name)
-    model = _load_pretrained(name) if pretrained else row.constructor(weights=None, **row.options)
+    model = _load_pretrained(name) if pretrained else _construct(row, row.options)
     for head in row.heads:
         old = model.get_submodule(head)
         assert isinstance(old, nn.Linear), head
@@ -177,12 +67,16 @@ def forward_logits(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor
     ``loss(logits) + AUX_LOSS_WEIGHT * loss(aux_logits)``.
     """
     output = model(images)
-    if isinstance(
-        output, tuple
-    ):  # torchvision's InceptionOutputs, which DDP and torch.compile may turn into a bare tuple
+    if isinstance(output, tuple):  # InceptionOutputs, which DDP and torch.compile may turn into a plain tuple
         logits, aux_logits = output
         return logits, aux_logits
     return output, None
+
+
+def _construct(row: Architecture, options: Mapping[str, Any]) -> nn.Module:
+    constructor = models.get_model_builder(row.constructor) if isinstance(row.constructor, str) else row.constructor
+    model: nn.Module = constructor(weights=None, **options)
+    return model
 
 
 def _freeze_all_but(model: nn.Module, trainable: tuple[str, ...]) -> None:
@@ -194,12 +88,12 @@ def _freeze_all_but(model: nn.Module, trainable: tuple[str, ...]) -> None:
 def _load_pretrained(name: str) -> nn.Module:
     """The architecture ``name`` with its ImageNet weights, 1000-way heads included."""
     row = architecture(name)
-    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
-        model = row.constructor(weights=None, **row.pretrained_options)
+    with torch.device("meta"):  # these weights are about to be replaced: take no memory and no random numbers
+        model = _construct(row, row.pretrained_options)
     path = weights_path(name)
     try:
         with _network_deadline(), contextlib.redirect_stdout(sys.stderr):  # torch.hub announces its download on stdout
-            state = row.weights.get_state_dict(
+            state = models.get_weight(row.weights).get_state_dict(
                 progress=sys.stderr.isatty(), check_hash=True, weights_only=True, map_location="cpu"
             )
         model.load_state_dict(state, assign=True)
@@ -209,13 +103,17 @@ def _load_pretrained(name: str) -> nn.Module:
 
 
 def weights_path(name: str) -> Path:
-    """Where torch keeps, and looks for, the ImageNet weights of the architecture ``name``."""
-    return Path(torch.hub.get_dir(), "checkpoints", Path(architecture(name).weights.url).name)
+    """The file in torch.hub's cache that holds the ImageNet weights of the architecture ``name``."""
+    return Path(torch.hub.get_dir(), "checkpoints", Path(_weights_url(name)).name)
+
+
+def _weights_url(name: str) -> str:
+    return str(models.get_weight(architecture(name).weights).url)
 
 
 @contextlib.contextmanager
 def _network_deadline() -> Iterator[None]:
-    """Bound every wait for the network: torch.hub opens its connection without a timeout of its own."""
+    """Bound each wait for the network within the block; torch.hub sets no timeout."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:
@@ -225,9 +123,9 @@ def _network_deadline() -> Iterator[None]:
 
 
 def _weights_error(name: str, path: Path, error: Exception) -> QuaclrsError:
-    """Say which of three things went wrong: the file is no good, the disk refused it, or it could not be fetched."""
-    url = architecture(name).weights.url
-    if path.exists():  # torch.hub gives a download its name only once it is whole
+    """The error to raise: the file is damaged, the disk refused it, or it could not be downloaded."""
+    url = _weights_url(name)
+    if path.exists():  # torch.hub renames a download only once it is complete
         return MissingDependencyError(
             f"{path} does not hold the weights of {name} ({_short_reason(error)}); delete it, or replace it with {url}"
         )
@@ -240,7 +138,7 @@ def _weights_error(name: str, path: Path, error: Exception) -> QuaclrsError:
 
 
 def _is_disk_error(error: OSError) -> bool:
-    """Whether ``error`` comes from writing the file rather than from the network (URLError is an OSError too)."""
+    """Whether ``error`` comes from writing the file, not from the network (URLError is an OSError too)."""
     if isinstance(error, URLError):
         return False
     return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)

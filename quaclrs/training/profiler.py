@@ -1,7 +1,7 @@
 """``--profile``: torch's profiler over some steps of an epoch, and a page that says what bounds them.
 
-Wraps the engine's hooks. Some steps are timed as they are, the next ones traced: the profiler slows the host, so that
-its own times would blame the host too often. What is computed stays the same, bit for bit.
+It wraps the trainer's hooks. Some steps are timed without the profiler, the next ones traced: the profiler slows the
+host, so its own times would blame the host too often. The computed values stay the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from torch.profiler import ProfilerAction, ProfilerActivity
 from quaclrs.config import TrainConfig
 from quaclrs.loaders.base import Batch
 from quaclrs.system.atomic_files import TEMPORARY_SUFFIX, atomic_writer, make_folder, write_bytes
-from quaclrs.training.bottleneck import Setting, Steps, judge, page, read_trace
-from quaclrs.training.loop import Hooks, OnStep
-from quaclrs.training.state import RunningMetrics, Training
+from quaclrs.training.bottleneck import Setting, Steps, find_bottleneck, page, read_trace
+from quaclrs.training.loop import OnStep
+from quaclrs.training.running_metrics import RunningMetrics
+from quaclrs.training.state import TrainState
+from quaclrs.training.trainer import Hooks
 
-FOLDER, TRACE_FILE, VERDICT_FILE = "profile", "trace.json.gz", "verdict.txt"
+FOLDER, TRACE_FILE, BOTTLENECK_FILE = "profile", "trace.json.gz", "bottleneck.txt"
 WARM_UP = 5
-"""Steps before the first measured one: memory is being taken, algorithms are tried out, workers are filling their
-queues.
-"""
+"""Steps before the first measured one, in which memory is allocated, algorithms are chosen and queues fill."""
 MEASURED = 20
 """Steps to time, and as many to trace: enough for a median, few enough that a browser can show the trace."""
 FEWEST = 3
-"""Steps of an epoch that can be profiled: one to warm up, one to time and one to trace."""
+"""Fewest steps of an epoch that can be profiled: one to warm up, one to time and one to trace."""
 
 Log = Callable[[str], None]
 
 
 @contextmanager
 def with_profile(
-    hooks: Hooks, config: TrainConfig, training: Training, loader: str, folder: Path, log: Log
+    hooks: Hooks, config: TrainConfig, state: TrainState, loader: str, folder: Path, log: Log
 ) -> Iterator[Hooks]:
-    """Hooks for the block that also profile the first epoch trained in it that is long enough, into ``folder/profile``.
+    """Yield hooks that also profile the first epoch of the block that is long enough, into ``folder/profile``.
 
-    ``hooks`` themselves without ``--profile``, and on ranks other than 0. A block that ends by an exception leaves no
-    profiler running.
+    Without ``--profile``, and on ranks other than 0, these are ``hooks`` themselves. After an exception no profiler is
+    left running.
     """
-    if not config.profile or not training.world.is_main:
+    if not config.profile or not state.world.is_main:
         yield hooks
         return
     _prepare_kineto(config)
-    profiler = _Profiler(hooks, config, training, loader, folder / FOLDER, log)
+    profiler = _Profiler(hooks, config, state, loader, folder / FOLDER, log)
     try:
         yield dataclasses.replace(hooks, step_meter=profiler.step_meter)
         profiler.end()
@@ -61,42 +61,43 @@ def with_profile(
 
 
 def _prepare_kineto(config: TrainConfig) -> None:
-    """Settings of torch's profiler library, which it takes from the environment when it starts."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it writes its own comings and goings to stderr
-    if config.compile == "cudagraph":  # as torch does for graphs of its own: without, a second profile can crash
+    """Set environment variables that torch's profiler library (Kineto) reads when it starts."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it logs to stderr
+    if config.compile == "cudagraph":  # as torch does for its own graphs: otherwise a second profile can crash
         os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
         os.environ.setdefault("TEARDOWN_CUPTI", "0")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """After how many steps something begins or ends."""
+class ProfileSchedule:
+    """The step numbers at which each part of a profile begins and ends."""
 
     timed: int
     """Steps to warm up."""
     timed_end: int
-    """The profiler starts here."""
+    """The profiler starts after this step."""
     traced: int
-    """And has settled here."""
+    """Tracing starts after this step, when the profiler has warmed up."""
     end: int
 
 
-def plan_steps(steps: int) -> Plan | None:
-    """What to do in an epoch of ``steps``: all of it within them, in short epochs with less of each. None: it is too
-    short.
+def schedule_steps(steps: int) -> ProfileSchedule | None:
+    """The schedule of a profile within an epoch of ``steps`` steps; None for fewer than :data:`FEWEST`.
+
+    Short epochs get fewer steps of each part.
     """
     if steps < FEWEST:
         return None
     warm_up = min(WARM_UP, 1 + (steps - FEWEST) // 8)
     settling = 1 if steps - warm_up > 3 else 0
-    rest = steps - warm_up - settling
-    timed = min(MEASURED, rest // 2)
-    traced = min(MEASURED, rest - timed)
-    return Plan(warm_up, warm_up + timed, warm_up + timed + settling, warm_up + timed + settling + traced)
+    remaining = steps - warm_up - settling
+    timed = min(MEASURED, remaining // 2)
+    traced = min(MEASURED, remaining - timed)
+    return ProfileSchedule(warm_up, warm_up + timed, warm_up + timed + settling, warm_up + timed + settling + traced)
 
 
 class _Clock:
-    """Times between steps; asks the device for its own clock without waiting for it."""
+    """Times between steps, on a GPU by CUDA events, which do not block the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -104,7 +105,7 @@ class _Clock:
         self._events: list[torch.cuda.Event] = []
 
     def mark(self, samples: int, waited_s: float) -> None:
-        """A step has ended."""
+        """Note the end of a step of ``samples`` samples; ``waited_s`` is the epoch's waiting so far."""
         if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))
@@ -112,11 +113,11 @@ class _Clock:
         self._marks.append((time.perf_counter(), waited_s, samples))
 
     def __len__(self) -> int:
-        """Steps between the marks."""
+        """Number of steps between the marks."""
         return max(len(self._marks) - 1, 0)
 
     def steps(self) -> Steps:
-        """To be called once the device has reached the last mark."""
+        """The times of all steps. Call it once the device has reached the last mark."""
         pairs = list(zip(self._marks, self._marks[1:], strict=False))
         between_s = [after[0] - before[0] for before, after in pairs]
         waited_s = [after[1] - before[1] for before, after in pairs]
@@ -132,52 +133,51 @@ class _Clock:
 
 
 class _Recording:
-    """One epoch's steps, as they happen."""
+    """Times and traces the steps of one epoch while they run."""
 
     def __init__(self, device: torch.device, epoch: int, samples: int) -> None:
         self._device, self._samples = device, samples
-        self._plan: Plan | None = None
+        self._schedule: ProfileSchedule | None = None
         self._tracer: torch.profiler.profile | None = None
         self.epoch, self.done = epoch, 0
         self.timed, self.traced = _Clock(device), _Clock(device)
 
-    def after_step(self, batch: Batch, totals: RunningMetrics, waited_s: float) -> bool:
-        """Whether all that was planned is recorded."""
+    def after_step(self, batch: Batch, metrics: RunningMetrics, waited_s: float) -> bool:
+        """Record a step; returns whether the schedule is complete."""
         self.done += 1
-        if (
-            self.done == 1
-        ):  # only now is it known how large batches are, and how many samples were done before an interruption
-            self._plan = plan_steps(1 + -(-max(self._samples - totals.samples, 0) // len(batch)))
-        plan, done = self._plan, self.done
-        if plan is None or done > plan.end:
+        # Only after the first step are the batch size and the samples done before an interruption known.
+        if self.done == 1:
+            self._schedule = schedule_steps(1 + -(-max(self._samples - metrics.samples, 0) // len(batch)))
+        schedule, done = self._schedule, self.done
+        if schedule is None or done > schedule.end:
             return False
-        if plan.timed <= done <= plan.timed_end:
+        if schedule.timed <= done <= schedule.timed_end:
             self.timed.mark(len(batch), waited_s)
-        if done < plan.end:
-            self._trace_on(plan)
-        if plan.traced <= done:
+        if done < schedule.end:
+            self._trace_on(schedule)
+        if schedule.traced <= done:
             self.traced.mark(len(batch), waited_s)
-        return done == plan.end
+        return done == schedule.end
 
-    def _trace_on(self, plan: Plan) -> None:
-        if self.done == plan.timed_end:
-            self._tracer = _tracer(self._device, settling=plan.traced - plan.timed_end)
+    def _trace_on(self, schedule: ProfileSchedule) -> None:
+        if self.done == schedule.timed_end:
+            self._tracer = _tracer(self._device, settling=schedule.traced - schedule.timed_end)
             self._tracer.start()
         elif self._tracer is not None:
             self._tracer.step()
 
     def stop(self) -> torch.profiler.profile | None:
-        """Stop tracing, if that was going on; returns what was traced."""
+        """Stop the profiler if it runs; returns it with what it has traced, or None."""
         tracer, self._tracer = self._tracer, None
         if tracer is not None:
             tracer.stop()
         return tracer
 
     def describe(self) -> str:
-        """Which steps were measured."""
-        plan = self._plan
-        assert plan is not None
-        timed, traced = _numbers(plan.timed, len(self.timed)), _numbers(plan.traced, len(self.traced))
+        """A sentence that names the measured steps."""
+        schedule = self._schedule
+        assert schedule is not None
+        timed, traced = _numbers(schedule.timed, len(self.timed)), _numbers(schedule.traced, len(self.traced))
         return (
             f"Epoch {self.epoch}, counting this call's steps: {timed} timed as they are, {traced} traced ({TRACE_FILE})"
         )
@@ -188,7 +188,7 @@ def _numbers(done: int, steps: int) -> str:
 
 
 def _tracer(device: torch.device, settling: int) -> torch.profiler.profile:
-    """Not started. The first ``settling`` steps run under the profiler without being kept."""
+    """A profiler that is not started yet. It discards its first ``settling`` steps."""
     cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     return torch.profiler.profile(
         activities=[ProfilerActivity.CPU, *cuda],
@@ -197,34 +197,34 @@ def _tracer(device: torch.device, settling: int) -> torch.profiler.profile:
 
 
 class _Profiler:
-    """Tries one epoch after another until one is long enough."""
+    """Profiles the first training epoch that is long enough."""
 
     def __init__(
-        self, hooks: Hooks, config: TrainConfig, training: Training, loader: str, folder: Path, log: Log
+        self, hooks: Hooks, config: TrainConfig, state: TrainState, loader: str, folder: Path, log: Log
     ) -> None:
-        self._hooks, self._config, self._training, self._loader = hooks, config, training, loader
+        self._hooks, self._config, self._state, self._loader = hooks, config, state, loader
         self._folder, self._log = folder, log
         self._recording: _Recording | None = None
         self._longest = 0
         self._finished = False
 
     def step_meter(self, phase: str, epoch: int, samples: int) -> OnStep:
-        """As :attr:`quaclrs.training.loop.Hooks.step_meter`."""
+        """As :attr:`quaclrs.training.trainer.Hooks.step_meter`."""
         self._end_epoch()
         meter = self._hooks.step_meter(phase, epoch, samples)
         if phase != "train" or self._finished:
             return meter
-        recording = self._recording = _Recording(self._training.device, epoch, samples)
+        recording = self._recording = _Recording(self._state.device, epoch, samples)
 
-        def on_step(batch: Batch, totals: RunningMetrics, waited_s: float) -> None:
-            meter(batch, totals, waited_s)
-            if recording.after_step(batch, totals, waited_s):
+        def on_step(batch: Batch, metrics: RunningMetrics, waited_s: float) -> None:
+            meter(batch, metrics, waited_s)
+            if recording.after_step(batch, metrics, waited_s):
                 self._finish(recording)
 
         return on_step
 
     def end(self) -> None:
-        """All is trained."""
+        """Finish after the last epoch."""
         self._end_epoch()
         if not self._finished:
             self._log(
@@ -232,12 +232,12 @@ class _Profiler:
             )
 
     def stop(self) -> None:
-        """Whatever has happened, torch's profiler does not go on; what an exception cut off is not written."""
+        """Stop torch's profiler, whatever has happened. A recording that an exception cut off is not written."""
         if self._recording is not None:
             self._recording.stop()
 
     def _end_epoch(self) -> None:
-        """The epoch may have had fewer steps than its samples suggested."""
+        """Use what was recorded so far: the epoch may have had fewer steps than its samples suggested."""
         recording, self._recording = self._recording, None
         if recording is None or self._finished:
             return
@@ -253,22 +253,27 @@ class _Profiler:
         assert tracer is not None
         try:
             self._log(self._write(recording, _events(tracer, make_folder(self._folder))))
-        except (ValueError, KeyError, TypeError) as error:  # its format is torch's; a training is not to fail by it
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+        ) as error:  # the trace format is torch's; a training must not fail over it
             self._log(
-                f"profile: no verdict, since torch's trace cannot be understood ({type(error).__name__}: {error})"
+                "profile: no bottleneck found, since torch's trace cannot be understood "
+                f"({type(error).__name__}: {error})"
             )
 
     def _write(self, recording: _Recording, events: list[dict[str, Any]]) -> str:
-        """Write the page; returns its short form."""
-        device, on_gpu = self._training.device, self._training.device.type == "cuda"
+        """Write the page; returns its one-line form."""
+        device, on_gpu = self._state.device, self._state.device.type == "cuda"
         if on_gpu:
-            torch.cuda.synchronize(device)  # outside the steps; the clocks' last marks are reached
+            torch.cuda.synchronize(device)  # outside the steps, so that the clocks' last events are reached
         timed, traced = recording.timed.steps(), recording.traced.steps()
         trace = read_trace(events, len(recording.traced), device.index if on_gpu else None)
         setting = Setting(
             config=self._config,
             loader=self._loader,
-            processes=self._training.world.size,
+            processes=self._state.world.size,
             device=f"{device} ({torch.cuda.get_device_name(device)})" if on_gpu else str(device),
             on_gpu=on_gpu,
             steps=recording.describe(),
@@ -276,14 +281,14 @@ class _Profiler:
             if on_gpu
             else (0, 0),
         )
-        verdict = judge(timed, traced, trace, on_gpu)
-        path = self._folder / VERDICT_FILE
-        write_bytes(path, page(setting, timed, traced, trace, verdict).encode())
-        return f"profile: {verdict.line}; see {path}"
+        bottleneck = find_bottleneck(timed, traced, trace, on_gpu)
+        path = self._folder / BOTTLENECK_FILE
+        write_bytes(path, page(setting, timed, traced, trace, bottleneck).encode())
+        return f"profile: {bottleneck.line}; see {path}"
 
 
 def _events(tracer: torch.profiler.profile, folder: Path) -> list[dict[str, Any]]:
-    """Write the trace into ``folder``; returns its events."""
+    """Write the trace of ``tracer`` into ``folder``, compressed; returns its events."""
     plain = folder / f"trace.json{TEMPORARY_SUFFIX}"
     try:
         tracer.export_chrome_trace(str(plain))

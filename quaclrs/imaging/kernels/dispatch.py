@@ -1,7 +1,6 @@
-"""Picks the render for a device: the fused kernel on a GPU, the compiled one on a CPU, the reference where neither can
-run.
+"""Picks the render for a device: the Triton kernel on a GPU, the numba kernel on a CPU, else the reference.
 
-All three give the same bits. numba and triton are imported on first use only, for they take a second.
+All three give the same bits. numba and triton are imported on first use only, because each import takes about a second.
 """
 
 from __future__ import annotations
@@ -26,20 +25,21 @@ def render(
     dtype: torch.dtype = torch.float32,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As :func:`quaclrs.imaging.render.render_reference`, by the fastest way there is on the tables' device.
+    """As :func:`quaclrs.imaging.render.render_reference`, with the fastest implementation for the tables' device.
 
-    On a GPU nothing is checked and nothing waits: call :func:`quaclrs.imaging.render.check_grids` once per set of grids
-    before.
+    On a GPU the call does not synchronise and does not check the grids. Call
+    :func:`quaclrs.imaging.render.check_grids` once per set of grids before.
     """
-    draw, _ = render_for(tables.device.type)
-    return draw(grids, index, tables, dtype, out)
+    function, _ = render_for(tables.device.type)
+    return function(grids, index, tables, dtype, out)
 
 
 @functools.cache
 def render_for(device_type: str) -> tuple[Render, str]:
-    """(the render, its name) for "cpu", "cuda" or another device: "numba kernel", "Triton kernel" or "torch reference".
+    """(function, name) of the render for a device type; "numba kernel" for "cpu", "Triton kernel" for "cuda".
 
-    Logs one line when a missing package costs speed.
+    Where the package is missing, and for any other device type, it is the "torch reference". A missing package is
+    logged in one line, because it costs speed.
     """
     try:
         if device_type == "cuda":

@@ -1,7 +1,7 @@
-"""What numba has no word for: operations of LLVM that the CPU kernels stand on, and the way they are compiled.
+"""LLVM operations that numba does not offer, and the decorator that compiles the CPU kernels.
 
-Most are scalar operations, of which LLVM makes vector instructions in a plain loop, on any processor. numba is imported
-at the top; import this module only where it is wanted.
+Most are scalar operations. LLVM turns them into vector instructions in a plain loop, on any processor. The file imports
+``numba`` at the top, so import it only where a kernel is used.
 """
 
 from __future__ import annotations
@@ -18,29 +18,28 @@ from numba.extending import intrinsic
 
 _SOURCES = ("intrinsics.py", "normalise_cpu.py", "render_cpu.py")
 SOURCES_STAMP = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in _SOURCES)).hexdigest()
-"""Of all files that kernels are compiled from, together: they are compiled into one another."""
+"""SHA-256 of all files with compiled functions. One stamp for all, because functions are compiled into one another."""
 
 _INT8, _INT16, _INT32, _INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _FLOAT = ir.FloatType()
 
 LANES = 8
-"""Values that :func:`stream_normalised` writes; LLVM cuts them up where a processor's vectors are shorter."""
+"""Values that :func:`stream_normalised` writes; LLVM splits them where a processor's vectors are shorter."""
 STREAM_ALIGNMENT = 4 * LANES
-"""Bytes, of the place it writes to."""
+"""Alignment in bytes that :func:`stream_normalised` needs of its target."""
 _FLOATS = ir.VectorType(_FLOAT, LANES)
 
 BLEND_BITS = 6
-"""Of a weight's 22 fractional bits those in the upper of :func:`blend`'s two factors."""
+"""How many of a weight's 22 fractional bits the upper of :func:`blend`'s two factors has."""
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compile on first use, without the GIL; keep the result on disk where a place for it can be written to."""
+    """Compile ``function`` with numba on first use, without the GIL, and cache it on disk where that is possible."""
     try:
         kernel = numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba: "no locator available", neither beside this file nor in the user's cache
+    except RuntimeError:  # numba: "no locator available", so neither this folder nor the user's cache can be written
         return numba.njit(nogil=True)(function)
-    # numba would look for changes in the kernel's own file only, and go on with what it compiled from another one as it
-    # was
+    # numba checks only the kernel's own file for changes, and would keep code compiled from an old version of another
     kernel._cache._cache_file._source_stamp = SOURCES_STAMP
     return kernel
 
@@ -57,13 +56,14 @@ def fused_multiply_add(typing_context, a, b, c):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def stream_normalised(typing_context, levels, source, factors, column, width, by_255, out, target):  # type: ignore[no-untyped-def]
-    """out[target + k] = normalised levels[source + k] for k in 0..7, by way of no cache. Unchecked.
+    """out[target + k] = normalised levels[source + k] for k in 0..7, stored past the caches. No bounds are checked.
 
-    ``levels`` uint8, ``factors`` and ``out`` float32 are contiguous and flat; factors[j · width + column + k] are mean,
-    head and tail of 1 / std, and ``by_255`` (float32, float32) head and tail of 1 / 255: see :mod:`.normalise_cpu`. The
-    place in ``out`` lies on a boundary of STREAM_ALIGNMENT bytes. An ordinary store would first fetch the memory it is
-    about to overwrite, and drive out of the caches what is still in use; LLVM makes no vectors of stores like this one
-    by itself.
+    ``levels`` uint8, ``factors`` and ``out`` float32 are contiguous and flat. factors[j · width + column + k] are the
+    mean (j = 0), and head (1) and tail (2) of 1 / std; ``by_255`` (float32, float32) is head and tail of 1 / 255. See
+    :mod:`.normalise_cpu`. ``out[target]`` must be aligned to STREAM_ALIGNMENT bytes.
+
+    An ordinary store would first fetch the memory it overwrites, and evict data that is still in use from the caches.
+    The function works on vectors itself, because LLVM does not vectorise such stores.
     """
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
@@ -94,11 +94,11 @@ def stream_normalised(typing_context, levels, source, factors, column, width, by
 
 @intrinsic
 def blend(typing_context, upper, lower, high, low):  # type: ignore[no-untyped-def]
-    """uint8 upper + ((lower − upper) · weight + 2^21 >> 22), where weight = high · 2^16 + low, all of it in 16 bits.
+    """uint8 upper + ((lower − upper) · weight + 2^21 >> 22), in 16-bit arithmetic; weight = high · 2^16 + low.
 
-    With d = lower − upper, d · weight + 2^21 >> 22 = d · high + (d · low >> 16) + 32 >> 6, exactly: flooring twice is
-    flooring once. ``high`` (0..64) and ``low`` (−2^15..2^15 − 1) are int16, and no term leaves int16. numba alone would
-    compute in 64 bits.
+    With d = lower − upper, (d · weight + 2^21) >> 22 = (d · high + (d · low >> 16) + 32) >> 6. The equation is exact,
+    because two floors in a row equal one floor of the whole. ``high`` (0..64) and ``low`` (−2^15..2^15 − 1) are int16,
+    and every term fits int16. numba alone would compute in 64 bits.
     """
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
@@ -117,7 +117,10 @@ def blend(typing_context, upper, lower, high, low):  # type: ignore[no-untyped-d
 
 @intrinsic
 def load_four_bytes(typing_context, array, position):  # type: ignore[no-untyped-def]
-    """uint32 of ``array`` (contiguous uint8) from ``position`` on, aligned or not, lowest byte first. Unchecked."""
+    """uint32 of four bytes of ``array`` (contiguous uint8) from ``position`` on, little-endian.
+
+    The position need not be aligned; bounds are not checked.
+    """
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         return builder.load(_place(context, builder, signature, arguments, _INT32), align=1)
@@ -127,8 +130,9 @@ def load_four_bytes(typing_context, array, position):  # type: ignore[no-untyped
 
 @intrinsic
 def store_eight_bytes(typing_context, array, position, value):  # type: ignore[no-untyped-def]
-    """Write uint64 ``value`` to ``array`` (contiguous uint8) from ``position`` on, aligned or not, lowest byte first.
-    Unchecked.
+    """Write uint64 ``value`` to ``array`` (contiguous uint8) from ``position`` on, little-endian.
+
+    The position need not be aligned; bounds are not checked.
     """
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]

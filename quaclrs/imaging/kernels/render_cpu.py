@@ -1,36 +1,32 @@
-"""The render on the CPU: :func:`quaclrs.imaging.render.render_reference`, bit for bit, at the speed of vector
-instructions. Needs numba.
+"""The render on the CPU: the bits of :func:`quaclrs.imaging.render.render_reference`, in vector instructions.
 
-Why it looks as it does, with times per 128×376 grid at 224 pixels on one core of an AMD EPYC at 2.45 GHz:
+The steps below say how each part works and why, with the time per 128×376 grid at 224 pixels on one core of an AMD EPYC
+at 2.45 GHz. Inner and outer axis are explained in :mod:`quaclrs.imaging.render`.
 
-- Colours are looked up once per cell, into a buffer turned on its side: of four neighbours, one load each, and a load
-  and a store
-  (18 µs). A tap of the first pass then is one multiplication over a run of 128 lines of cells, which the compiler turns
-  into vector instructions; no tap gathers anything (21 µs).
-- The first pass leaves pixels as one integer each, still on their side. Two of them at a time, eight bytes of which six
-  count, are
-  written to where they belong: a sixth of the stores that single channels would need (9 µs).
-- Taps of the second pass run along whole lines of 3·S bytes, again vectors; of two lines, the usual case, in 16-bit
-  arithmetic, where
-  it has been proven to give the same bits (14 µs).
-- Normalised float32 values are computed and written past the caches, line by line (30 µs); others are looked up: see
-  :mod:`quaclrs.imaging.kernels.normalise_cpu`.
-- Python threads share a batch out, as the kernel releases the GIL. numba's own threads would outlive the batch, do not
-  survive a
-  fork, and abort when two threads of the process use them at once. Starting a thread takes 0.1 ms, a batch of 64 takes
-  3.
+1. *Look-up* (18 µs). Each cell's colour is looked up once and stored transposed: ``colours[inner cell, outer cell]``.
+   Four neighbouring cells take one load of their indices, then a load and a store each.
+2. *First pass* (21 µs). Because ``colours`` is transposed, a filter weight multiplies a run of 128 outer cells, which
+   the compiler turns into vector instructions. Nothing has to be gathered. The result is one integer per pixel, still
+   transposed.
+3. *Transpose* (9 µs). Two pixels at a time are stored to their place in ``resized[outer cell, 3 · column + channel]``:
+   eight bytes, of which six count. That takes a sixth of the stores that single channels would need.
+4. *Second pass* (14 µs). Filter weights multiply whole rows of 3·S bytes, again in vector instructions. A sum of two
+   rows, the usual case, uses 16-bit arithmetic where that is proven to give the same bits
+   (:func:`quaclrs.imaging.kernels.render_cpu_tables.blends_exactly`).
+5. *Normalise* (30 µs). float32 values are computed and written past the caches, row by row. 16-bit values come from a
+   table. See :mod:`quaclrs.imaging.kernels.normalise_cpu`.
 
-``numba`` is imported here at the top; import this module only where it is wanted.
+Python threads divide a batch among them, because the kernel releases the GIL. numba's own threads would outlive the
+batch, do not survive a fork, and abort when two threads of the process use them at once. Starting a thread takes
+0.1 ms; a batch of 64 takes 3 ms.
+
+The file imports ``numba`` at the top, so import it only where the kernel is used.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from quaclrs.imaging.kernels.intrinsics import blend, compiled, load_four_bytes, store_eight_bytes
 from quaclrs.imaging.kernels.normalise_cpu import (
@@ -42,14 +38,15 @@ from quaclrs.imaging.kernels.normalise_cpu import (
     stream_row,
     table_of,
 )
+from quaclrs.imaging.kernels.render_cpu_tables import cpu_tables
 from quaclrs.imaging.render import Grids, RenderTables, check_grids, checked_out
 from quaclrs.imaging.resample import HALF, WEIGHT_BITS
 from quaclrs.system.threads import parallel_for
 
-_BLOCK_LINES = 128
-"""Lines of cells on their side at once: a cell of all of them is 512 bytes."""
+_BLOCK = 128
+"""Outer cells that the first pass handles at once: their colours at one inner cell take 512 bytes."""
 _STRIP = 16
-"""Columns of the first pass that are turned upright together: 8 KB, at home in a first-level cache."""
+"""Output columns of the first pass that are transposed together: 8 KB, which fit in the first-level cache."""
 
 _HALF = np.int32(HALF)
 _SHIFT = np.uint32(WEIGHT_BITS)
@@ -67,262 +64,156 @@ def render_cpu(
 ) -> torch.Tensor:
     """As :func:`quaclrs.imaging.render.render_reference`, on ``torch.get_num_threads()`` threads.
 
-    The first call in a process loads the compiled kernel, and the first one on a machine compiles it, which takes
-    seconds.
+    The first call on a machine compiles the kernel, which takes seconds. The first call in each later process loads it.
     """
     batch = Grids(grids.flat, grids.offsets[index], grids.layouts[index], grids.palettes[index])
-    check_grids(batch, tables)  # of the batch alone: some 50 µs, and no index can make the kernel read wild memory
+    check_grids(batch, tables)  # 50 µs for the batch alone; no index can make the kernel read outside the buffer
     out = checked_out(out, len(batch), tables, dtype)
     pixels = pixels_of(out).reshape(len(batch), tables.size, 3 * tables.size)
-    cells = tuple(tensor.numpy() for tensor in (batch.flat, batch.offsets, batch.layouts, batch.palettes))
-    taps = _kernel_tables(tables)
+    grid_arrays = tuple(part.numpy() for part in (batch.flat, batch.offsets, batch.layouts, batch.palettes))
+    inputs = grid_arrays, cpu_tables(tables)
     if dtype == torch.uint8:
-        parallel_for(lambda start, stop: _draw_levels(start, stop, cells, taps, pixels), len(batch))
+        parallel_for(lambda start, stop: _render_levels(start, stop, *inputs, pixels), len(batch))
     elif dtype == torch.float32:
         factors, stream = normalisation_factors(tables.size), can_stream(pixels)
-        parallel_for(lambda start, stop: _draw_floats(start, stop, cells, taps, factors, stream, pixels), len(batch))
+        parallel_for(lambda start, stop: _render_floats(start, stop, *inputs, factors, stream, pixels), len(batch))
     else:
         values = table_of(dtype)
-        parallel_for(lambda start, stop: _draw_values(start, stop, cells, taps, values, pixels), len(batch))
+        parallel_for(lambda start, stop: _render_16_bit(start, stop, *inputs, values, pixels), len(batch))
     return out
 
 
-class _Tables(NamedTuple):
-    """A :class:`RenderTables` as the kernel wants it. L layouts, P palettes; taps are padded with weights of 0."""
-
-    lines: NDArray[np.int32]
-    cells: NDArray[np.int32]
-    line_stride: NDArray[np.int32]
-    cell_stride: NDArray[np.int32]
-    turned: NDArray[np.int32]
-    palettes: NDArray[np.int32]
-    """(P, 256)"""
-    cell_first: NDArray[np.int32]
-    """(L, S)"""
-    cell_weights: NDArray[np.int32]
-    """(L, K, S), K at least 4 and even."""
-    cell_filter_weights: NDArray[np.int32]
-    """(L,) even numbers of taps, at least 4, that hold each layout's weights."""
-    line_first: NDArray[np.int32]
-    line_weights: NDArray[np.int32]
-    """(L, K, S), K even."""
-    two_lines: NDArray[np.bool_]
-    """(L, S): the output line is made of two lines at most, and :func:`~quaclrs.imaging.kernels.intrinsics.blend` gives
-    its bits.
-    """
-    blend_high: NDArray[np.int16]
-    """(L, S): of the second line's weight the upper bits, for ``blend``."""
-    blend_low: NDArray[np.int16]
-
-
-@functools.lru_cache(maxsize=8)
-def _kernel_tables(tables: RenderTables) -> _Tables:
-    """Made once for a loader's tables, which are told apart by identity."""
-    cell_weights, line_weights = _padded(tables.cell_weights.numpy(), 4), _padded(tables.line_weights.numpy(), 2)
-    second = line_weights[:, 1]  # (L, S)
-    low = second.astype(np.int16)  # the lower 16 bits, with a sign
-    return _Tables(
-        lines=tables.lines.numpy(),
-        cells=tables.cells.numpy(),
-        line_stride=tables.line_stride.numpy(),
-        cell_stride=tables.cell_stride.numpy(),
-        turned=tables.turned.numpy(),
-        palettes=tables.palettes.numpy(),
-        cell_first=tables.cell_first.numpy(),
-        cell_weights=cell_weights,
-        cell_filter_weights=np.array([_taps_used(weights) for weights in cell_weights], np.int32),
-        line_first=tables.line_first.numpy(),
-        line_weights=line_weights,
-        two_lines=np.stack([_blends_exactly(weights) for weights in line_weights]),
-        blend_high=((second - low) >> 16).astype(np.int16),
-        blend_low=low,
-    )
-
-
-def _padded(weights: NDArray[np.int32], least: int) -> NDArray[np.int32]:
-    """(L, K, S) with K even and at least ``least``."""
-    taps = weights.shape[1]
-    return np.pad(weights, ((0, 0), (0, max(least, taps + taps % 2) - taps), (0, 0)))
-
-
-def _taps_used(weights: NDArray[np.int32]) -> int:
-    """Even and at least 4, of the (K, S) ``weights`` of one layout."""
-    used = int(np.flatnonzero(weights.any(axis=1)).max()) + 1
-    return max(4, used + used % 2)
-
-
-def _blends_exactly(weights: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """(S,) for the (K, S) ``weights`` of one layout: whether two lines suffice, and the first may be taken to weigh
-    2^22 less the second.
-
-    Rounding lets two weights sum to 2^22 + e. With d = b − a, a·w + b·v is then a·2^22 + d·v + a·e, and the last term
-    counts only where it carries the sum over a multiple of 2^22. It is monotone in a, which lies in max(0,
-    −d)..min(255, 255 − d): both ends of all 511 d tell.
-    """
-    difference = np.arange(-255, 256)[:, None]  # (511, 1) int64
-    blended = (difference * weights[1] + HALF) >> WEIGHT_BITS  # (511, S)
-    excess = weights[:2].sum(axis=0) - (1 << WEIGHT_BITS)
-    equal: NDArray[np.bool_] = np.logical_not(weights[2:].any(axis=0))
-    for level in (np.maximum(0, -difference), np.minimum(255, 255 - difference)):
-        equal &= ((difference * weights[1] + level * excess + HALF) >> WEIGHT_BITS == blended).all(axis=0)
-    return equal
-
-
-# Integers: numba widens every sum to 64 bits, and LLVM narrows it again only where the result is cut to 32 bits before
-# it is used, hence the int32 buffers and the np.uint32(...) ahead of each shift. Half the vector lanes hang on it.
-# Arrays: inner functions take whole arrays and row numbers, since each slice costs two atomic instructions of reference
-# counting.
+# Two rules for everything below:
+# - Integers. numba widens every sum to 64 bits. LLVM narrows it again only where the result is cut to 32 bits before it
+#   is used. Hence the int32 buffers and the np.uint32(...) before each shift: without them a vector holds half as many
+#   values.
+# - Arrays. Inner functions take whole arrays and row numbers, because each slice costs two atomic instructions of
+#   reference counting.
+#
+# ``grids`` is the tuple (flat, offsets, layouts, palettes) of Grids; ``tables`` is a CpuTables.
 
 
 @compiled
-def _draw_levels(start, stop, grids, tables, out):  # type: ignore[no-untyped-def]
-    """Draw images ``start`` to ``stop`` into ``out`` (B, S, 3·S) uint8; ``grids`` and ``tables`` as in
-    :func:`render_cpu`.
-    """
+def _render_levels(start, stop, grids, tables, out):  # type: ignore[no-untyped-def]
+    """Render images ``start`` to ``stop`` into ``out`` (B, S, 3·S) uint8."""
     buffers = _buffers(tables)
     for image in range(start, stop):
-        layout = _draw_lines(image, grids, tables, buffers)
-        _draw_image(layout, tables, buffers, out[image])
+        layout = _first_pass(image, grids, tables, buffers)
+        _second_pass(layout, tables, buffers, out[image])
 
 
 @compiled
-def _draw_floats(start, stop, grids, tables, factors, stream, out):  # type: ignore[no-untyped-def]
-    """The same, normalised, into ``out`` (B, S, 3·S) float32."""
+def _render_floats(start, stop, grids, tables, factors, stream, out):  # type: ignore[no-untyped-def]
+    """Render images ``start`` to ``stop``, normalised, into ``out`` (B, S, 3·S) float32."""
     buffers = _buffers(tables)
     levels = np.empty(out.shape[1:], np.uint8)
     for image in range(start, stop):
-        layout = _draw_lines(image, grids, tables, buffers)
-        if stream and not tables.turned[layout]:
-            _stream_image(layout, tables, buffers, levels, factors, out[image])
+        layout = _first_pass(image, grids, tables, buffers)
+        if stream and not tables.transposed[layout]:
+            _second_pass_streamed(layout, tables, buffers, levels, factors, out[image])
         else:
-            _draw_image(layout, tables, buffers, levels)
+            _second_pass(layout, tables, buffers, levels)
             normalise_rows(levels, factors, out[image], 0, stream)
 
 
 @compiled
-def _draw_values(start, stop, grids, tables, values, out):  # type: ignore[no-untyped-def]
-    """The same, with each level's value from ``values`` (3, 256), into ``out`` (B, S, 3·S) of its dtype."""
+def _render_16_bit(start, stop, grids, tables, values, out):  # type: ignore[no-untyped-def]
+    """Render images ``start`` to ``stop`` into ``out`` (B, S, 3·S) int16, with each level looked up in ``values``."""
     buffers = _buffers(tables)
     levels = np.empty(out.shape[1:], np.uint8)
     for image in range(start, stop):
-        layout = _draw_lines(image, grids, tables, buffers)
-        _draw_image(layout, tables, buffers, levels)
+        layout = _first_pass(image, grids, tables, buffers)
+        _second_pass(layout, tables, buffers, levels)
         look_up_rows(levels, values, out[image], 0)
 
 
 @compiled
 def _buffers(tables):  # type: ignore[no-untyped-def]
-    """(side, strip, cell sums, lines, line sums, image on its side): what drawing needs besides its output, used for
-    all images.
+    """The working memory of one thread, reused for all its images.
 
-    Taps come in pairs, so the last may reach past the cells or lines: with weight 0, into memory that only has to
-    exist. Lines and columns are turned upright in whole blocks and strips, so lines have room for those, and for the
-    last eight bytes that are stored.
+    (colours, strip, first-pass sums, resized, second-pass sums, transposed image). Weights are added in pairs, so the
+    last weight of a pair may lie beyond the cells or rows: it is 0, but the memory must exist. Blocks and strips are
+    written whole, so ``resized`` has room for one of each, and for the last store of eight bytes.
     """
-    size = tables.cell_first.shape[1]
-    side = np.zeros((tables.cells.max() + tables.cell_weights.shape[1], _BLOCK_LINES), np.int32)
-    strip, cell_sums = np.zeros((_STRIP, _BLOCK_LINES), np.uint32), np.zeros((3, _BLOCK_LINES), np.int32)
-    lines = np.zeros(
-        (tables.lines.max() + tables.line_weights.shape[1] + _BLOCK_LINES, 3 * (size + _STRIP) + 2), np.uint8
+    size = tables.inner_first.shape[1]
+    colours = np.zeros((tables.inner_cells.max() + tables.inner_weights.shape[1], _BLOCK), np.int32)
+    strip, pixel_sums = np.zeros((_STRIP, _BLOCK), np.uint32), np.zeros((3, _BLOCK), np.int32)
+    resized = np.zeros(
+        (tables.outer_cells.max() + tables.outer_weights.shape[1] + _BLOCK, 3 * (size + _STRIP) + 2), np.uint8
     )
-    return side, strip, cell_sums, lines, np.zeros(3 * size, np.int32), np.zeros((size, 3 * size), np.uint8)
+    return colours, strip, pixel_sums, resized, np.zeros(3 * size, np.int32), np.zeros((size, 3 * size), np.uint8)
+
+
+# --- look-up and first pass ---
 
 
 @compiled
-def _draw_lines(image, grids, tables, buffers):  # type: ignore[no-untyped-def]
-    """Do one image's first pass; returns its layout."""
+def _first_pass(image, grids, tables, buffers):  # type: ignore[no-untyped-def]
+    """Fill ``resized`` with the first pass of one image; returns the image's layout."""
     flat, offsets, layouts, palettes = grids
-    side, strip, sums, lines, _, _ = buffers
+    colours, strip, sums, resized, _, _ = buffers
     layout, palette = layouts[image], tables.palettes[palettes[image]]
-    number, line_stride = tables.lines[layout], tables.line_stride[layout]
-    for top in range(0, number, _BLOCK_LINES):
-        corner = offsets[image] + top * line_stride
-        _look_up_colours(flat, corner, min(_BLOCK_LINES, number - top), layout, palette, tables, side)
-        _first_pass(side, layout, tables, strip, sums, lines[top:])
+    cells, stride = tables.outer_cells[layout], tables.outer_stride[layout]
+    for top in range(0, cells, _BLOCK):
+        corner = offsets[image] + top * stride
+        _look_up_colours(flat, corner, min(_BLOCK, cells - top), layout, palette, tables, colours)
+        _resize_block(colours, layout, tables, strip, sums, resized[top:])
     return layout
 
 
 @compiled
-def _draw_image(layout, tables, buffers, out):  # type: ignore[no-untyped-def]
-    """Second pass of the image whose first one is done: its levels, (S, 3·S) uint8."""
-    _, _, _, lines, sums, on_its_side = buffers
-    if tables.turned[layout]:
-        _second_pass(lines, layout, tables, sums, on_its_side)
-        _turn(on_its_side, out)
-    else:
-        _second_pass(lines, layout, tables, sums, out)
-
-
-@compiled
-def _stream_image(layout, tables, buffers, levels, factors, out):  # type: ignore[no-untyped-def]
-    """The same, normalised into ``out`` line by line, so that the arithmetic of a line hides the writing of the last
-    one.
-    """
-    _, _, _, lines, sums, _ = buffers
-    first, weights = tables.line_first[layout], tables.line_weights[layout]
-    two_lines, high, low = tables.two_lines[layout], tables.blend_high[layout], tables.blend_low[layout]
-    for o in range(len(out)):
-        if two_lines[o]:
-            _blend_two_lines(lines, first[o], high[o], low[o], levels, 0)
-        else:
-            _blend_lines(lines, first[o], weights, o, sums, levels, 0)
-        stream_row(levels, 0, factors, out, o)
-
-
-@compiled
-def _look_up_colours(flat, corner, number, layout, palette, tables, side):  # type: ignore[no-untyped-def]
-    """side[c, r] = colour of cell c in line r, for a block of ``number`` lines whose first cell is at ``corner`` of
-    ``flat``.
-    """
-    cells, line_stride, cell_stride = tables.cells[layout], tables.line_stride[layout], tables.cell_stride[layout]
-    by_four = cells // 4 * 4 if cell_stride == 1 else 0
+def _look_up_colours(flat, corner, number, layout, palette, tables, colours):  # type: ignore[no-untyped-def]
+    """colours[c, r] = colour of inner cell c, outer cell r, for ``number`` outer cells from ``flat[corner]`` on."""
+    cells, outer_stride = tables.inner_cells[layout], tables.outer_stride[layout]
+    inner_stride = tables.inner_stride[layout]
+    by_four = cells // 4 * 4 if inner_stride == 1 else 0
     for c in range(0, by_four, 4):
-        _look_up_four(flat, corner + c, number, line_stride, palette, side, c)
+        _look_up_four(flat, corner + c, number, outer_stride, palette, colours, c)
     for c in range(by_four, cells):
-        _look_up_one(flat, corner + c * cell_stride, number, line_stride, palette, side, c)
+        _look_up_one(flat, corner + c * inner_stride, number, outer_stride, palette, colours, c)
 
 
 @compiled
-def _look_up_one(flat, corner, number, stride, palette, side, c):  # type: ignore[no-untyped-def]
-    position, step = np.uintp(corner), np.uintp(stride)  # unsigned: a negative index would mean something else to numba
+def _look_up_one(flat, corner, number, stride, palette, colours, c):  # type: ignore[no-untyped-def]
+    position, step = np.uintp(corner), np.uintp(stride)  # unsigned, so that numba adds no test for negative indices
     for r in range(number):
-        side[c, r] = palette[flat[position]]
+        colours[c, r] = palette[flat[position]]
         position += step
 
 
 @compiled
-def _look_up_four(flat, corner, number, stride, palette, side, c):  # type: ignore[no-untyped-def]
-    """Cells c to c + 3 of each line, which lie side by side."""
+def _look_up_four(flat, corner, number, stride, palette, colours, c):  # type: ignore[no-untyped-def]
+    """As :func:`_look_up_one` for the inner cells c to c + 3, which are neighbours in memory."""
     position, step = np.uintp(corner), np.uintp(stride)
     for r in range(number):
         cells = load_four_bytes(flat, position)
-        side[c, r] = palette[np.uint8(cells)]
-        side[c + 1, r] = palette[np.uint8(cells >> np.uint32(8))]
-        side[c + 2, r] = palette[np.uint8(cells >> np.uint32(16))]
-        side[c + 3, r] = palette[cells >> np.uint32(24)]
+        colours[c, r] = palette[np.uint8(cells)]
+        colours[c + 1, r] = palette[np.uint8(cells >> np.uint32(8))]
+        colours[c + 2, r] = palette[np.uint8(cells >> np.uint32(16))]
+        colours[c + 3, r] = palette[cells >> np.uint32(24)]
         position += step
 
 
 @compiled
-def _first_pass(side, layout, tables, strip, sums, lines):  # type: ignore[no-untyped-def]
-    """lines[r, 3·i + channel] for all output values i of a block of lines r."""
-    first, weights, taps = tables.cell_first[layout], tables.cell_weights[layout], tables.cell_filter_weights[layout]
+def _resize_block(colours, layout, tables, strip, sums, resized):  # type: ignore[no-untyped-def]
+    """resized[r, 3·i + channel] for all output columns i and one block of outer cells r."""
+    first, weights, used = tables.inner_first[layout], tables.inner_weights[layout], tables.inner_weights_used[layout]
     for left in range(0, len(first), _STRIP):
         for i in range(left, min(left + _STRIP, len(first))):
-            if taps == 4:
-                _blend_four(side, first[i], weights[0, i], weights[1, i], weights[2, i], weights[3, i], strip, i - left)
+            if used == 4:
+                four = weights[0, i], weights[1, i], weights[2, i], weights[3, i]
+                _sum_four_cells(colours, first[i], four, strip, i - left)
             else:
-                _blend_cells(side, first[i], weights, i, taps, sums, strip, i - left)
-        _stand_upright(strip, 3 * left, lines)
+                _sum_cells(colours, first[i], weights, i, used, sums, strip, i - left)
+        _transpose_strip(strip, 3 * left, resized)
 
 
 @compiled
-def _blend_four(side, c, weight_a, weight_b, weight_c, weight_d, strip, column):  # type: ignore[no-untyped-def]
-    """As :func:`_blend_cells` of four, which is what most images here are drawn from: nothing but
-    registers in between.
-    """
-    for r in range(_BLOCK_LINES):
-        p, q, s, t = side[c, r], side[c + 1, r], side[c + 2, r], side[c + 3, r]
+def _sum_four_cells(colours, c, weights, strip, column):  # type: ignore[no-untyped-def]
+    """As :func:`_sum_cells` with four weights, the most common number here. The sums stay in registers."""
+    weight_a, weight_b, weight_c, weight_d = weights
+    for r in range(_BLOCK):
+        p, q, s, t = colours[c, r], colours[c + 1, r], colours[c + 2, r], colours[c + 3, r]
         red = _HALF + (p & 255) * weight_a + (q & 255) * weight_b + (s & 255) * weight_c + (t & 255) * weight_d
         green = (
             (p >> 8 & 255) * weight_a
@@ -335,19 +226,19 @@ def _blend_four(side, c, weight_a, weight_b, weight_c, weight_d, strip, column):
 
 
 @compiled
-def _blend_cells(side, c, weights, i, taps, sums, strip, column):  # type: ignore[no-untyped-def]
-    """strip[column, r] = R | G << 8 | B << 16 of output value ``i``, made of the cells from c on, for all lines r."""
+def _sum_cells(colours, c, weights, i, used, sums, strip, column):  # type: ignore[no-untyped-def]
+    """strip[column, r] = output column ``i`` of all outer cells r, from the inner cells c, c + 1, ..."""
     sums[:] = _HALF
-    for k in range(0, taps, 2):
-        _add_two_cells(side, c + k, weights[k, i], weights[k + 1, i], sums)
-    for r in range(_BLOCK_LINES):
+    for k in range(0, used, 2):
+        _add_two_cells(colours, c + k, weights[k, i], weights[k + 1, i], sums)
+    for r in range(_BLOCK):
         strip[column, r] = _pixel(np.uint32(sums[0, r]), np.uint32(sums[1, r]), np.uint32(sums[2, r]))
 
 
 @compiled
-def _add_two_cells(side, c, weight, next_weight, sums):  # type: ignore[no-untyped-def]
-    for r in range(_BLOCK_LINES):
-        a, b = side[c, r], side[c + 1, r]
+def _add_two_cells(colours, c, weight, next_weight, sums):  # type: ignore[no-untyped-def]
+    for r in range(_BLOCK):
+        a, b = colours[c, r], colours[c + 1, r]
         sums[0, r] += (a & 255) * weight + (b & 255) * next_weight
         sums[1, r] += ((a >> 8) & 255) * weight + ((b >> 8) & 255) * next_weight
         sums[2, r] += (a >> 16) * weight + (b >> 16) * next_weight
@@ -355,62 +246,93 @@ def _add_two_cells(side, c, weight, next_weight, sums):  # type: ignore[no-untyp
 
 @compiled
 def _pixel(red, green, blue):  # type: ignore[no-untyped-def]
-    """Three uint32 sums, rounded to levels, in one integer."""
+    """Round three uint32 sums to levels and pack them as R | G << 8 | B << 16."""
     return (red >> _SHIFT) | ((green >> _GREEN_SHIFT) & _GREEN) | ((blue >> _BLUE_SHIFT) & _BLUE)
 
 
 @compiled
-def _stand_upright(strip, left, lines):  # type: ignore[no-untyped-def]
-    """lines[r, left + 3·c + channel] = the channels of strip[c, r]: always for all c and r, whether or not they mean
-    anything.
+def _transpose_strip(strip, left, resized):  # type: ignore[no-untyped-def]
+    """resized[r, left + 3·c + channel] = the channels of strip[c, r].
 
-    Numbers known beforehand halve the time.
+    Always for all c and r of the strip, meaningful or not: loop bounds known to the compiler halve the time.
     """
-    flat, stride = lines.reshape(lines.size), np.uintp(lines.shape[1])
+    flat, stride = resized.reshape(resized.size), np.uintp(resized.shape[1])
     for column in range(0, _STRIP, 2):
         position = np.uintp(left + 3 * column)
-        for r in range(_BLOCK_LINES):
+        for r in range(_BLOCK):
             store_eight_bytes(
                 flat, position, np.uint64(strip[column, r]) | np.uint64(strip[column + 1, r]) << _PIXEL_BITS
             )
             position += stride
 
 
+# --- second pass ---
+
+
 @compiled
-def _second_pass(lines, layout, tables, sums, out):  # type: ignore[no-untyped-def]
-    """out[o, i] for all output lines o and all values i of a line."""
-    first, weights = tables.line_first[layout], tables.line_weights[layout]
-    two_lines, high, low = tables.two_lines[layout], tables.blend_high[layout], tables.blend_low[layout]
+def _second_pass(layout, tables, buffers, out):  # type: ignore[no-untyped-def]
+    """``out`` (S, 3·S) uint8 = levels of the image whose first pass is in ``resized``."""
+    _, _, _, resized, sums, transposed_image = buffers
+    if tables.transposed[layout]:
+        _resize_rows(resized, layout, tables, sums, transposed_image)
+        _transpose_image(transposed_image, out)
+    else:
+        _resize_rows(resized, layout, tables, sums, out)
+
+
+@compiled
+def _second_pass_streamed(layout, tables, buffers, levels, factors, out):  # type: ignore[no-untyped-def]
+    """The second pass, normalised into ``out`` (S, 3·S) float32 row by row.
+
+    The arithmetic of each row overlaps with the writing of the row before.
+    """
+    _, _, _, resized, sums, _ = buffers
+    first, weights = tables.outer_first[layout], tables.outer_weights[layout]
+    blends, high, low = tables.blends[layout], tables.blend_high[layout], tables.blend_low[layout]
     for o in range(len(out)):
-        if two_lines[o]:
-            _blend_two_lines(lines, first[o], high[o], low[o], out, o)
+        if blends[o]:
+            _blend_two_rows(resized, first[o], high[o], low[o], levels, 0)
         else:
-            _blend_lines(lines, first[o], weights, o, sums, out, o)
+            _sum_rows(resized, first[o], weights, o, sums, levels, 0)
+        stream_row(levels, 0, factors, out, o)
 
 
 @compiled
-def _blend_lines(lines, line, weights, o, sums, out, row):  # type: ignore[no-untyped-def]
+def _resize_rows(resized, layout, tables, sums, out):  # type: ignore[no-untyped-def]
+    """out[o, i] for all output rows o and all values i of a row."""
+    first, weights = tables.outer_first[layout], tables.outer_weights[layout]
+    blends, high, low = tables.blends[layout], tables.blend_high[layout], tables.blend_low[layout]
+    for o in range(len(out)):
+        if blends[o]:
+            _blend_two_rows(resized, first[o], high[o], low[o], out, o)
+        else:
+            _sum_rows(resized, first[o], weights, o, sums, out, o)
+
+
+@compiled
+def _sum_rows(resized, r, weights, o, sums, out, row):  # type: ignore[no-untyped-def]
+    """out[row] = output row ``o``, the weighted sum of the rows r, r + 1, ... of ``resized``."""
     sums[:] = _HALF
     for k in range(0, len(weights), 2):
-        _add_two_lines(lines, line + k, weights[k, o], weights[k + 1, o], sums)
+        _add_two_rows(resized, r + k, weights[k, o], weights[k + 1, o], sums)
     for i in range(len(sums)):
         out[row, i] = np.uint32(sums[i]) >> _SHIFT
 
 
 @compiled
-def _blend_two_lines(lines, line, high, low, out, row):  # type: ignore[no-untyped-def]
+def _blend_two_rows(resized, r, high, low, out, row):  # type: ignore[no-untyped-def]
     for i in range(out.shape[1]):
-        out[row, i] = blend(lines[line, i], lines[line + 1, i], high, low)
+        out[row, i] = blend(resized[r, i], resized[r + 1, i], high, low)
 
 
 @compiled
-def _add_two_lines(lines, line, weight, next_weight, sums):  # type: ignore[no-untyped-def]
+def _add_two_rows(resized, r, weight, next_weight, sums):  # type: ignore[no-untyped-def]
     for i in range(len(sums)):
-        sums[i] += lines[line, i] * weight + lines[line + 1, i] * next_weight
+        sums[i] += resized[r, i] * weight + resized[r + 1, i] * next_weight
 
 
 @compiled
-def _turn(levels, out):  # type: ignore[no-untyped-def]
+def _transpose_image(levels, out):  # type: ignore[no-untyped-def]
     """out[y, x] = levels[x, y], three channels each."""
     for y in range(len(out)):
         for x in range(len(out)):

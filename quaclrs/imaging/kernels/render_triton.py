@@ -1,34 +1,31 @@
-"""The render as one fused Triton kernel: indices in, normalised channels_last batch out, nothing in between in device
-memory.
+"""The render as one fused Triton kernel: palette indices in, normalised channels_last batch out.
 
-One program draws one tile of one image, so layouts and palettes mix freely in a batch. Inside it:
+Nothing in between is written to device memory. One program renders one tile of one image
+(:mod:`quaclrs.imaging.kernels.triton_tiles`), so layouts and palettes mix freely in a batch. Inner and outer axis are
+explained in :mod:`quaclrs.imaging.render`. Each program runs three steps:
 
-1. *First pass*, the horizontal one, for the tile's columns and the rows of cells that its output rows blend. Each tap
-   loads one
-   byte per lane (neighbouring lanes read neighbouring cells) and looks its colour up in a copy of the palette in shared
-   memory, three channels in one integer. Rows of cells at a tile's upper and lower end are computed in both tiles that
-   need them: that is cheaper than sending them through memory.
-2. *Second pass* from the colours of 1, which other lanes hold: again a look-up in shared memory.
-3. *Output.* One lane writes one value, so a warp writes whole lines of memory although a pixel is three values wide.
-   fp16 and bf16 are
-   computed as ``level · scale + shift``, if that gives the table's bits for all 768 levels (:func:`_affine` proves it,
-   with and without fused multiply-add); float32, where it does not, comes from the table.
+1. *First pass*, for the tile's output columns and the outer cells that its output rows are made of. For each filter
+   weight, a lane loads one byte (neighbouring lanes read neighbouring cells) and looks its colour up in a copy of the
+   palette in shared memory, three channels in one integer. Outer cells at the upper and lower edge of a tile are
+   computed by both tiles that need them, which is cheaper than passing them through device memory.
+2. *Second pass*. The results of step 1 belong to other lanes, so this is again a look-up in shared memory.
+3. *Output*. One lane writes one value, so that a warp writes whole lines of memory although a pixel is three values
+   wide. fp16 and bf16 are computed as ``level · scale + shift`` if that gives the table's bits for all 768 levels, with
+   and without fused multiply-add (:func:`_affine` tests it). It does not for float32, which comes from the table.
 
-Where Pillow resizes vertically first (:class:`quaclrs.imaging.render.Passes`), rows and columns change places
-throughout; "lines" are rows of cells else. Such images are read and written across the grain, which is slow and right.
+Where the inner axis is vertical, the kernel reads the grid along columns and writes its output transposed. Those
+accesses are strided: slower, with the same bits.
 
-Tiles need not be powers of two, only their lanes are padded to one; :func:`choose_tile` weighs padding against
-recomputed rows. All sums are int32, as in Pillow: at most 255 · (2^22 + 8192) + 2^21 < 2^31, see ``MAX_SIDE``.
+All sums are int32, as in Pillow: at most 255 · (2^22 + 8192) + 2^21 < 2^31, see ``MAX_SIDE``.
 
-``triton`` is imported here at the top; import this module only where there is a GPU, or with ``TRITON_INTERPRET=1`` for
-CPU tensors.
+The file imports ``triton`` at the top. Import it only where there is a GPU, or with ``TRITON_INTERPRET=1`` for CPU
+tensors.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,44 +33,19 @@ import torch
 import triton
 import triton.language as tl
 
+from quaclrs.imaging.kernels.triton_tiles import Tile, choose_tile
 from quaclrs.imaging.normalise import IMAGENET_MEAN, IMAGENET_STD, normalisation_table
-from quaclrs.imaging.render import Grids, Passes, RenderTables, checked_out
-from quaclrs.imaging.resample import HALF, WEIGHT_BITS, cell_filter_weights
-
-MAX_LANES = 4096
-"""Of a tile: 32 registers per value and thread at 128 threads, 16 at 256."""
+from quaclrs.imaging.render import Grids, RenderTables, checked_out
+from quaclrs.imaging.resample import HALF, WEIGHT_BITS
 
 MAX_UNROLLED = tl.constexpr(16)
-"""Taps; more of them, as when S is small, stay a loop."""
+"""Most filter weights for which the sum is unrolled. With more, as when S is small, it stays a loop."""
 
 LEVELS, TABLE, AFFINE = 0, 1, 2
-"""How a level becomes a value of the batch."""
+"""Modes: a value of the batch is the level itself, comes from a table, or is ``level · scale + shift``."""
 
 _HALF = tl.constexpr(HALF)
 _SHIFT = tl.constexpr(WEIGHT_BITS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tile:
-    """The part of an image that one program draws."""
-
-    rows: int
-    """Of the output, along the second pass."""
-    columns: int
-    """Of the output, along the first pass."""
-    lines: int
-    """Lines of cells that ``rows`` output rows blend, at most, in any layout."""
-    warps: int
-
-    @property
-    def source_lanes(self) -> int:
-        """Lanes of the first pass: a power of two."""
-        return _power_of_two(self.lines * self.columns)
-
-    @property
-    def lanes(self) -> int:
-        """Lanes of the second pass: a power of two."""
-        return _power_of_two(self.rows * self.columns)
 
 
 def render_triton(
@@ -84,11 +56,11 @@ def render_triton(
     out: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """As :func:`quaclrs.imaging.render.render_reference`, in one kernel on the current stream, without waiting for the
-    device.
+    """As :func:`quaclrs.imaging.render.render_reference`, in one kernel on the current stream.
 
-    Nothing is checked that would take a wait: call :func:`quaclrs.imaging.render.check_grids` once per set of grids,
-    and keep ``index`` within them. ``tile`` is for tuning; the default is :func:`choose_tile`'s.
+    The call does not synchronise with the device, so it checks nothing that lies there: call
+    :func:`quaclrs.imaging.render.check_grids` once per set of grids, and keep ``index`` within them. ``tile`` is for
+    tuning; the default is :func:`~quaclrs.imaging.kernels.triton_tiles.choose_tile`.
     """
     out = checked_out(out, len(index), tables, dtype)
     if not len(index):
@@ -98,72 +70,33 @@ def render_triton(
     values = _values(mode, dtype, tables.device)
     tiles = -(-tables.size // tile.rows) * -(-tables.size // tile.columns)
     pointers = (index, grids.flat, grids.offsets, grids.layouts, grids.palettes, *_table_tensors(tables), values, out)
-    # Fused multiply-add is no matter of precision here, see _affine; Triton 3.9 warns unless told.
-    _draw_tile[(len(index) * tiles,)](
+    # Fused multiply-add changes no result here, see _affine; without the argument Triton 3.9 warns.
+    _render_tile[(len(index) * tiles,)](
         *pointers, **_constants(tables, tile, mode), num_warps=tile.warps, enable_fp_fusion=True
     )
     return out
 
 
-def choose_tile(tables: RenderTables, rows: int | None = None, columns: int | None = None) -> Tile:
-    """The tile with the least estimated work for all layouts of ``tables``; ``rows`` and ``columns`` fix a side of it.
-
-    The estimate is a rough count of the passes' instructions per lane, not a measurement.
-    """
-    axes = tuple(dict.fromkeys(Passes.of(layout, tables.size).lines for layout in tables.layouts))
-    return _choose_tile(axes, tables.size, tables.cell_weights.shape[1], tables.line_weights.shape[1], rows, columns)
-
-
-@functools.lru_cache(maxsize=64)
-def _choose_tile(
-    axes: tuple[tuple[tuple[int, ...], int], ...],
-    size: int,
-    cell_filter_weights: int,
-    line_taps: int,
-    rows: int | None,
-    columns: int | None,
-) -> Tile:
-    def work(tile: Tile) -> int:
-        first_pass = tile.source_lanes * (12 + 10 * cell_filter_weights)
-        second_pass = tile.lanes * (40 + 10 * line_taps)
-        return -(-size // tile.rows) * -(-size // tile.columns) * (first_pass + second_pass + 8192)
-
-    candidates = []
-    row_choices = [rows] if rows else sorted({min(side, size) for side in (1, 2, *range(4, 257, 4))})
-    # At least 32, so that a row of a tile is whole sectors of memory.
-    column_choices = [columns] if columns else sorted({min(side, size) for side in (32, 48, 56, 64, 96, 112, 128)})
-    for one_rows in row_choices:
-        lines = max(_most_lines(edges, pixels, size, one_rows) for edges, pixels in axes)
-        for one_columns in column_choices:
-            lanes = _power_of_two(max(one_rows, lines) * one_columns)
-            candidates.append(Tile(rows=one_rows, columns=one_columns, lines=lines, warps=min(max(lanes // 512, 1), 8)))
-    small = [tile for tile in candidates if max(tile.lanes, tile.source_lanes) <= MAX_LANES]
-    return min(small or candidates, key=work)
-
-
-def _most_lines(edges: tuple[int, ...], pixels: int, size: int, tile_rows: int) -> int:
-    """Lines of cells that a tile of ``tile_rows`` output rows blends, at most."""
-    taps = cell_filter_weights(edges, pixels, size)
-    used = (
-        taps.first + taps.weights.shape[1] - (taps.weights[:, ::-1] != 0).argmax(axis=1)
-    )  # (S,) end of the last tap that counts
-    tops = np.arange(0, size, tile_rows)
-    return int((np.maximum.reduceat(used, tops) - taps.first[tops]).max())
-
-
 def _table_tensors(tables: RenderTables) -> tuple[torch.Tensor, ...]:
-    shapes = (tables.lines, tables.cells, tables.line_stride, tables.cell_stride, tables.turned)
-    return (*shapes, tables.cell_first, tables.cell_weights, tables.line_first, tables.line_weights, tables.palettes)
+    shapes = (tables.outer_cells, tables.inner_cells, tables.outer_stride, tables.inner_stride, tables.transposed)
+    return (
+        *shapes,
+        tables.inner_first,
+        tables.inner_weights,
+        tables.outer_first,
+        tables.outer_weights,
+        tables.palettes,
+    )
 
 
 def _constants(tables: RenderTables, tile: Tile, mode: int) -> dict[str, int]:
     return {
         "SIZE": tables.size,
-        "CELL_TAPS": tables.cell_weights.shape[1],
-        "LINE_TAPS": tables.line_weights.shape[1],
+        "INNER_WEIGHTS": tables.inner_weights.shape[1],
+        "OUTER_WEIGHTS": tables.outer_weights.shape[1],
         "TILE_ROWS": tile.rows,
         "TILE_COLUMNS": tile.columns,
-        "TILE_LINES": tile.lines,
+        "TILE_OUTER_CELLS": tile.outer_cells,
         "SOURCE_LANES": tile.source_lanes,
         "LANES": tile.lanes,
         "MODE": mode,
@@ -171,8 +104,9 @@ def _constants(tables: RenderTables, tile: Tile, mode: int) -> dict[str, int]:
 
 
 def _mode(dtype: torch.dtype, interpreted: bool) -> int:
-    """LEVELS, AFFINE or TABLE. Triton's interpreter truncates to bfloat16 where GPUs round, so there it takes the
-    table.
+    """LEVELS, AFFINE or TABLE.
+
+    Triton's interpreter truncates to bfloat16 where GPUs round, so for bfloat16 it uses the table.
     """
     if dtype == torch.uint8:
         return LEVELS
@@ -181,20 +115,18 @@ def _mode(dtype: torch.dtype, interpreted: bool) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _values(mode: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The numbers that ``mode`` needs, on ``device``."""
+    """The kernel's ``values`` argument for ``mode``, on ``device``."""
     affine = _affine(dtype)
     if mode == AFFINE and affine is not None:
         return affine.to(device)
     if mode == TABLE:
         return normalisation_table().to(dtype).to(device)
-    return torch.zeros(1, device=device)  # levels need none
+    return torch.zeros(1, device=device)  # LEVELS reads none
 
 
 @functools.cache
 def _affine(dtype: torch.dtype) -> torch.Tensor | None:
-    """(2, 3) float32 scales and shifts of the channels, if they give the bits of all 768 normalised
-    levels; else None.
-    """
+    """(2, 3) float32 scales and shifts of the channels; None unless they give the bits of all 768 normalised levels."""
     mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
     scale, shift = (torch.from_numpy(value.astype(np.float32))[:, None] for value in (1 / (255 * std), -mean / std))
     levels = torch.arange(256, dtype=torch.float32)
@@ -205,13 +137,9 @@ def _affine(dtype: torch.dtype) -> torch.Tensor | None:
     return torch.stack([scale[:, 0], shift[:, 0]]) if exact else None
 
 
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
-
-
 @triton.jit
-def _weigh(colour, weight, red, green, blue):  # type: ignore[no-untyped-def]
-    """Add a tap to the sums of three channels."""
+def _add_weighted(colour, weight, red, green, blue):  # type: ignore[no-untyped-def]
+    """Add ``weight`` · ``colour`` to the sums of the three channels."""
     red += (colour & 255) * weight
     green += ((colour >> 8) & 255) * weight
     blue += (colour >> 16) * weight
@@ -219,43 +147,43 @@ def _weigh(colour, weight, red, green, blue):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _add_cell_tap(line, cell, last_cell, cell_stride, palette, weight, red, green, blue):  # type: ignore[no-untyped-def]
-    """One tap of the first pass; beyond the last cell its weight is 0."""
-    entry = tl.load(line + tl.minimum(cell, last_cell) * cell_stride).to(tl.int32)
-    return _weigh(tl.gather(palette, entry, 0), tl.load(weight), red, green, blue)
+def _add_weighted_cell(outer, cell, last_inner, inner_stride, palette, weight, red, green, blue):  # type: ignore[no-untyped-def]
+    """Add one cell of the first pass. Beyond the last cell the weight is 0, so any cell may be read."""
+    entry = tl.load(outer + tl.minimum(cell, last_inner) * inner_stride).to(tl.int32)
+    return _add_weighted(tl.gather(palette, entry, 0), tl.load(weight), red, green, blue)
 
 
 @triton.jit
 def _rounded(red, green, blue):  # type: ignore[no-untyped-def]
-    """Three sums to three levels in one integer."""
+    """Round three sums to levels and pack them as R | G << 8 | B << 16."""
     return (red >> _SHIFT) | ((green >> _SHIFT) << 8) | ((blue >> _SHIFT) << 16)
 
 
 @triton.jit
-def _draw_tile(  # type: ignore[no-untyped-def]
+def _render_tile(  # type: ignore[no-untyped-def]
     index,  # (B,) int64; the other inputs as in Grids and RenderTables
     flat,
     offsets,
     layouts,
     palettes,
-    all_lines,
-    all_cells,
-    line_strides,
-    cell_strides,
-    all_turned,
-    cell_first,
-    cell_weights,
-    line_first,
-    line_weights,
+    all_outer_cells,
+    all_inner_cells,
+    outer_strides,
+    inner_strides,
+    all_transposed,
+    inner_first,
+    inner_weights,
+    outer_first,
+    outer_weights,
     colours,
     values,  # (3, 256) of the batch's dtype, or (2, 3) float32 scales and shifts
     out,  # (B, S, S, 3)
     SIZE: tl.constexpr,
-    CELL_TAPS: tl.constexpr,
-    LINE_TAPS: tl.constexpr,
+    INNER_WEIGHTS: tl.constexpr,
+    OUTER_WEIGHTS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
-    TILE_LINES: tl.constexpr,
+    TILE_OUTER_CELLS: tl.constexpr,
     SOURCE_LANES: tl.constexpr,
     LANES: tl.constexpr,
     MODE: tl.constexpr,
@@ -270,57 +198,61 @@ def _draw_tile(  # type: ignore[no-untyped-def]
     image = tl.load(index + sample)
     layout = tl.load(layouts + image)
     grid = flat + tl.load(offsets + image)
-    last_line = tl.load(all_lines + layout) - 1
-    last_cell = tl.load(all_cells + layout) - 1
-    line_stride = tl.load(line_strides + layout)
-    cell_stride = tl.load(cell_strides + layout)
+    last_outer = tl.load(all_outer_cells + layout) - 1
+    last_inner = tl.load(all_inner_cells + layout) - 1
+    outer_stride = tl.load(outer_strides + layout)
+    inner_stride = tl.load(inner_strides + layout)
     palette = tl.load(colours + tl.load(palettes + image) * 256 + tl.arange(0, 256))
-    top_line = tl.load(line_first + layout * SIZE + top)  # the first line that this tile needs
+    top_outer = tl.load(outer_first + layout * SIZE + top)  # the first outer cell that this tile needs
 
-    # First pass. Lanes beyond the image repeat its edge: cheaper than masking each load, and nobody reads them.
+    # First pass. Lanes beyond the image repeat its edge. That is cheaper than masking each load, and no one reads them.
     lane = tl.arange(0, SOURCE_LANES)
     x = tl.minimum(left + lane % TILE_COLUMNS, SIZE - 1)
-    line = grid + tl.minimum(top_line + lane // TILE_COLUMNS, last_line) * line_stride
-    first = tl.load(cell_first + layout * SIZE + x)
-    weights = cell_weights + layout * CELL_TAPS * SIZE + x
+    outer = grid + tl.minimum(top_outer + lane // TILE_COLUMNS, last_outer) * outer_stride
+    first = tl.load(inner_first + layout * SIZE + x)
+    weights = inner_weights + layout * INNER_WEIGHTS * SIZE + x
     red = tl.full([SOURCE_LANES], _HALF, tl.int32)
     green = red
     blue = red
-    if CELL_TAPS <= MAX_UNROLLED:
-        for k in tl.static_range(CELL_TAPS):
-            red, green, blue = _add_cell_tap(
-                line, first + k, last_cell, cell_stride, palette, weights + k * SIZE, red, green, blue
+    if INNER_WEIGHTS <= MAX_UNROLLED:
+        for k in tl.static_range(INNER_WEIGHTS):
+            red, green, blue = _add_weighted_cell(
+                outer, first + k, last_inner, inner_stride, palette, weights + k * SIZE, red, green, blue
             )
     else:
-        for k in range(CELL_TAPS):
-            red, green, blue = _add_cell_tap(
-                line, first + k, last_cell, cell_stride, palette, weights + k * SIZE, red, green, blue
+        for k in range(INNER_WEIGHTS):
+            red, green, blue = _add_weighted_cell(
+                outer, first + k, last_inner, inner_stride, palette, weights + k * SIZE, red, green, blue
             )
-    across = _rounded(red, green, blue)  # (SOURCE_LANES,)
+    resized = _rounded(red, green, blue)  # (SOURCE_LANES,)
 
     # Second pass.
     lane = tl.arange(0, LANES)
     y = tl.minimum(top + lane // TILE_COLUMNS, SIZE - 1)
     column = lane % TILE_COLUMNS
-    first = tl.load(line_first + layout * SIZE + y) - top_line
-    weights = line_weights + layout * LINE_TAPS * SIZE + y
+    first = tl.load(outer_first + layout * SIZE + y) - top_outer
+    weights = outer_weights + layout * OUTER_WEIGHTS * SIZE + y
     red = tl.full([LANES], _HALF, tl.int32)
     green = red
     blue = red
-    if LINE_TAPS <= MAX_UNROLLED:
-        for k in tl.static_range(LINE_TAPS):
-            source = tl.minimum(first + k, TILE_LINES - 1) * TILE_COLUMNS + column
-            red, green, blue = _weigh(tl.gather(across, source, 0), tl.load(weights + k * SIZE), red, green, blue)
+    if OUTER_WEIGHTS <= MAX_UNROLLED:
+        for k in tl.static_range(OUTER_WEIGHTS):
+            source = tl.minimum(first + k, TILE_OUTER_CELLS - 1) * TILE_COLUMNS + column
+            red, green, blue = _add_weighted(
+                tl.gather(resized, source, 0), tl.load(weights + k * SIZE), red, green, blue
+            )
     else:
-        for k in range(LINE_TAPS):
-            source = tl.minimum(first + k, TILE_LINES - 1) * TILE_COLUMNS + column
-            red, green, blue = _weigh(tl.gather(across, source, 0), tl.load(weights + k * SIZE), red, green, blue)
+        for k in range(OUTER_WEIGHTS):
+            source = tl.minimum(first + k, TILE_OUTER_CELLS - 1) * TILE_COLUMNS + column
+            red, green, blue = _add_weighted(
+                tl.gather(resized, source, 0), tl.load(weights + k * SIZE), red, green, blue
+            )
     pixels = _rounded(red, green, blue)  # (LANES,)
 
-    # Output: 3 · LANES values, one after the other as they lie in memory.
-    turned = tl.load(all_turned + layout)
-    row_stride = tl.where(turned == 0, SIZE, 1)
-    column_stride = tl.where(turned == 0, 1, SIZE)
+    # Output: 3 · LANES values, in the order of memory.
+    transposed = tl.load(all_transposed + layout)
+    row_stride = tl.where(transposed == 0, SIZE, 1)
+    column_stride = tl.where(transposed == 0, 1, SIZE)
     for part in tl.static_range(3):
         value = part * LANES + lane
         pixel = value // 3
@@ -340,10 +272,9 @@ def _draw_tile(  # type: ignore[no-untyped-def]
 
 
 def compile_for(capability: int, tables: RenderTables, dtype: torch.dtype) -> Any:
-    """The kernel for compute capability ``capability`` (75, 90, ...), compiled without a GPU: Triton's
-    ``CompiledKernel``.
+    """Triton's ``CompiledKernel`` for compute capability ``capability`` (75, 90, ...), compiled without a GPU.
 
-    For tests and for a look at its PTX and cubin (``.asm``).
+    For tests, and for reading its PTX and cubin (``.asm``).
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -362,7 +293,7 @@ def compile_for(capability: int, tables: RenderTables, dtype: torch.dtype) -> An
         f"*{element}",
     ]
     names = itertools.chain(inputs, ["constexpr"] * len(constants))
-    signature = dict(zip(_draw_tile.arg_names, names, strict=True))
-    source = ASTSource(_draw_tile, signature, constexprs=constants)
+    signature = dict(zip(_render_tile.arg_names, names, strict=True))
+    source = ASTSource(_render_tile, signature, constexprs=constants)
     options = {"num_warps": choose_tile(tables).warps, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

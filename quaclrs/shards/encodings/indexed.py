@@ -16,9 +16,7 @@ from quaclrs.errors import DataError, ShardError
 from quaclrs.imaging.indexed import IndexedImage, NotIndexable, decode, encode, recode
 from quaclrs.imaging.layout import Layout
 from quaclrs.imaging.png import decode_png
-from quaclrs.imaging.shared_layouts import Facts, image_facts
-from quaclrs.imaging.shared_layouts import Plan as SharedLayouts
-from quaclrs.imaging.shared_layouts import plan as share_layouts
+from quaclrs.imaging.shared_layouts import Facts, SharedLayouts, image_facts, share_layouts
 from quaclrs.shards import format as fmt
 from quaclrs.shards.encodings.base import (
     ArrayEncoding,

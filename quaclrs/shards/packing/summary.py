@@ -19,7 +19,7 @@ _EXAMINED_FOR_ADVICE = 64
 
 
 def describe_packing(summary: PackSummary, output_dir: Path) -> str:
-    """The closing report of tools/shard_dataset.py."""
+    """The closing report of quaclrs-pack."""
     manifest = summary.manifest
     total_bytes = sum(entry.bytes for entry in manifest.shards)
     if summary.already_complete:
@@ -47,7 +47,7 @@ def indexing_advice(shards: ShardSet) -> str | None:
 
 
 def describe_shards(shards: ShardSet) -> str:
-    """The report of ``tools/inspect_shards.py info``."""
+    """The report of ``quaclrs-inspect info``."""
     manifest, audit = shards.manifest, shards.metadata().audit()
     size = f", {manifest.image_size}x{manifest.image_size}" if manifest.image_size else ""
     payload_bytes = int(shards.samples["size"].sum())

@@ -1,26 +1,27 @@
-"""What the benchmarks are measured on: synthetic images, and their shards in a work folder, kept from run to run."""
+"""The data that benchmarks run on: a synthetic PNG tree and its shards, kept in a work folder between runs."""
 
 from __future__ import annotations
 
 import argparse
 import csv
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from harness.contender import Options
 from quaclrs.cli.arguments import columns_of
 from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, PackConfig, TrainConfig
 
-if TYPE_CHECKING:  # spawned workers import the scripts anew, and shall not wait for torch
+if TYPE_CHECKING:  # spawned workers import these modules anew and must not wait for torch
     from quaclrs.loaders.dataset import Dataset
     from quaclrs.synthesize import SynthesisSummary
 
 
-def synthesis(
+def synthesize(
     folder: Path, *, samples_per_class: int, num_workers: int, folds: int = 10, progress: bool = False
 ) -> SynthesisSummary:
-    """Draw a dataset into ``folder``; one that is there is left as it is."""
+    """Draw a synthetic dataset into ``folder``, unless one is there."""
     from quaclrs.synthesize import SynthesisConfig, synthesize_dataset
 
     config = SynthesisConfig(
@@ -29,16 +30,14 @@ def synthesis(
     return synthesize_dataset(config, progress=progress)
 
 
-def make_data(options: Any, folder: Path) -> None:
-    """Synthesise a dataset and have ``options`` name it."""
-    synthesis(folder, samples_per_class=options.samples_per_class, num_workers=options.num_workers, progress=True)
+def use_synthetic_data(options: Options, folder: Path) -> None:
+    """Synthesise a dataset in ``folder`` and point ``options`` at it."""
+    synthesize(folder, samples_per_class=options.samples_per_class, num_workers=options.num_workers, progress=True)
     options.csv_file, options.spectrograms_dir = folder / DEFAULT_CSV_FILE, folder / DEFAULT_SPECTROGRAMS_DIR
 
 
-def fewer_images(options: Any, most: int, folder: Path) -> Any:
-    """``options`` with a CSV of at most ``most`` rows, every so many of the whole; decoding all of them
-    takes minutes.
-    """
+def use_fewer_images(options: Options, most: int, folder: Path) -> Options:
+    """Return ``options`` with a CSV of at most ``most`` rows, evenly spaced: decoding all images takes minutes."""
     lines = options.csv_file.read_text(encoding="utf-8").splitlines(keepends=True)
     step = -(-(len(lines) - 1) // most)
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,8 +46,8 @@ def fewer_images(options: Any, most: int, folder: Path) -> Any:
     return argparse.Namespace(**vars(options) | {"csv_file": csv_file})
 
 
-def pack_config(options: Any, output_dir: Path, encoding: str) -> PackConfig:
-    """A packing of what ``options`` names."""
+def make_pack_config(options: Options, output_dir: Path, encoding: str) -> PackConfig:
+    """Return the configuration that packs the dataset of ``options``."""
     return PackConfig(
         csv_file=options.csv_file,
         spectrograms_dir=options.spectrograms_dir,
@@ -60,18 +59,18 @@ def pack_config(options: Any, output_dir: Path, encoding: str) -> PackConfig:
     )
 
 
-def packed(options: Any, work_dir: Path, encoding: str) -> Dataset:
-    """The dataset in shards of ``encoding`` below ``work_dir``, packed unless they are there."""
+def open_shards(options: Options, work_dir: Path, encoding: str) -> Dataset:
+    """Return the dataset as shards of ``encoding`` below ``work_dir``; packs them unless they are there."""
     from quaclrs.loaders.dataset import open_dataset
     from quaclrs.shards.packing.pack import pack
 
     output_dir = work_dir / f"shards-{encoding}"
-    pack(pack_config(options, output_dir, encoding), progress=True)
+    pack(make_pack_config(options, output_dir, encoding), progress=True)
     return open_dataset(TrainConfig(shards=output_dir), want_shards=True, log=options.log)
 
 
-def tree_of(options: Any) -> Dataset:
-    """The dataset as the PNG tree it is; its samples are numbered as those of the shards."""
+def open_png_tree(options: Options) -> Dataset:
+    """Return the dataset as its PNG tree, with the same sample numbers as the shards."""
     from quaclrs.loaders.dataset import open_dataset
 
     config = TrainConfig(
@@ -80,8 +79,8 @@ def tree_of(options: Any) -> Dataset:
     return open_dataset(config, want_shards=False, log=options.log)
 
 
-def pixels_of(rgb: Dataset, work_dir: Path) -> Path:
-    """(N, S, S, 3) uint8 .npy of the ``rgb`` shards' images, as Pillow resized them."""
+def write_pixels(rgb: Dataset, work_dir: Path) -> Path:
+    """Write the images of the ``rgb`` shards to an .npy of (N, S, S, 3) uint8, resized by Pillow; return its path."""
     assert rgb.shards is not None
     shape = (len(rgb), *rgb.shards.array(0).shape)
     path = work_dir / f"pixels_{shape[0]}x{shape[1]}.npy"
@@ -95,8 +94,8 @@ def pixels_of(rgb: Dataset, work_dir: Path) -> Path:
     return path
 
 
-def write_images(tree: Dataset, work_dir: Path) -> Path:
-    """CSV: number and PNG file of each sample."""
+def write_image_list(tree: Dataset, work_dir: Path) -> Path:
+    """Write a CSV of each sample's number and PNG file; return its path."""
     assert tree.paths is not None
     path = work_dir / "images.csv"
     with path.open("w", newline="", encoding="utf-8") as file:

@@ -1,9 +1,9 @@
-"""Modes ``step`` and ``train`` of throughput.py: what a model can learn per second when data cost nothing, and what it
-does learn.
+"""Modes ``step`` and ``train`` of throughput.py: training throughput if data cost nothing, and with a loader.
 
-The ceiling is the trainer's own step (quaclrs.training.state.Training.step) on one batch that is on the device already;
-``train`` is the trainer's own epoch (quaclrs.training.loop.train_epoch) over a loader. Both run in turn, on the same
-model, so their ratio is honest. Under torchrun both average their gradients over the ranks, as the trainer does.
+The ceiling is the trainer's own step (quaclrs.training.state.TrainState.step) on one batch that is on the device
+already; ``train`` is the trainer's own epoch (quaclrs.training.loop.train_epoch) over a loader. Both take turns on the
+same model, so that a drift of the machine cannot distort their ratio. Under torchrun both average gradients over the
+ranks, as the trainer does.
 """
 
 from __future__ import annotations
@@ -17,39 +17,40 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from bench_data import packed
-from limits import arithmetic_limit, flops_per_image
-from measure import Contender, Group, Outcome, race, spent
-from peers.client import Pass
-from peers.serving import DeviceClock, bytes_on_disk
-from processes import own_processes, peak_bytes, reset_peaks
-from tables import table
-from verdicts import training_bound_by
+from peers.serving import DeviceClock, count_bytes_on_disk
 
+from harness.bench_data import open_shards
+from harness.bottleneck import find_training_bottleneck
+from harness.contender import Contender, Group, Options, Outcome, Pass
+from harness.limits import count_flops_per_image, make_arithmetic_limit
+from harness.measure import race, refuse_to_run
+from harness.processes import list_own_pids, read_peak_bytes, reset_peaks
+from harness.tables import group_table
 from quaclrs.config import TrainConfig
 from quaclrs.data.folds import class_weights
-from quaclrs.experiment.cross_validation import pick_device, refuse_for_device
 from quaclrs.loaders import Choice, build_loader
 from quaclrs.loaders.base import Batch, DeviceLoader, Loader, LoaderConfig
 from quaclrs.loaders.dataset import Dataset
 from quaclrs.training import loop
+from quaclrs.training.architectures import input_size
 from quaclrs.training.cuda_graph import GraphedStep
+from quaclrs.training.device import pick_device, refuse_for_device
 from quaclrs.training.distributed import World
-from quaclrs.training.models import build_model, input_size
-from quaclrs.training.state import Training, amp_dtype, set_tf32
+from quaclrs.training.models import build_model
+from quaclrs.training.state import TrainState, amp_dtype, set_tf32
 
 CEILING = "step on one batch (ceiling)"
 _FLOP_OF_A_REPEAT, _MOST_STEPS_ON_CPU = 5e11, 3
-"""What one repeat does on a CPU: about so many operations, and no more steps than that."""
+"""The size of one repeat on a CPU: about so many floating-point operations, and at most so many steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One row of the table: what is trained, and from where."""
+    """One group of the table: what is trained, and from which loader."""
 
     model_name: str
     batch_size: int
-    """Of each process."""
+    """Of each rank."""
     use_amp: bool
     compile: str
     loader: str
@@ -59,14 +60,14 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Without the loader: what its ceiling shares with it."""
+        """The group's name, without the loader: the ceiling has none."""
         precision = "AMP" if self.use_amp else "float32"
         graph = "" if self.compile == "none" else f", {self.compile}"
         return f"{self.model_name}, batch {self.batch_size}, {precision}{graph}"
 
     @property
     def config(self) -> TrainConfig:
-        """The trainer's own."""
+        """The trainer's configuration of this case."""
         return TrainConfig(
             model_name=self.model_name,
             batch_size=self.batch_size,
@@ -76,27 +77,25 @@ class Case:
         )
 
 
-def measure_training(options: Any, work_dir: Path, *, train: bool) -> Outcome:
-    """Every case of ``options``, one after the other: the ceilings, and with ``train`` what the trainer
-    makes of them.
-    """
+def measure_training(options: Options, work_dir: Path, *, train: bool) -> Outcome:
+    """Measure every case of ``options`` in turn: its ceiling and, with ``train``, its training."""
     world = options.world
     device = pick_device(options.device, world)
     set_tf32(False)
-    cases = _cases(options, device.type == "cuda", world)
-    for case in cases:  # before anything is packed
+    cases = _make_cases(options, device.type == "cuda", world)
+    for case in cases:  # refuse before packing
         refuse_for_device(case.config, device, world)
     with world.main_process_first():
-        dataset = packed(options, work_dir, options.train_encoding)
+        dataset = open_shards(options, work_dir, options.train_encoding)
     groups = []
     for case in cases:
         group = measure_case(case, dataset, device, options.num_workers, options.repeats, world, train=train)
-        options.log(table(group))
+        options.log(group_table(group))
         groups.append(group)
     return Outcome(what="train" if train else "step", groups=groups, setting={"images": len(dataset)}, device=device)
 
 
-def _cases(options: Any, on_gpu: bool, world: World) -> list[Case]:
+def _make_cases(options: Options, on_gpu: bool, world: World) -> list[Case]:
     graphs = on_gpu and world.size == 1
     return [
         Case(
@@ -115,20 +114,23 @@ def _cases(options: Any, on_gpu: bool, world: World) -> list[Case]:
 
 
 def _steps_on_cpu(model_name: str, batch_size: int) -> int:
-    """So few that the large models do not take all of the time: a step of VGG16 takes ten times as long as one of
-    ResNet18.
+    """Return the steps of one repeat: fewer for larger models, which would otherwise take most of the time.
+
+    A step of VGG16 takes ten times as long as one of ResNet18.
     """
-    return min(max(round(_FLOP_OF_A_REPEAT / (batch_size * flops_per_image(model_name))), 1), _MOST_STEPS_ON_CPU)
+    return min(max(round(_FLOP_OF_A_REPEAT / (batch_size * count_flops_per_image(model_name))), 1), _MOST_STEPS_ON_CPU)
 
 
 def measure_case(
     case: Case, dataset: Dataset, device: torch.device, num_workers: int, repeats: int, world: World, *, train: bool
 ) -> Group:
-    """Race the ceiling of ``case`` and, with ``train``, its training; the model and the loader are gone afterwards."""
-    reset_peaks(own_processes())
+    """Race the ceiling of ``case`` and, with ``train``, its training; frees the model and closes the loader."""
+    reset_peaks(list_own_pids())
     torch.manual_seed(0)
     weights = class_weights(dataset.label, dataset.classes)
-    training = Training.begin(build_model(case.model_name, len(dataset.classes)), weights, device, case.config, world)
+    training = TrainState.create(
+        build_model(case.model_name, len(dataset.classes)), weights, device, case.config, world
+    )
     loader_config = LoaderConfig(
         image_size=input_size(case.model_name),
         device=device,
@@ -143,31 +145,31 @@ def measure_case(
     try:
         batch = next(iter(loader.load([np.arange(case.batch_size) % len(dataset)])))
         opened_s = time.perf_counter() - opened
-        limit = arithmetic_limit(case.model_name, training.dtype, device)
-        ceiling = Contender(name=CEILING, run=_steps_on(batch, training, case), work="model", bounded_by=limit)
+        limit = make_arithmetic_limit(case.model_name, training.dtype, device)
+        ceiling = Contender(name=CEILING, run=_repeat_step(batch, training, case), work="model", limit=limit)
         contenders = [ceiling]
         if train:
-            run = _epochs_of(training, loader, dataset, case)
+            run = _run_epochs(training, loader, dataset, case)
             name = f"train, {case.loader}, {case.encoding}"
-            contenders.append(Contender(name=name, run=run, work="model", bounded_by=limit))
+            contenders.append(Contender(name=name, run=run, work="model", limit=limit))
         group = Group(name=case.name, contenders=[*contenders, limit], baseline=ceiling)
         race(group.contenders, repeats, world)
         for contender in contenders:
-            contender.facts |= dataclasses.asdict(case) | _memory(device)
+            contender.facts |= dataclasses.asdict(case) | _read_peaks(device)
         if train:
-            _judge(contenders[-1], ceiling, dataset, opened_s)
+            _add_training_facts(contenders[-1], ceiling, dataset, opened_s)
     finally:
         loader.close()
     for contender in group.contenders:
-        contender.run = spent
+        contender.run = refuse_to_run
     return group
 
 
-def _judge(trained: Contender, ceiling: Contender, dataset: Dataset, opened_s: float) -> None:
+def _add_training_facts(trained: Contender, ceiling: Contender, dataset: Dataset, opened_s: float) -> None:
     trained.facts |= {
         "open_to_first_batch_s": opened_s,
-        "bytes_per_image": bytes_on_disk([dataset.shards.root] if dataset.shards else []) / len(dataset),
-        "bound_by": training_bound_by(
+        "bytes_per_image": count_bytes_on_disk([dataset.shards.root] if dataset.shards else []) / len(dataset),
+        "bound_by": find_training_bottleneck(
             data_wait=trained.facts["data_wait"],
             share_of_ceiling=trained.median / ceiling.median,
             share_of_limit=trained.facts["share_of_limit"],
@@ -175,19 +177,20 @@ def _judge(trained: Contender, ceiling: Contender, dataset: Dataset, opened_s: f
     }
 
 
-def _steps_on(batch: Batch, training: Training, case: Case) -> Callable[[], Pass]:
+def _repeat_step(batch: Batch, training: TrainState, case: Case) -> Callable[[], Pass]:
+    """Return a run of ``case.steps`` steps on the same ``batch``."""
     images, labels = batch.images, batch.labels
-    share = 1 / training.class_weights[labels].sum()
+    loss_scale = 1 / training.class_weights[labels].sum()
     if case.compile == "cudagraph":
         graphed = GraphedStep(training, _OneBatch(images, labels), len(labels))
         index = torch.arange(len(labels), device=images.device)
 
         def step() -> None:
-            graphed(index, share)
+            graphed(index, loss_scale)
     else:
 
         def step() -> None:
-            training.step(images, labels, share)
+            training.step(images, labels, loss_scale)
 
     def run() -> Pass:
         training.model.train()
@@ -200,7 +203,7 @@ def _steps_on(batch: Batch, training: Training, case: Case) -> Callable[[], Pass
 
 
 class _OneBatch:
-    """A loader of one batch, for graphs: a gather that costs nothing."""
+    """A loader of one batch for CUDA graphs: its gather costs nothing."""
 
     name, pixels, replicated = "one batch", "", True
 
@@ -217,8 +220,8 @@ class _OneBatch:
         pass
 
 
-def _epochs_of(training: Training, loader: Loader, dataset: Dataset, case: Case) -> Callable[[], Pass]:
-    """Each call trains the first ``case.steps`` batches of another epoch."""
+def _run_epochs(training: TrainState, loader: Loader, dataset: Dataset, case: Case) -> Callable[[], Pass]:
+    """Return a run that trains the first ``case.steps`` batches of an epoch, of another epoch at each call."""
     graphed = None
     if case.compile == "cudagraph":
         graphed = GraphedStep(training, cast(DeviceLoader, loader), case.batch_size)
@@ -231,7 +234,10 @@ def _epochs_of(training: Training, loader: Loader, dataset: Dataset, case: Case)
         plan = loop.plan_epoch(training, samples, dataset.label, case.batch_size * world.size, seed=0, epoch=epoch)
         part = slice(case.steps)
         plan = loop.EpochPlan(
-            batches=plan.batches[part], samples=plan.samples[part], shares=plan.shares[part], seeds=plan.seeds[part]
+            batches=plan.batches[part],
+            samples=plan.samples[part],
+            loss_scales=plan.loss_scales[part],
+            seeds=plan.seeds[part],
         )
         first: list[float] = []
         with DeviceClock(training.device) as clock:
@@ -249,8 +255,8 @@ def _epochs_of(training: Training, loader: Loader, dataset: Dataset, case: Case)
     return run
 
 
-def _memory(device: torch.device) -> dict[str, float]:
-    facts = {"host_peak_mb": peak_bytes(own_processes()) / 1e6}
+def _read_peaks(device: torch.device) -> dict[str, float]:
+    facts = {"host_peak_mb": read_peak_bytes(list_own_pids()) / 1e6}
     if device.type == "cuda":
         facts["device_peak_mb"] = torch.cuda.max_memory_allocated(device) / 1e6
     return facts

@@ -1,6 +1,4 @@
-"""What processes cost the machine, from /proc: processor time and peaks of memory. Where there is no /proc, nothing is
-known.
-"""
+"""CPU time and peak memory of processes, read from /proc. On systems without /proc every figure is 0."""
 
 from __future__ import annotations
 
@@ -13,26 +11,24 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PROC = Path("/proc")
 
 
-def own_processes() -> list[int]:
-    """This process and the workers it started by multiprocessing; peers, which it started otherwise, are
-    not its own.
-    """
+def list_own_pids() -> list[int]:
+    """Return this process and its multiprocessing workers. Peers are started by subprocess and do not count."""
     workers = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
     return [os.getpid(), *workers]
 
 
-def process_tree(pid: int) -> list[int]:
-    """``pid`` and all that descends from it and is alive."""
+def list_tree_pids(pid: int) -> list[int]:
+    """Return ``pid`` and all of its living descendants."""
     found = [pid]
-    for parent in found:  # grows while it is read
+    for parent in found:  # grows during the loop
         for listing in _PROC.glob(f"{parent}/task/*/children"):
             with contextlib.suppress(OSError):
                 found += map(int, listing.read_text().split())
     return found
 
 
-def cpu_seconds(pids: list[int]) -> float:
-    """Processor time that ``pids``, and those of their children that have ended, have had so far."""
+def read_cpu_seconds(pids: list[int]) -> float:
+    """Return the CPU time so far of ``pids`` and of those of their children that have ended."""
     total = 0
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -42,25 +38,23 @@ def cpu_seconds(pids: list[int]) -> float:
 
 
 def reset_peaks(pids: list[int]) -> None:
-    """Let the peaks of ``pids`` begin anew at what they have now; a kernel that does not allow it keeps
-    the old ones.
-    """
+    """Set the peak memory of ``pids`` to their present memory. A kernel that does not allow it keeps the old peaks."""
     for pid in pids:
         with contextlib.suppress(OSError):
             (_PROC / str(pid) / "clear_refs").write_text("5")
 
 
-def peak_bytes(pids: list[int]) -> int:
-    """The sum of the peaks of the resident sets of ``pids``; pages that several of them share count for each."""
-    return sum(_status(pid, "VmHWM") for pid in pids)
+def read_peak_bytes(pids: list[int]) -> int:
+    """Return the sum of the peak resident sets of ``pids``; a page that several of them share counts for each."""
+    return sum(_read_status_bytes(pid, "VmHWM") for pid in pids)
 
 
-def resident_bytes(pids: list[int]) -> int:
-    """The sum of the resident sets of ``pids`` now."""
-    return sum(_status(pid, "VmRSS") for pid in pids)
+def read_resident_bytes(pids: list[int]) -> int:
+    """Return the sum of the present resident sets of ``pids``."""
+    return sum(_read_status_bytes(pid, "VmRSS") for pid in pids)
 
 
-def _status(pid: int, field: str) -> int:
+def _read_status_bytes(pid: int, field: str) -> int:
     with contextlib.suppress(OSError):
         for line in (_PROC / str(pid) / "status").read_text().splitlines():
             if line.startswith(f"{field}:"):
