@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -22,19 +23,19 @@ from quaclrs.shards.packing.pack import PackSummary, pack
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 TIMEOUT_S = 60
+_FSYNC = os.fsync
 
 
 def pack_tree(tree: PngTree, output_dir: Path, **options: Any) -> PackSummary:
-    """Pack in this process. One worker, the default, starts no other process."""
+    """Pack in this process. One worker, the default, starts no other process. Does not wait for the disk (fsync)."""
     defaults: dict[str, Any] = {"num_workers": 1, "shard_size": 32 * 1024}
-    return pack(
-        PackConfig(
-            csv_file=tree.csv_file,
-            spectrograms_dir=tree.spectrograms_dir,
-            output_dir=output_dir,
-            **(defaults | options),
-        )
+    config = PackConfig(
+        csv_file=tree.csv_file, spectrograms_dir=tree.spectrograms_dir, output_dir=output_dir, **(defaults | options)
     )
+    with pytest.MonkeyPatch.context() as patch:
+        if os.fsync is _FSYNC:  # else the test has replaced it
+            patch.setattr(os, "fsync", lambda descriptor: None)
+        return pack(config)
 
 
 def pack_flags(tree: PngTree, output_dir: Path, **flags: object) -> list[str]:
