@@ -105,8 +105,9 @@ class DaliLoader:
             failure = self._reader.failure
         except RuntimeError as error:  # DALI's pipeline is unusable after such an error
             self._pipeline = None
+            damaged = self._name_damaged(numbers)
             failure = ShardError(
-                f"{self._name_damaged(numbers)}: DALI cannot decode it ({_gist(error)}); check with quaclrs-inspect verify"
+                f"{damaged}: DALI cannot decode it ({_gist(error)}); check with quaclrs-inspect verify"
             )
         raise failure  # outside `except`: as its context, DALI's error would keep the pipeline and its threads alive
 
