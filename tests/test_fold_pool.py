@@ -175,8 +175,9 @@ def states(model_folder: Path) -> dict[str, str]:
 
 
 def test_results_are_those_of_one_process(
-    tree: PngTree, one_by_one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tree: PngTree, one_by_one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PYTHONPATH", site_with("sabotage({})", tmp_path / "site"))  # for no plots
     assert main(flags(tree, tmp_path, *PARALLEL, "--model_name", "mobilenet,resnet18")) == 0
     assert_same_results(tmp_path, one_by_one, "mobilenet", "resnet18")
     log = capsys.readouterr().out
