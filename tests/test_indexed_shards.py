@@ -1,6 +1,4 @@
-"""Contract of ``--encoding indexed``: lossless for every image, shared layouts and palettes, the same bytes however
-they were made.
-"""
+"""Contract of ``--encoding indexed``: lossless for every image, shared layouts and palettes, reproducible bytes."""
 
 from __future__ import annotations
 
@@ -39,7 +37,7 @@ from quaclrs.shards.reader import ShardSet
 from quaclrs.shards.verify import verify
 
 SMALL = 8 * 1024
-"""Bytes of a shard, so that each fold has several."""
+"""Shard size in bytes, so small that each fold has several shards."""
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +53,13 @@ def rgb_of(path: Path) -> NDArray[np.uint8]:
 
 
 def photograph(path: Path, colours: int = 257) -> None:
-    """An image of exactly ``colours`` colours, too many by one."""
+    """Save an image of exactly ``colours`` colours; 257 are one too many."""
     number = np.arange(40 * 100).reshape(40, 100) % colours
     Image.fromarray(np.stack([number % 256, number // 256, number * 0], axis=-1).astype(np.uint8)).save(path)
 
 
 def test_every_image_can_be_rendered_by_hand(indexed_shards: Path, png_tree: PngTree) -> None:
-    """By NumPy and json alone, from what the format says: no code of ours."""
+    """With NumPy and json alone, as the format describes, without using the package."""
     manifest, samples = manifest_of(indexed_shards), samples_of(indexed_shards)
     payloads = {
         info.name.partition(".")[0]: content
@@ -148,7 +146,7 @@ FIRST_PASS, SECOND_PASS = ".packing/fold*.seen", "fold*/fold*.tar"
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     moments: list[tuple[str, int]], indexed_shards: Path, png_tree: PngTree, tmp_path: Path
 ) -> None:
-    """A moment: when so many files of a pass are there."""
+    """Each moment is a number of files of the first or second pass that exist."""
     output_dir = tmp_path / "shards"
     options = {"encoding": "indexed", "shard_size": SMALL, "num_workers": 2}
     command = tool_command("shard_dataset", pack_flags(png_tree, output_dir, **options))
@@ -243,7 +241,7 @@ def test_export_restores_the_pixels_and_the_mode(indexed_shards: Path, png_tree:
 
 
 def test_verify_renders_every_image(indexed_shards: Path, tmp_path: Path) -> None:
-    """A shard in which everything fits together but the pixels are other ones."""
+    """All hashes and tables agree, but one cell has another colour."""
     folder = tmp_path / "shards"
     shutil.copytree(indexed_shards, folder)
     manifest, samples = manifest_of(folder), samples_of(folder)

@@ -1,6 +1,4 @@
-"""Contract of packing: shards that any reader understands, the same bytes however they came about, and nothing lost on
-the way.
-"""
+"""Contract of packing: shards that any reader understands, the same bytes in every way to pack, and no lost work."""
 
 from __future__ import annotations
 
@@ -50,11 +48,11 @@ FEW_CLASSES, FEW_FOLDS = CLASSES[:4], (1, 2, 3)
 
 @pytest.fixture
 def small_tree(tmp_path: Path) -> PngTree:
-    """24 images in three folds, to be damaged at will."""
+    """24 images in three folds; tests may damage them."""
     return write_tree(tmp_path / "tree", make_rows(FEW_CLASSES, FEW_FOLDS))
 
 
-# --- what the shards hold, by three foreign readers ---
+# --- what the shards hold, read by three other libraries ---
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Sample:
 
 
 def promised_samples(shards: Path, tree: PngTree) -> list[Sample]:
-    """What the CSV, the PNG files and samples.npy's row numbers say, without a line of the packer."""
+    """What CSV, PNG files and the row numbers of samples.npy say, without using the packer."""
     samples, position = [], dict.fromkeys(range(1, 11), 0)
     for row in samples_of(shards)["row"].tolist():
         described = tree.rows[row]
@@ -243,7 +241,7 @@ def test_samples_are_read_by_number(png_shards: Path, rgb_shards: Path, png_tree
             np.testing.assert_array_equal(rgb.array(number), expected)
 
 
-# --- the same bytes, however they came about ---
+# --- the same bytes in every way to pack ---
 
 
 def test_the_tool_with_three_workers_writes_the_same_bytes_as_one(
@@ -281,7 +279,7 @@ def test_packing_again_does_nothing(png_shards: Path, png_tree: PngTree) -> None
 
 
 def identities(folder: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of every file: both change when it is written anew."""
+    """Inode and modification time of every file: both change when it is written anew."""
     return {
         path.relative_to(folder).as_posix(): (path.stat().st_ino, path.stat().st_mtime_ns)
         for path in folder.rglob("*")
@@ -298,9 +296,7 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def pack_and_kill(command: list[str], output_dir: Path, finished_shards: int, delay_s: float) -> bool:
-    """Kill the packer and its workers ``delay_s`` after it has finished so many shards; False when it was done before
-    that.
-    """
+    """Kill packer and workers ``delay_s`` after they finished so many shards; False when packing had ended before."""
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while process.poll() is None and len(list(output_dir.glob("fold*/*.tar"))) < finished_shards:
@@ -321,11 +317,11 @@ def test_a_killed_packing_run_again_gives_the_same_bytes(
     command = tool_command("shard_dataset", pack_flags(png_tree, output_dir, num_workers=2))
     dice = random.Random(finished_shards)
     while not pack_and_kill(command, output_dir, finished_shards, dice.uniform(0, 0.004)):
-        shutil.rmtree(output_dir)  # it was done before we saw it
+        shutil.rmtree(output_dir)  # packing ended before the kill
     left = content_of(output_dir) if output_dir.is_dir() else {}
     promised = content_of(png_shards)
     for name, content in left.items():
-        if name.endswith((".tar", ".idx")):  # never half a shard under a whole one's name
+        if name.endswith((".tar", ".idx")):  # never an incomplete shard under its final name
             assert content == promised[name], name
     pack_tree(png_tree, output_dir)
     assert content_of(output_dir) == promised
@@ -360,7 +356,7 @@ for step in map(int, sys.argv[4].split(",")):
         os._exit(0)
     _, status = os.waitpid(child, 0)
     if os.WIFEXITED(status):
-        print(step, os.WEXITSTATUS(status))  # there are no more steps to be killed at
+        print(step, os.WEXITSTATUS(status))  # pack() made fewer steps than that
         break
     found = sorted(path.name for path in config.output_dir.glob("fold*/*.tar"))
     for name in found:
@@ -405,7 +401,7 @@ def test_killed_before_and_after_a_flush_or_rename(steps: str, tmp_path: Path) -
     assert {tars for _, tars, _ in killed} == {"0", "1"}
 
 
-def test_finished_shards_are_kept_when_a_image_is_bad(small_tree: PngTree, tmp_path: Path) -> None:
+def test_finished_shards_are_kept_when_an_image_is_bad(small_tree: PngTree, tmp_path: Path) -> None:
     output_dir = tmp_path / "shards"
     bad = next(small_tree.path(row) for row in range(len(small_tree.rows)) if small_tree.rows[row]["fold"] == "3")
     good = bad.read_bytes()
@@ -439,7 +435,7 @@ def test_a_shard_that_lacks_skipped_rows_is_not_kept_for_stop(small_tree: PngTre
     bad = small_tree.path(0)
     bad.write_bytes(b"")
     obstacle = tmp_path / "shards" / "manifest.json"
-    obstacle.mkdir(parents=True)  # the packing fails at its last step, all shards being finished
+    obstacle.mkdir(parents=True)  # packing fails at its last step, after all shards
     with pytest.raises(StorageError):
         pack_tree(small_tree, tmp_path / "shards", on_error="skip")
     obstacle.rmdir()
@@ -447,7 +443,7 @@ def test_a_shard_that_lacks_skipped_rows_is_not_kept_for_stop(small_tree: PngTre
         pack_tree(small_tree, tmp_path / "shards", on_error="stop")
 
 
-def test_a_image_changed_before_the_second_try_is_packed_anew(small_tree: PngTree, tmp_path: Path) -> None:
+def test_an_image_changed_before_the_second_try_is_packed_anew(small_tree: PngTree, tmp_path: Path) -> None:
     obstacle = tmp_path / "shards" / "manifest.json"
     obstacle.mkdir(parents=True)
     with pytest.raises(StorageError):
@@ -726,7 +722,7 @@ def test_the_largest_fold_number_packs(tmp_path: Path) -> None:
     assert samples_of(tmp_path / "shards")["fold"].tolist() == [9999]
 
 
-def test_other_peoples_columns_and_flat_folders(tmp_path: Path) -> None:
+def test_other_columns_and_flat_folders(tmp_path: Path) -> None:
     rows = [{"part": str(1 + i % 2), "genre": "rock" if i < 2 else "jazz", "path": f"sub/{i}.png"} for i in range(4)]
     tree = PngTree(write_csv(tmp_path / "music.csv", rows), tmp_path / "images", rows)
     (tree.spectrograms_dir / "sub").mkdir(parents=True)
@@ -777,7 +773,7 @@ def test_other_settings_are_refused_and_the_shards_left_alone(
         pack_tree(small_tree, tmp_path / "shards", **options)
     assert str(caught.value).startswith(f"{tmp_path / 'shards'}: holds shards made from {what}")
     assert str(caught.value).endswith("choose another folder, or delete this one to pack anew")
-    assert identities(tmp_path / "shards") == before  # and no lock or other trace of the refused packing
+    assert identities(tmp_path / "shards") == before  # nor any lock or other trace of the refused packing
 
 
 def test_another_image_size_is_refused(small_tree: PngTree, tmp_path: Path) -> None:
@@ -786,10 +782,10 @@ def test_another_image_size_is_refused(small_tree: PngTree, tmp_path: Path) -> N
         pack_tree(small_tree, tmp_path / "shards", encoding="rgb", image_size=32)
 
 
-def test_a_image_that_grows_while_packing_is_noticed(
+def test_an_image_that_grows_while_packing_is_noticed(
     small_tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The space is measured after the sizes and before the reading."""
+    """Free space is measured between planning, which notes the sizes, and reading."""
     path, measure = small_tree.path(7), shutil.disk_usage
 
     def grow_then_measure(folder: Path) -> object:
@@ -830,7 +826,7 @@ def test_something_that_is_no_manifest_is_refused(small_tree: PngTree, tmp_path:
 
 
 def run_with_file_limit(limit_bytes: int, command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run where no file may grow beyond ``limit_bytes``: to a program, that is a full disk."""
+    """Run where no file may grow beyond ``limit_bytes``: a program sees that as a full disk."""
     script = (
         "import os, resource, sys; n = int(sys.argv[1]); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)); os.execv(sys.argv[2], sys.argv[2:])"
@@ -859,7 +855,7 @@ def test_a_full_disk_stops_with_one_line_and_keeps_what_is_finished(
     finished = {name: kept for name, kept in identities(output_dir).items() if name.endswith((".tar", ".idx"))}
     assert (
         num_workers > 1 or "fold01/fold01-000000.tar" in finished
-    )  # two workers may both be interrupted in their first
+    )  # two workers may both be interrupted in their first shard
     pack_tree(small_tree, output_dir)
     assert finished.items() <= identities(output_dir).items()
     pack_tree(small_tree, tmp_path / "fresh")
@@ -934,7 +930,7 @@ def unprivileged() -> None:
 def test_a_worker_that_is_killed_is_one_line(
     num_workers: int, finished_shards: int, png_tree: PngTree, tmp_path: Path
 ) -> None:
-    """As the kernel does when memory runs out; the first time while other workers are still being started."""
+    """The kernel kills a process when memory runs out. With 8 workers, while other workers are still starting."""
     output_dir = tmp_path / "shards"
     process = start_tool(png_tree, output_dir, num_workers)
     try:
@@ -950,9 +946,7 @@ def test_a_worker_that_is_killed_is_one_line(
         "shard_dataset.py: error: a worker process died (killed, or out of memory?); "
         "run the same command again, with fewer --num_workers"
     )
-    assert (
-        finished_shards == 0 or not others
-    )  # Python's own pool may complain where a worker dies in the midst of starting others
+    assert finished_shards == 0 or not others  # Python's pool may print an error when a worker dies while others start
     assert not (output_dir / "manifest.json").exists()
 
 
@@ -993,7 +987,7 @@ def wait_for_shards(output_dir: Path, count: int) -> None:
 
 
 def workers_of(parent: int) -> list[int]:
-    """The process ids of the spawned workers, as soon as there are any, by /proc."""
+    """Wait until spawned workers exist; their process ids, from /proc."""
     children = Path(f"/proc/{parent}/task/{parent}/children")
     if not children.exists():
         pytest.skip("needs Linux's /proc/.../children to find a worker")
@@ -1014,7 +1008,7 @@ def command_line(process: int) -> bytes:
 
 
 def is_running(process: int) -> bool:
-    return command_line(process) != b""  # one that has ended and that nobody has waited for has none
+    return command_line(process) != b""  # a process that has ended, but was not waited for, has none
 
 
 # --- what the tool says ---
