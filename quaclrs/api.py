@@ -127,11 +127,11 @@ def make_loader(
 ) -> BatchLoader:
     """A loader of ``data`` as images of ``image_size`` × ``image_size`` pixels on ``device``.
 
-    ``loader`` is ``resident``, ``mapped``, ``dali``, ``files``, or ``auto``, which chooses by encoding, device and
-    free memory as ``quaclrs-train`` does. ``device="auto"`` is the GPU where there is
-    one; a GPU becomes torch's current device. ``dtype`` is float32,
-    float16 or bfloat16 for normalised images, uint8 for plain pixels. ``num_workers`` processes or threads read and
-    decode (default: one per usable processor); ``prefetch`` batches are made ahead where they are read from disk.
+    ``loader`` is ``resident``, ``mapped``, ``dali``, ``files``, or ``auto``, which chooses by encoding, device and free
+    memory as ``quaclrs-train`` does. ``device="auto"`` is the GPU where there is one; a GPU becomes torch's current
+    device. ``dtype`` is float32, float16 or bfloat16 for normalised images, uint8 for plain pixels. ``num_workers``
+    processes or threads read and decode (default: one per usable processor); ``prefetch`` batches are made ahead where
+    they are read from disk.
 
     Raises :class:`UsageError` for a loader that cannot read the encoding or an image size that the shards do not have,
     :class:`MissingDependencyError` for ``dali`` where it is not installed.
