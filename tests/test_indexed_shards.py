@@ -36,7 +36,7 @@ from quaclrs.shards.packing.pack import pack
 from quaclrs.shards.reader import ShardSet
 from quaclrs.shards.verify import verify
 
-SMALL = 8 * 1024
+SMALL = 32 * 1024
 """Shard size in bytes, so small that each fold has several shards."""
 
 
@@ -137,7 +137,7 @@ FIRST_PASS, SECOND_PASS = ".packing/fold*.seen", "fold*/fold*.tar"
     [
         [(FIRST_PASS, 5), (SECOND_PASS, 3)],
         pytest.param(
-            [(FIRST_PASS, 0), (FIRST_PASS, 1), (FIRST_PASS, 60), (SECOND_PASS, 1), (SECOND_PASS, 60)],
+            [(FIRST_PASS, 0), (FIRST_PASS, 1), (FIRST_PASS, 20), (SECOND_PASS, 1), (SECOND_PASS, 20)],
             marks=pytest.mark.exhaustive,
         ),
     ],
