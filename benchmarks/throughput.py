@@ -57,14 +57,14 @@ _MODES = ("pack", "decode", "load", "step", "train")
 def main(arguments: Sequence[str] | None = None) -> int:
     from quaclrs.training.distributed import is_rank, run_rank
 
-    parser = _parser()
+    parser = _make_parser()
     options = parser.parse_args(arguments)
     return run_command(
         lambda: run_rank(lambda: _run(options), parser.prog) if is_rank() else _run(options), parser.prog
     )
 
 
-def _parser() -> Parser:
+def _make_parser() -> Parser:
     parser = Parser(prog="throughput.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modes", nargs="*", type=_mode, metavar="MODE", help=f"any of {', '.join(_MODES)}")
     parser.add_argument("--all", action="store_true", help=", ".join(_ALL))
@@ -221,9 +221,9 @@ def _measure_all(modes: Sequence[str], options: Options, work_dir: Path) -> None
 @functools.cache
 def _measure_machine(device: torch.device) -> dict[str, float]:
     import torch
-    from harness.limits import matmul_speed, memory_bandwidth
+    from harness.limits import measure_matmul_speed, measure_memory_bandwidth
 
-    return memory_bandwidth(device) | matmul_speed(torch.float32, device)
+    return measure_memory_bandwidth(device) | measure_matmul_speed(torch.float32, device)
 
 
 def _measure(mode: str, options: Options, work_dir: Path) -> Outcome:

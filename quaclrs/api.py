@@ -27,6 +27,7 @@ from quaclrs.loaders.dataset import Dataset, open_dataset
 from quaclrs.shards.packing.pack import PackSummary
 from quaclrs.system.environment import free_memory
 from quaclrs.training import loop
+from quaclrs.training.device import pick_device
 from quaclrs.training.loop import Evaluation
 from quaclrs.training.models import build_model
 
@@ -63,10 +64,10 @@ def open_shards(folder: str | Path) -> Dataset:
     Warnings about the data (a recording in two folds, skipped rows) go to the logger ``quaclrs``. Raises
     :class:`ShardError` naming the file when the folder is not one, is incomplete or damaged.
     """
-    return open_dataset(TrainConfig(shards=Path(folder)), want_shards=False, log=_log_line)
+    return open_dataset(TrainConfig(shards=Path(folder)), want_shards=False, log=_log_data_warning)
 
 
-def _log_line(text: str) -> None:
+def _log_data_warning(text: str) -> None:
     _log.log(logging.INFO if text.startswith("note:") else logging.WARNING, "%s", text)
 
 
@@ -126,24 +127,25 @@ def make_loader(
 ) -> BatchLoader:
     """A loader of ``data`` as images of ``image_size`` × ``image_size`` pixels on ``device``.
 
-    ``loader`` is ``resident``, ``mapped``, ``dali``, ``files``, or ``auto``, which chooses by encoding, device and
-    free memory as ``quaclrs-train`` does. ``device="auto"`` is the GPU where there is one. ``dtype`` is float32,
-    float16 or bfloat16 for normalised images, uint8 for plain pixels. ``num_workers`` processes or threads read and
-    decode (default: one per usable processor); ``prefetch`` batches are made ahead where they are read from disk.
+    ``loader`` is ``resident``, ``mapped``, ``dali``, ``files``, or ``auto``, which chooses by encoding, device and free
+    memory as ``quaclrs-train`` does. ``device="auto"`` is the GPU where there is one; a GPU becomes torch's current
+    device. ``dtype`` is float32, float16 or bfloat16 for normalised images, uint8 for plain pixels. ``num_workers``
+    processes or threads read and decode (default: one per usable processor); ``prefetch`` batches are made ahead where
+    they are read from disk.
 
     Raises :class:`UsageError` for a loader that cannot read the encoding or an image size that the shards do not have,
     :class:`MissingDependencyError` for ``dali`` where it is not installed.
     """
     config = LoaderConfig(
         image_size=image_size,
-        device=_find_device(device),
+        device=pick_device(str(device)),
         dtype=dtype,
         max_batch=batch_size + 1,  # a single last sample joins its neighbour
         num_workers=default_num_workers() if num_workers is None else num_workers,
         prefetch=prefetch,
     )
     encoding = data.shards.encoding.name if data.shards else None
-    choice = choose_loader(loader, encoding, _resident_memory(data, config, wanted=loader == "resident"))
+    choice = choose_loader(loader, encoding, _estimate_resident_memory(data, config, wanted=loader == "resident"))
     return BatchLoader(build_loader(choice, data, config), config, batch_size)
 
 
@@ -196,7 +198,7 @@ def pack(**settings: Any) -> PackSummary:
     """
     from quaclrs.shards.packing.pack import pack as pack_shards
 
-    return pack_shards(PackConfig(**_with_paths(settings)))
+    return pack_shards(PackConfig(**_convert_paths(settings)))
 
 
 def train(*, log: Callable[[str], None] = print, **settings: Any) -> dict[str, Summary]:
@@ -214,7 +216,7 @@ def train(*, log: Callable[[str], None] = print, **settings: Any) -> dict[str, S
     from quaclrs.training.progress import console_hooks
     from quaclrs.training.trainer import Hooks
 
-    config = TrainConfig(**_with_paths(settings))
+    config = TrainConfig(**_convert_paths(settings))
     if config.parallel:
         return run_in_parallel(config, processes_wanted(config.nproc, config.device, "--parallel folds"), log)
     with joined_world(config.device) as world:
@@ -224,20 +226,11 @@ def train(*, log: Callable[[str], None] = print, **settings: Any) -> dict[str, S
         return run_cross_validation(config, log, hooks, world)
 
 
-def _with_paths(settings: dict[str, Any]) -> dict[str, Any]:
+def _convert_paths(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: Path(value) if name in _PATHS and value is not None else value for name, value in settings.items()}
 
 
-def _find_device(wanted: str | torch.device) -> torch.device:
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(wanted)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _resident_memory(data: Dataset, config: LoaderConfig, wanted: bool) -> MemoryEstimate | None:
+def _estimate_resident_memory(data: Dataset, config: LoaderConfig, wanted: bool) -> MemoryEstimate | None:
     """The data against the device's free memory; None on the CPU, where the page cache holds them, unless wanted."""
     if data.shards is None or not (wanted or config.device.type == "cuda"):
         return None

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 from png_trees import PngTree
 
 from quaclrs.config import PackConfig
@@ -21,7 +23,7 @@ TIMEOUT_S = 60
 
 
 def pack_tree(tree: PngTree, output_dir: Path, **options: Any) -> PackSummary:
-    """In this process, which with one worker takes no time for starting another."""
+    """Pack in this process. One worker, the default, starts no other process."""
     defaults: dict[str, Any] = {"num_workers": 1, "shard_size": 32 * 1024}
     return pack(
         PackConfig(
@@ -46,7 +48,7 @@ def pack_flags(tree: PngTree, output_dir: Path, **flags: object) -> list[str]:
 
 
 def call_tool(name: str, arguments: list[str]) -> int:
-    """``tools/{name}.py``'s main in this process; returns the exit code."""
+    """Call ``tools/{name}.py``'s main in this process; returns the exit code."""
     spec = importlib.util.spec_from_file_location(f"tools_{name}", TOOLS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -61,7 +63,7 @@ def tool_command(name: str, arguments: list[str]) -> list[str]:
 
 
 def run_tool(name: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """``tools/{name}.py`` as a process of its own."""
+    """Run ``tools/{name}.py`` as a process of its own."""
     return subprocess.run(tool_command(name, arguments), capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
 
 
@@ -77,13 +79,19 @@ def manifest_of(shards: Path) -> dict[str, Any]:
     return document
 
 
-def samples_of(shards: Path) -> np.ndarray:
-    """(N,) records of samples.npy, by NumPy alone."""
-    samples: np.ndarray = np.load(shards / "samples.npy")
+def samples_of(shards: Path) -> NDArray[np.void]:
+    """(N,) records of samples.npy, read with NumPy alone."""
+    samples: NDArray[np.void] = np.load(shards / "samples.npy")
     return samples
 
 
+def resized_by_pillow(path: Path, size: int) -> NDArray[np.uint8]:
+    """(size, size, 3): the image file at ``path``, by Pillow alone."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+
+
 def members_of(tar: Path) -> list[tuple[tarfile.TarInfo, bytes]]:
-    """Members and their contents, by the standard library alone."""
+    """Members and their contents, read with the standard library alone."""
     with tarfile.open(tar, "r:") as archive:
         return [(info, archive.extractfile(info).read()) for info in archive]  # type: ignore[union-attr]

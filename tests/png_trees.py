@@ -1,5 +1,6 @@
-"""Tiny PNG trees with the real dataset's shape: a CSV, ``spectrograms/fold{k}/``, RGBA grids of few colours. NumPy and
-Pillow only.
+"""Tiny PNG trees with the structure of the real dataset: a CSV and ``spectrograms/fold{k}/`` with RGBA grids.
+
+Imports only NumPy and Pillow.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ FOLDS = tuple(range(1, 11))
 WIDTH, HEIGHT = 100, 40
 CELL_PIXELS = 4
 SHARED_CLASS = "dog_bark"
-"""In each fold one more row of this class names a file that another row names too."""
+"""In each fold, one additional row of this class names the file of another row."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class PngTree:
     csv_file: Path
     spectrograms_dir: Path
     rows: list[dict[str, str]]
-    """The CSV's rows, in its order."""
+    """The rows of the CSV, in order."""
 
     def path(self, row: int) -> Path:
         return self.spectrograms_dir / f"fold{self.rows[row]['fold']}" / self.rows[row]["spec_file_name"]
@@ -50,7 +51,7 @@ def make_row(
 ) -> dict[str, str]:
     class_id = CLASSES.index(label)
     recording = 1000 * fold + class_id if recording is None else recording
-    older_id = (class_id * 5 + 3) % 13  # the real file names carry another numbering: never parse it
+    older_id = (class_id * 5 + 3) % 13  # real file names contain an older numbering, too
     return {
         "spec_file_name": f"{recording}-{older_id}-{tag}.png",
         "orig_file_name": f"{recording}-{older_id}-0-0.wav",
@@ -63,9 +64,7 @@ def make_row(
 
 
 def make_rows(classes: tuple[str, ...] = CLASSES, folds: tuple[int, ...] = FOLDS) -> list[dict[str, str]]:
-    """Per class and fold an original and an augmented row; mixed classes and folds, as no reader may rely on sorted
-    rows.
-    """
+    """An original and an augmented row per class and fold, in random order: no reader may rely on sorted rows."""
     rows = []
     for label in classes:
         for fold in folds:
@@ -76,7 +75,7 @@ def make_rows(classes: tuple[str, ...] = CLASSES, folds: tuple[int, ...] = FOLDS
 
 
 def grid_image(label: str, seed: int, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
-    """RGBA, opaque, cells of equal pixels; a bright band whose place tells the class."""
+    """An opaque RGBA grid of 4×4-pixel cells, with a bright band whose position depends on the class."""
     random = np.random.default_rng(seed)
     rows, columns = -(-height // CELL_PIXELS), -(-width // CELL_PIXELS)
     level = random.integers(0, 120, (rows, columns))
@@ -95,7 +94,7 @@ def write_csv(csv_file: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def write_tree(folder: Path, rows: list[dict[str, str]]) -> PngTree:
-    """``folder/data.csv`` and ``folder/spectrograms/``, one image per distinct file."""
+    """Write ``folder/data.csv`` and ``folder/spectrograms/``, with one image per distinct file."""
     folder.mkdir(parents=True, exist_ok=True)
     tree = PngTree(write_csv(folder / "data.csv", rows), folder / "spectrograms", rows)
     for number, row in enumerate(rows):

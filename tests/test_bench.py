@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import subprocess
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +15,10 @@ from typing import Any
 
 import benchmarking
 import footprint
-import numpy as np
 import pytest
 import throughput
 import torch
-from harness import limits, loading_speed, measure, packing_speed, processes
+from harness import loading_speed, measure, packing_speed, processes
 from harness.bottleneck import (
     BUSY,
     HANDING_OVER,
@@ -32,7 +30,6 @@ from harness.bottleneck import (
 from harness.contender import Contender, Group, Pass
 from harness.measure import race, repeat_run
 from harness.tables import group_table, summary_table
-from PIL import Image
 from png_trees import PngTree
 
 from quaclrs.cli.demo import cache_root
@@ -100,19 +97,19 @@ def test_refused_in_one_line(
     ],
 )
 def test_refused_under_torchrun(arguments: list[str], message: str) -> None:
-    options = throughput._parser().parse_args(arguments)
+    options = throughput._make_parser().parse_args(arguments)
     throughput._refuse_in_several_processes(options, options.modes, 1)
     with pytest.raises(UsageError, match="^" + message):
         throughput._refuse_in_several_processes(options, options.modes, 2)
-    fitting = throughput._parser().parse_args(["load", "train", "--only", "quaclrs"])
+    fitting = throughput._make_parser().parse_args(["load", "train", "--only", "quaclrs"])
     throughput._refuse_in_several_processes(fitting, fitting.modes, 2)
 
 
 def test_the_one_command() -> None:
-    options = throughput._parser().parse_args(["--all", "--peers"])
+    options = throughput._make_parser().parse_args(["--all", "--peers"])
     assert throughput._chosen_modes(options) == ["pack", "decode", "load", "train"]
     assert options.peers == cache_root() / "peers"
-    several = throughput._parser().parse_args(["train", "load", "step", "--peers", "envs"])
+    several = throughput._make_parser().parse_args(["train", "load", "step", "--peers", "envs"])
     assert throughput._chosen_modes(several) == ["load", "step", "train"]
     assert several.peers == Path("envs")
 
@@ -302,63 +299,6 @@ def test_bottleneck(share: float | None, cores_busy: float | None, expected: str
 )
 def test_bottleneck_of_training(data_wait: float, ceiling: float, share: float | None, expected: str) -> None:
     assert find_training_bottleneck(data_wait=data_wait, share_of_ceiling=ceiling, share_of_limit=share) == expected
-
-
-# ---------------------------------------------------------------------- limits
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "RGB", "P", "L", "I;16"])
-def test_inflating_all_pixels(mode: str, tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 100), dtype=np.uint8)
-    image = Image.fromarray(pixels.astype(np.uint16)) if mode == "I;16" else Image.fromarray(pixels).convert(mode)
-    path = tmp_path / "image.png"
-    image.save(path)
-    stream, room = limits._zlib_stream(path.read_bytes())
-    content = zlib.decompress(stream)
-    bytes_of_a_pixel = {"RGBA": 4, "RGB": 3, "I;16": 2}.get(mode, 1)
-    assert len(content) == 40 * (1 + 100 * bytes_of_a_pixel)
-    assert len(content) < room < len(content) + 100
-    assert limits.inflate_limit([path] * 3, num_threads=2).run() == Pass(images=3)
-
-
-def test_every_way_of_copying_copies() -> None:
-    source = torch.randint(0, 255, (9, 24), dtype=torch.uint8)
-    asked = [torch.tensor([3, 8, 0]), torch.tensor([1, 1])]
-    buffers = [torch.zeros(3 * 24, dtype=torch.uint8) for _ in range(2)]
-    for name, copy in limits._copying_ways(source, buffers, asked).items():
-        for i, numbers in enumerate(asked):
-            buffers[i].zero_()
-            copy(i)
-            assert torch.equal(buffers[i].view(3, 24)[: len(numbers)], source[numbers]), name
-
-
-def test_every_way_of_writing_writes_all() -> None:
-    for dtype in (torch.float32, torch.uint8, torch.float16):
-        buffers = [torch.zeros(8 * 33, dtype=dtype) for _ in range(2)]
-        for name, write in limits._writing_ways(buffers).items():
-            buffers[1].zero_()
-            write(1)
-            assert (buffers[1].view(torch.uint8).view(-1, buffers[1].element_size()) != 0).any(dim=1).all(), name
-
-
-def test_limits_of_memory_count_every_image() -> None:
-    assert limits.writing_limit(4, 3, 8, torch.float32, CPU).run() == Pass(images=12)
-    pixels = np.zeros((5, 8, 8, 3), np.uint8)
-    assert limits.copying_limit(pixels, [np.array([1, 2, 3]), np.array([0, 4])], CPU).run() == Pass(images=5)
-
-
-@pytest.mark.parametrize(("model_name", "multiply_adds"), [("resnet18", 1.8e9), ("mobilenet", 0.3e9)])
-def test_operations_of_a_model(model_name: str, multiply_adds: float) -> None:
-    """The papers' multiply-adds of a forward pass, two operations each; backward costs twice as much. MobileNetV2 has
-    depthwise convolutions."""
-    assert limits.flops_per_image(model_name) == pytest.approx(3 * 2 * multiply_adds, rel=0.03)
-
-
-def test_arithmetic_is_that_of_the_faster_type() -> None:
-    limit = limits.arithmetic_limit("alexnet", torch.bfloat16, CPU)
-    assert limit.is_limit
-    assert limit.run().images > 0
-    assert limit.facts["gflop_per_image"] == limits.flops_per_image("alexnet") / 1e9
 
 
 # ---------------------------------------------------------------------- processes, and datasets of other sizes

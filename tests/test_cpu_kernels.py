@@ -1,4 +1,4 @@
-"""The arithmetic that the CPU kernels stand on is exact: every level, every difference, aligned or not."""
+"""Contract of the CPU kernels' arithmetic: exact for every level and every difference, aligned or not."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torchvision import transforms
 
 from quaclrs.imaging.layout import even_layout
@@ -17,11 +18,13 @@ from quaclrs.imaging.resample import HALF, WEIGHT_BITS
 
 pytest.importorskip("numba", reason="numba is not installed")
 
+from numba import njit
+
 from quaclrs.imaging.kernels import intrinsics, normalise_cpu, render_cpu, render_cpu_tables
 
 
 def every_level(size: int) -> torch.Tensor:
-    """(1, size, size, 3) uint8; the channels of ``size`` ≥ 16 have all 256 levels."""
+    """(1, size, size, 3) uint8; with ``size`` ≥ 16 every channel has all 256 levels."""
     return (
         torch.arange(3 * size * size, dtype=torch.int64)
         .div(3, rounding_mode="floor")
@@ -31,7 +34,7 @@ def every_level(size: int) -> torch.Tensor:
 
 
 def test_every_level_of_every_channel_has_torchvisions_bits() -> None:
-    """The quotients by way of a reciprocal are the rounded ones; 16 × 16 pixels have every level in every channel."""
+    """Multiplying by the reciprocal gives the rounded quotients."""
     levels = every_level(16)
     steps = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
     out = as_batch(host_bytes(1, 16, torch.float32), 1, 16, torch.float32)
@@ -41,8 +44,8 @@ def test_every_level_of_every_channel_has_torchvisions_bits() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("offset", [0, 4, 32])
 @pytest.mark.parametrize("size", [16, 17, 24])
-def test_any_place_in_memory_is_written_to(size: int, offset: int, dtype: torch.dtype) -> None:
-    """Also where rows do not begin on a boundary that streaming stores need; and nothing around it is touched."""
+def test_any_alignment_is_written_to(size: int, offset: int, dtype: torch.dtype) -> None:
+    """Also where rows are not aligned for streaming stores. Nothing around the target is written."""
     values = 3 * size * size
     memory = np.full((values + 64) * dtype.itemsize + 128, 0x55, np.uint8)
     start = -memory.ctypes.data % 64 + offset
@@ -56,8 +59,8 @@ def test_any_place_in_memory_is_written_to(size: int, offset: int, dtype: torch.
     assert set(memory[:start]) | set(memory[start + len(place) :]) == {0x55}
 
 
-def test_a_change_in_any_kernels_file_has_all_compiled_anew() -> None:
-    """What is on disk counts only under the stamp of all files; see ``compiled``."""
+def test_a_change_in_any_kernel_file_recompiles_all() -> None:
+    """The cache on disk is used only if the stamp of all files matches; see ``compiled``."""
     test_every_level_of_every_channel_has_torchvisions_bits()
     kept = normalise_cpu.normalise_rows._cache._cache_file
     assert kept._source_stamp == intrinsics.SOURCES_STAMP
@@ -73,15 +76,16 @@ def test_a_change_in_any_kernels_file_has_all_compiled_anew() -> None:
     assert users | {"intrinsics.py"} == set(intrinsics._SOURCES)
 
 
-def two_weights(excess: int) -> np.ndarray:
-    """(2, many) int32, the second at random and at the ends, the first what it lacks of 2^22, and ``excess``."""
+def two_weights(excess: int) -> NDArray[np.int32]:
+    """(2, 65) int32 pairs with sum 2^22 + ``excess``; the second weights are random and at the ends of the range."""
     second = np.append(np.random.default_rng(0).integers(0, 1 << WEIGHT_BITS, 60), [0, 1, 1 << 15, 1 << 21, 1 << 22])
-    return np.stack([(1 << WEIGHT_BITS) + excess - second, second]).astype(np.int32)
+    pairs: NDArray[np.int32] = np.stack([(1 << WEIGHT_BITS) + excess - second, second]).astype(np.int32)
+    return pairs
 
 
 @pytest.mark.parametrize("excess", [-2, 0, 1, 300])
 def test_blend_is_used_exactly_where_it_is_exact(excess: int) -> None:
-    """Against the sum itself, for all 65,536 pairs of levels: neither a wrong blend nor a needless detour."""
+    """Compared with the weighted sum for all 65,536 pairs of levels: never claimed wrongly, never denied needlessly."""
     weights = two_weights(excess)
     claimed = render_cpu_tables.blends_exactly(np.vstack([weights, np.zeros_like(weights)]))
     upper, lower = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
@@ -96,21 +100,21 @@ def test_blend_is_used_exactly_where_it_is_exact(excess: int) -> None:
         assert claimed.all()
 
 
-@intrinsics.numba.njit
+@njit
 def blend_all(upper, lower, high, low, out):  # type: ignore[no-untyped-def]
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):
             out[i, j] = intrinsics.blend(upper[i, j], lower[i, j], high, low)
 
 
-def test_three_lines_are_never_blended_as_two() -> None:
+def test_three_rows_are_never_blended_as_two() -> None:
     weights = np.array([[1 << 21], [1 << 21], [1]], np.int32)
     assert not render_cpu_tables.blends_exactly(weights).any()
 
 
 @pytest.mark.parametrize("offset", [0, 8])
 def test_a_batch_in_the_callers_own_memory(offset: int) -> None:
-    """On a boundary for streaming stores, and off it."""
+    """Aligned for streaming stores, and not aligned."""
     rng = np.random.default_rng(0)
     layout, palette = even_layout(40, 100, 13, 38), rng.integers(0, 256, (256, 3)).astype(np.uint8)
     zero = torch.zeros(1, dtype=torch.int32)

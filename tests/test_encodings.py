@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import toy_encoding
+from numpy.typing import NDArray
 from packing import content_of, manifest_of, members_of, pack_tree, samples_of
 from PIL import Image
 from png_trees import CLASSES, PngTree, make_rows, write_tree
@@ -41,7 +42,7 @@ def toy_shards(tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pixels_of(path: Path) -> np.ndarray:
+def pixels_of(path: Path) -> NDArray[np.uint8]:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
 

@@ -1,6 +1,4 @@
-"""Indexed images: nothing is lost, refusals say why, and a dataset's layouts and palettes do not depend
-on its order.
-"""
+"""Contract of indexed images: lossless, refused with a reason, and shared layouts that do not depend on the order."""
 
 from __future__ import annotations
 
@@ -9,42 +7,50 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 from quaclrs.errors import DataError
 from quaclrs.imaging import shared_layouts
 from quaclrs.imaging.indexed import IndexedImage, NotIndexable, decode, encode, find_cells, recode
 from quaclrs.imaging.layout import Layout, even_edges, even_layout
-from quaclrs.imaging.shared_layouts import image_facts, share_layouts
+from quaclrs.imaging.shared_layouts import Facts, SharedLayouts, image_facts, share_layouts
 
 MAGMA = matplotlib.colormaps["magma"](np.arange(256), bytes=True)[:, :3].copy()
 
+Drawn = tuple[NDArray[np.uint8], NDArray[np.uint8], Layout]
+"""(grid, palette, layout)."""
 
-def paint(grid, palette, layout):
-    """The oracle: each pixel asks for its cell."""
+
+def paint(grid: NDArray[np.uint8], palette: NDArray[np.uint8], layout: Layout) -> NDArray[np.uint8]:
+    """The oracle: (H, W, 3) uint8, painted pixel by pixel."""
     row = [max(i for i, edge in enumerate(layout.row_edges) if edge <= y) for y in range(layout.height)]
     column = [max(i for i, edge in enumerate(layout.column_edges) if edge <= x) for x in range(layout.width)]
-    return palette[grid[np.ix_(row, column)]]
+    pixels: NDArray[np.uint8] = palette[grid[np.ix_(row, column)]]
+    return pixels
 
 
-def random_colours(rng, number):
+def random_colours(rng: np.random.Generator, number: int) -> NDArray[np.uint8]:
     codes = rng.choice(1 << 24, number, replace=False)
-    return np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=-1).astype(np.uint8)
+    colours: NDArray[np.uint8] = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=-1).astype(np.uint8)
+    return colours
 
 
 @st.composite
-def drawn_images(draw, side=40, colours=256):
+def drawn_images(draw: st.DrawFn, side: int = 40, colours: int = 256) -> Drawn:
     """(grid, palette, layout) with arbitrary edges and, often, equal neighbours."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     height, width = draw(st.integers(1, side)), draw(st.integers(1, side))
 
-    def edges(pixels):
+    def edges(pixels: int) -> tuple[int, ...]:
         inner = rng.permutation(np.arange(1, pixels))[: draw(st.integers(0, pixels - 1))]
         return (0, *sorted(inner.tolist()))
 
@@ -61,9 +67,19 @@ def drawn_images(draw, side=40, colours=256):
 
 
 @given(drawn_images())
-@settings(deadline=None, max_examples=200)
-def test_nothing_is_lost(drawn):
-    grid, palette, layout = drawn
+@settings(deadline=None, max_examples=60)
+def test_nothing_is_lost(drawn: Drawn) -> None:
+    check_nothing_is_lost(*drawn)
+
+
+@pytest.mark.exhaustive
+@given(drawn_images())
+@settings(deadline=None, max_examples=600)
+def test_nothing_is_lost_in_many_images(drawn: Drawn) -> None:
+    check_nothing_is_lost(*drawn)
+
+
+def check_nothing_is_lost(grid: NDArray[np.uint8], palette: NDArray[np.uint8], layout: Layout) -> None:
     pixels = paint(grid, palette, layout)
 
     seen = encode(pixels)
@@ -81,14 +97,14 @@ def test_nothing_is_lost(drawn):
 
 @pytest.mark.parametrize("height", [1, 7, 400])
 @pytest.mark.parametrize("width", [1, 3, 8, 1000])
-def test_one_colour_is_one_cell(height, width):
+def test_one_colour_is_one_cell(height: int, width: int) -> None:
     image = encode(np.full((height, width, 3), (1, 2, 3), np.uint8))
     assert image.grid.shape == (1, 1)
     assert image.palette.tolist() == [[1, 2, 3]]
     assert decode(image).shape == (height, width, 3)
 
 
-def test_256_colours_fit_and_257_do_not():
+def test_256_colours_fit_and_257_do_not() -> None:
     colours = random_colours(np.random.default_rng(0), 257)
     pixels = colours[:256].reshape(16, 16, 3)
     assert np.array_equal(decode(encode(pixels)), pixels)
@@ -96,14 +112,14 @@ def test_256_colours_fit_and_257_do_not():
         encode(colours[None])
 
 
-def test_a_photograph_is_refused_with_its_number_of_colours():
-    pixels = np.random.default_rng(0).integers(0, 256, (400, 1000, 3)).astype(np.uint8)
+def test_a_photograph_is_refused_with_its_number_of_colours() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 250, 3)).astype(np.uint8)
     number = len(np.unique(pixels.reshape(-1, 3), axis=0))
     with pytest.raises(DataError, match=f"the image has {number:,} colours"):
         encode(pixels)
 
 
-def test_too_long_a_side_is_refused():
+def test_too_long_a_side_is_refused() -> None:
     with pytest.raises(NotIndexable, match="is 16385×1 pixels; an indexed image has at most 16384 a side"):
         encode(np.zeros((1, 16385, 3), np.uint8))
 
@@ -112,18 +128,20 @@ def test_too_long_a_side_is_refused():
     "pixels",
     [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4, 3))],
 )
-def test_other_arrays_are_refused(pixels):
+def test_other_arrays_are_refused(pixels: NDArray[Any]) -> None:
     with pytest.raises(ValueError, match=r"must be \(H, W, 3\) uint8"):
         find_cells(pixels)
 
 
-def test_a_view_that_is_not_contiguous_is_indexed_too():
+def test_a_view_that_is_not_contiguous_is_indexed_too() -> None:
     pixels = np.random.default_rng(0).integers(0, 2, (6, 10, 4)).astype(np.uint8)[:, ::2, :3]
     assert np.array_equal(decode(encode(pixels)), pixels)
 
 
-def test_misfits_are_refused_with_what_does_not_fit():
-    pixels = paint(np.array([[0, 1]]), np.array([[0, 0, 0], [255, 128, 0]], np.uint8), even_layout(4, 8, 1, 2))
+def test_misfits_are_refused_with_what_does_not_fit() -> None:
+    pixels = paint(
+        np.array([[0, 1]], np.uint8), np.array([[0, 0, 0], [255, 128, 0]], np.uint8), even_layout(4, 8, 1, 2)
+    )
     with pytest.raises(NotIndexable, match="the image is 8×4 pixels, the layout 9×4"):
         encode(pixels, even_layout(4, 9, 1, 2))
     with pytest.raises(NotIndexable, match=r"1 of the image's column edges are not in the layout, e\.g\. pixel 4"):
@@ -132,14 +150,14 @@ def test_misfits_are_refused_with_what_does_not_fit():
         encode(pixels, palette=np.zeros((1, 3), np.uint8))
 
 
-def test_even_edges_are_the_datasets_formula():
+def test_even_edges_are_the_datasets_formula() -> None:
     for cells, pixels in ((376, 1000), (469, 1000), (313, 1000), (128, 400), (1, 5), (5, 5)):
         assert even_edges(cells, pixels) == tuple(math.floor(i * pixels / cells + 0.5) for i in range(cells))
     with pytest.raises(ValueError, match="cannot draw 6 cells on 5 pixels"):
         even_edges(6, 5)
 
 
-def test_matplotlib_draws_even_edges():
+def test_matplotlib_draws_even_edges() -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -147,13 +165,13 @@ def test_matplotlib_draws_even_edges():
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
     axes.pcolormesh(np.random.default_rng(0).normal(size=(128, 376)), cmap="magma")
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)  # matplotlib does not annotate its methods
     canvas.draw()
     image = encode(np.asarray(canvas.buffer_rgba())[..., :3], even_layout(400, 1000, 128, 376))
     assert image.grid.shape == (128, 376)
 
 
-def test_layouts_travel_through_json():
+def test_layouts_travel_through_json() -> None:
     layout = even_layout(400, 1000, 128, 376)
     copy = Layout.from_dict(json.loads(json.dumps(layout.to_dict())))
     assert copy == layout
@@ -174,7 +192,7 @@ def test_layouts_travel_through_json():
         ({"width": 16385}, "1 to 16384 pixels, not 16385"),
     ],
 )
-def test_broken_layouts_are_refused(change, message):
+def test_broken_layouts_are_refused(change: dict[str, Any], message: str) -> None:
     document = {"height": 4, "width": 8, "row_edges": [0], "column_edges": [0, 4]} | change
     with pytest.raises(ValueError, match=message):
         Layout.from_dict(document)
@@ -182,8 +200,8 @@ def test_broken_layouts_are_refused(change, message):
         Layout.from_dict({"height": 4})
 
 
-def seen_parts(layout, palette, rng, number):
-    """Facts of images on ``layout`` with cells merged and colours left out, from hardly at all to nearly everything."""
+def seen_parts(layout: Layout, palette: NDArray[np.uint8], rng: np.random.Generator, number: int) -> Iterator[Facts]:
+    """Facts of images on ``layout`` with few, some or nearly all cells merged and colours left out."""
     for kept in rng.choice([0.01, 0.3, 0.9, 1.0], number):
         edges = [
             (0, *(edge for edge in axis[1:] if rng.random() < kept)) for axis in (layout.row_edges, layout.column_edges)
@@ -194,12 +212,12 @@ def seen_parts(layout, palette, rng, number):
         yield image_facts(IndexedImage(grid, colours if len(colours) else palette[:1], seen))
 
 
-def assert_same(one, other):
+def assert_same_layouts_and_palettes(one: SharedLayouts, other: SharedLayouts) -> None:
     assert one.layouts == other.layouts
     assert [palette.tolist() for palette in one.palettes] == [palette.tolist() for palette in other.palettes]
 
 
-def test_a_dataset_of_three_widths_has_three_layouts_and_one_palette_in_any_order():
+def test_a_dataset_of_three_widths_has_three_layouts_and_one_palette_in_any_order() -> None:
     rng = np.random.default_rng(0)
     true = [even_layout(400, 1000, 128, columns) for columns in (313, 376, 469)]
     facts = [fact for layout in true for fact in seen_parts(layout, MAGMA, rng, 60)]
@@ -208,14 +226,14 @@ def test_a_dataset_of_three_widths_has_three_layouts_and_one_palette_in_any_orde
     assert len(shared.palettes) == 1
     for seed in range(5):
         random.Random(seed).shuffle(facts)
-        assert_same(shared, share_layouts(facts + facts[:7]))
+        assert_same_layouts_and_palettes(shared, share_layouts(facts + facts[:7]))
     for fact in facts:
         layout, palette = shared.choose(fact)
         assert layout in (0, 1, 2)
         assert palette == 0
 
 
-def test_a_image_that_shows_nothing_takes_the_smallest_layout():
+def test_an_image_that_shows_nothing_takes_the_smallest_layout() -> None:
     facts = [image_facts(find_cells(np.zeros((400, 1000, 3), np.uint8)))]
     assert share_layouts(facts).layouts == (even_layout(400, 1000, 1, 1),)
     whole = even_layout(400, 1000, 128, 376)
@@ -225,7 +243,7 @@ def test_a_image_that_shows_nothing_takes_the_smallest_layout():
     assert shared.choose(facts[0]) == (0, 0)
 
 
-def test_grids_that_are_not_even_are_put_together_from_what_images_show():
+def test_grids_that_are_not_even_are_put_together_from_what_images_show() -> None:
     rng = np.random.default_rng(0)
     edges = [
         (0, *sorted(rng.choice(np.arange(1, pixels), cells, replace=False).tolist()))
@@ -239,10 +257,10 @@ def test_grids_that_are_not_even_are_put_together_from_what_images_show():
         facts.append(image_facts(IndexedImage(np.zeros((part.rows, part.columns), np.uint8), MAGMA, part)))
     shared = share_layouts(facts)
     assert shared.layouts == (odd,)
-    assert_same(shared, share_layouts(reversed(facts)))
+    assert_same_layouts_and_palettes(shared, share_layouts(reversed(facts)))
 
 
-def test_colour_maps_that_do_not_fit_together_keep_a_palette_each():
+def test_colour_maps_that_do_not_fit_together_keep_a_palette_each() -> None:
     rng = np.random.default_rng(0)
     maps = [
         matplotlib.colormaps[name](np.arange(256), bytes=True)[:, :3].copy() for name in ("magma", "viridis", "gray")
@@ -254,17 +272,17 @@ def test_colour_maps_that_do_not_fit_together_keep_a_palette_each():
     assert len(shared.palettes) == 3
     for seed in range(3):
         random.Random(seed).shuffle(facts)
-        assert_same(shared, share_layouts(facts))
+        assert_same_layouts_and_palettes(shared, share_layouts(facts))
 
 
-def test_small_palettes_are_put_together():
+def test_small_palettes_are_put_together() -> None:
     colours = random_colours(np.random.default_rng(0), 600).reshape(6, 100, 3)
     layout = even_layout(4, 4, 1, 1)
     facts = [image_facts(IndexedImage(np.zeros((1, 1), np.uint8), palette, layout)) for palette in colours]
     assert [len(palette) for palette in share_layouts(facts).palettes] == [200, 200, 200]
 
 
-def test_images_without_anything_in_common_are_refused(monkeypatch):
+def test_images_without_anything_in_common_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_layouts, "MAX_SHARED", 3)
     colours = random_colours(np.random.default_rng(0), 1200).reshape(6, 200, 3)
     facts = [
@@ -277,7 +295,7 @@ def test_images_without_anything_in_common_are_refused(monkeypatch):
         share_layouts(facts)
 
 
-def test_a_image_outside_the_shared_layouts_is_refused():
+def test_an_image_outside_the_shared_layouts_is_refused() -> None:
     black, grey = (np.full((2, 2, 3), level, np.uint8) for level in (0, 9))
     shared = share_layouts([image_facts(find_cells(black))])
     with pytest.raises(NotIndexable, match="colours fit nothing planned"):
@@ -286,9 +304,27 @@ def test_a_image_outside_the_shared_layouts_is_refused():
         shared.choose(image_facts(find_cells(black[:1])))
 
 
-@given(st.lists(drawn_images(side=12, colours=40), min_size=1, max_size=12), st.randoms())
-@settings(deadline=None, max_examples=100)
-def test_every_planned_image_is_lossless_whatever_the_order(drawn, shuffler):
+IMAGES = st.lists(drawn_images(side=12, colours=40), min_size=1, max_size=12)
+
+
+@given(IMAGES, st.randoms())
+@settings(deadline=None, max_examples=30)
+def test_every_image_is_lossless_on_shared_layouts_whatever_the_order(
+    drawn: list[Drawn], shuffler: random.Random
+) -> None:
+    check_lossless_on_shared_layouts(drawn, shuffler)
+
+
+@pytest.mark.exhaustive
+@given(IMAGES, st.randoms())
+@settings(deadline=None, max_examples=300)
+def test_many_images_are_lossless_on_shared_layouts_whatever_the_order(
+    drawn: list[Drawn], shuffler: random.Random
+) -> None:
+    check_lossless_on_shared_layouts(drawn, shuffler)
+
+
+def check_lossless_on_shared_layouts(drawn: list[Drawn], shuffler: random.Random) -> None:
     images = [find_cells(paint(*one)) for one in drawn]
     facts = [image_facts(image) for image in images]
     shared = share_layouts(facts)
@@ -297,10 +333,11 @@ def test_every_planned_image_is_lossless_whatever_the_order(drawn, shuffler):
         recoded = recode(image, shared.layouts[layout], shared.palettes[palette])
         assert np.array_equal(decode(recoded), decode(image))
     shuffler.shuffle(facts)
-    assert_same(shared, share_layouts(facts))
+    assert_same_layouts_and_palettes(shared, share_layouts(facts))
 
 
-def test_encoding_costs_less_than_decoding_the_png():
+@pytest.mark.exhaustive
+def test_encoding_costs_less_than_decoding_the_png() -> None:
     rng = np.random.default_rng(0)
     grid = np.clip(rng.normal(128, 20, (128, 376)) + 60 * np.sin(np.arange(376) / 9), 0, 255).astype(np.uint8)
     layout = even_layout(400, 1000, 128, 376)
@@ -308,7 +345,7 @@ def test_encoding_costs_less_than_decoding_the_png():
     file = io.BytesIO()
     Image.fromarray(pixels).convert("RGBA").save(file, "png")
 
-    def fastest(work):
+    def fastest(work: Callable[[], object]) -> float:
         times = []
         for _ in range(9):
             start_s = time.perf_counter()
@@ -317,5 +354,5 @@ def test_encoding_costs_less_than_decoding_the_png():
         return min(times)
 
     decoding_s = fastest(lambda: np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB")))
-    encoding_s = fastest(lambda: encode(pixels, layout, MAGMA))  # a third of it, as measured
+    encoding_s = fastest(lambda: encode(pixels, layout, MAGMA))  # measured: a third of it
     assert encoding_s < decoding_s

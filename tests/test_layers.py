@@ -154,7 +154,7 @@ def test_an_import_the_other_way_is_found(module: str, line: str) -> None:
     assert [found.partition(" ")[0] for found in upward_imports(all_sources)] == [module]
 
 
-def test_no_import_goes_round_in_a_circle() -> None:
+def test_there_is_no_import_cycle() -> None:
     all_sources = sources()
     waiting = {
         module: imported_modules(module, source, set(all_sources), at_run_time=True)
@@ -332,6 +332,23 @@ def test_no_dependency_is_stated_twice() -> None:
         'requires = ["setuptools>=77"]'
     ]
     assert not [path.name for path in ROOT.glob("*requirements*")] + [path.name for path in ROOT.glob("setup.py")]
+
+
+def test_all_checks_mean_the_same_pythons() -> None:
+    """The oldest and the newest of setup.cfg's classifiers."""
+    metadata = (ROOT / "setup.cfg").read_text(encoding="utf-8")
+    pythons = re.findall(r"Programming Language :: Python :: (3\.\d+)$", metadata, re.MULTILINE)
+    oldest, newest = pythons[0], pythons[-1]
+    assert f"python_requires = >={oldest}\n" in metadata
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'python_version = "{oldest}"' in settings
+    assert f'target-version = "py{oldest.replace(".", "")}"' in settings
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    assert f'python: ["{oldest}", "{newest}"]' in workflow
+    for document in ("README.md", "CONTRIBUTING.md", ".ci/run"):
+        assert f"Python {oldest} to {newest}" in (ROOT / document).read_text(encoding="utf-8").replace("(", ""), (
+            document
+        )
 
 
 def in_use() -> set[str]:

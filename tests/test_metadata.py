@@ -1,4 +1,4 @@
-"""Contract of the CSV: what is read as it stands, what is refused, and what the refusal says."""
+"""Contract of data/metadata.py: what is read unchanged, what is refused, and what the message says."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def parse(*lines: str, end: str = "\n", columns: Columns | None = None) -> Metad
 
 
 def refusal(*lines: str) -> str:
-    """The message about a CSV that must be refused; always one line that names the file."""
+    """The message about a CSV that must be refused: one line that names the file."""
     with pytest.raises(DataError) as caught:
         parse(*lines)
     message = str(caught.value)

@@ -134,11 +134,12 @@ def test_pretrained_takes_all_but_the_heads(name: str, monkeypatch: pytest.Monke
         TRAINABLE_WHEN_FROZEN[name]
     )
     if name == "inception":
-        assert loaded.transform_input is True
+        assert loaded.transform_input
 
 
 def inception_shapes() -> dict[str, torch.Tensor]:
-    return torchvision_models.inception_v3(weights=None, init_weights=False).state_dict()
+    shapes: dict[str, torch.Tensor] = torchvision_models.inception_v3(weights=None, init_weights=False).state_dict()
+    return shapes
 
 
 def test_same_seed_same_fresh_weights() -> None:

@@ -9,9 +9,7 @@ import importlib.util
 import json
 import math
 import os
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,13 @@ import benchmarking
 import numpy as np
 import pytest
 import torch
-from harness import measure, peer_contender, peer_environment, records
+from harness import measure, peer_contender, records
 from harness.contender import Contender, Group, Outcome, Pass, PeerError
-from harness.peer_contender import Setting, open_peer, tune_workers, worker_counts
-from harness.peer_environment import make_environment, read_requirements
+from harness.peer_contender import Setting, list_worker_counts, open_peer, tune_workers
+from harness.peer_environment import read_requirements
 from harness.peer_process import PEERS_FOLDER, Peer
 from harness.tables import group_table
 from peers.registry import DECODING, KEYS, PEERS, READY, Entry
-from peers.serving import IMAGENET_MEAN, IMAGENET_STD, ReusedBuffer, Tolerance, check_batch, check_epoch
 from PIL import Image
 from png_trees import PngTree
 
@@ -154,77 +151,7 @@ def test_the_registry_is_whole() -> None:
             assert all("==" in requirement for requirement in requirements)
 
 
-def test_normalisation_of_the_peers_is_ours() -> None:
-    from quaclrs.imaging import normalise
-
-    assert (IMAGENET_MEAN, IMAGENET_STD) == (normalise.IMAGENET_MEAN, normalise.IMAGENET_STD)
-    images = torch.arange(2 * 4 * 4 * 3, dtype=torch.uint8).reshape(2, 4, 4, 3)
-    kept = ReusedBuffer(3, 4).normalise(images).permute(0, 3, 1, 2)
-    torch.testing.assert_close(kept, normalise.normalise(images), rtol=0, atol=1e-6)
-
-
-# ---------------------------------------------------------------------- the check
-
-
-def _pixels() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 255, (3, 4, 4, 3), dtype=np.uint8)
-
-
-def _batch(pixels: np.ndarray, dtype: str) -> Any:
-    from quaclrs.imaging.normalise import normalise
-
-    tensor = torch.from_numpy(pixels.copy())
-    return normalise(tensor) if dtype == "float32" else tensor.permute(0, 3, 1, 2)
-
-
-@pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_check_passes_equal_pixels_and_refuses_one_wrong_level(dtype: str) -> None:
-    pixels = _pixels()
-    assert check_batch(_batch(pixels, dtype), pixels, dtype) == (0, 0)
-    wrong = pixels.copy()
-    wrong[1, 2, 3, 0] += 1
-    with pytest.raises(SystemExit, match=r"up to 1 levels, 0\.0069\d in the mean; allowed are 0 and 0"):
-        check_batch(_batch(wrong, dtype), pixels, dtype)
-    most, mean = check_batch(_batch(wrong, dtype), pixels, dtype, Tolerance(most=1, mean=0.1))
-    assert (most, mean) == pytest.approx((1, 1 / pixels.size), abs=1e-3)
-    with pytest.raises(SystemExit, match=r"allowed are 1 and 0\.001"):
-        check_batch(_batch(wrong, dtype), pixels, dtype, Tolerance(most=1, mean=0.001))
-
-
-def test_check_refuses_other_layouts_types_and_shapes() -> None:
-    pixels = _pixels()
-    with pytest.raises(SystemExit, match="not in channels_last memory"):
-        check_batch(_batch(pixels, "float32").contiguous(), pixels, "float32")
-    with pytest.raises(SystemExit, match=r"the batch is torch\.uint8, not float32"):
-        check_batch(_batch(pixels, "uint8"), pixels, "float32")
-    with pytest.raises(SystemExit, match=r"the batch is \(2, 4, 4, 3\), not \(3, 4, 4, 3\)"):
-        check_batch(_batch(pixels[:2], "uint8"), pixels, "uint8")
-
-
-@pytest.mark.parametrize(
-    ("order", "message"),
-    [
-        ([[0, 1], [2]], None),
-        ([[2], [0, 1]], None),
-        ([[0, 1]], "an epoch has 2 samples, 2 of them different, where there are 3"),
-        ([[0, 1], [2], [0]], "an epoch has 4 samples, 3 of them different, where there are 3"),
-        ([[0, 1], [1]], "an epoch has 3 samples, 2 of them different, where there are 3"),
-        ([], "an epoch has 0 samples, 0 of them different, where there are 3"),
-    ],
-)
-def test_check_wants_every_sample_once(order: list[list[int]], message: str | None) -> None:
-    pixels = _pixels()
-
-    def epoch() -> Iterator[tuple[Any, Any]]:
-        for numbers in order:
-            yield _batch(pixels[numbers], "uint8"), numbers
-
-    with contextlib.nullcontext() if message is None else pytest.raises(SystemExit, match=message):
-        check = check_epoch(epoch, pixels, "uint8", Tolerance(), np.asarray)
-        assert check == {"most_levels_from_pillow": 0, "mean_levels_from_pillow": 0}
-
-
-@pytest.mark.exhaustive  # starts a peer; its two halves are tested above (the check) and below (the reason)
+@pytest.mark.exhaustive  # starts a peer; test_peer_checks.py tests the check, a test below the reason
 def test_a_peer_with_wrong_pixels_is_not_timed(setting: Setting, tmp_path: Path) -> None:
     other = tmp_path / "other.npy"
     np.save(other, 255 - np.load(setting.pixels))
@@ -314,53 +241,6 @@ def test_a_peer_that_cannot_be_installed_is_left_out_with_its_reason(
     assert without.left_out == "needs an environment of its own; name a folder with --peers"
 
 
-def test_pips_reason_is_told(tmp_path: Path) -> None:
-    missing = str(tmp_path / "no-such-file.whl")
-    with pytest.raises(PeerError, match=r"^ours: not installed: ERROR: .*no-such-file\.whl"):
-        peer_environment._install("ours", [sys.executable, "-m", "pip", "install", missing])
-
-
-def test_an_environment_is_made_once_and_after_a_failure_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands: list[list[str]] = []
-    failing = True
-
-    def install(name: str, command: list[str]) -> None:
-        commands.append(command)
-        (tmp_path / "ours").mkdir(exist_ok=True)
-        if failing and "pip" in command:
-            raise PeerError(name, "not installed: no network")
-
-    monkeypatch.setattr(peer_environment, "_install", install)
-    with pytest.raises(PeerError, match="no network"):
-        make_environment("ours", ["numpy==1"], tmp_path)
-    failing = False
-    for requirements, expected in ((["numpy==1"], 4), (["numpy==1"], 4), (["numpy==2"], 6)):
-        assert make_environment("ours", requirements, tmp_path) == tmp_path / "ours" / "bin" / "python"
-        assert len(commands) == expected  # venv and pip each time something has to be made
-    assert ["--clear", str(tmp_path / "ours")] == commands[4][-2:]
-    assert commands[5][-1] == "numpy==2"
-
-
-@pytest.mark.exhaustive  # makes an environment, which takes seconds
-def test_a_real_environment_that_failed_is_not_taken_for_whole(tmp_path: Path) -> None:
-    with pytest.raises(PeerError, match=r"^ours: not installed: ERROR: .*no-such-file\.whl"):
-        make_environment("ours", [str(tmp_path / "no-such-file.whl")], tmp_path)
-    assert not (tmp_path / "ours" / "requirements.txt").exists()  # so that the next run makes it again
-
-
-@pytest.mark.exhaustive  # makes an environment, which takes seconds
-def test_an_environment_over_ours_has_our_packages(tmp_path: Path) -> None:
-    # an installed requirement: pip finds it in ours and installs nothing
-    python = make_environment("over", ["numpy"], tmp_path, over_ours=True)
-    asked = subprocess.run(
-        [str(python), "-c", "import numpy; print(numpy.__file__)"], capture_output=True, text=True, check=True
-    )
-    assert asked.stdout.strip() == np.__file__
-    before = (tmp_path / "over" / "requirements.txt").stat().st_mtime_ns
-    assert make_environment("over", ["numpy"], tmp_path, over_ours=True) == python
-    assert (tmp_path / "over" / "requirements.txt").stat().st_mtime_ns == before
-
-
 # ---------------------------------------------------------------------- tuning and racing
 
 
@@ -430,11 +310,11 @@ def test_tuning_passes_over_numbers_of_workers_that_fail() -> None:
 
 
 def test_worker_counts() -> None:
-    assert worker_counts(0, 1) == [0, 1]
-    assert worker_counts(0, 2) == [0, 1, 2]
-    assert worker_counts(1, 4) == [1, 2, 3, 4]
-    assert worker_counts(0, 8) == [0, 1, 2, 3, 4, 8]
-    assert worker_counts(0, 20) == [0, 1, 2, 3, 4, 8, 16, 20]
+    assert list_worker_counts(0, 1) == [0, 1]
+    assert list_worker_counts(0, 2) == [0, 1, 2]
+    assert list_worker_counts(1, 4) == [1, 2, 3, 4]
+    assert list_worker_counts(0, 8) == [0, 1, 2, 3, 4, 8]
+    assert list_worker_counts(0, 20) == [0, 1, 2, 3, 4, 8, 16, 20]
 
 
 def test_a_peer_that_fails_in_the_race_is_left_out_and_the_others_go_on(

@@ -1,4 +1,4 @@
-"""Contract of imaging/png.py: every good PNG becomes what Pillow makes of it, every bad one a message with its name."""
+"""Contract of imaging/png.py: good PNGs decode as by Pillow, bad ones raise one line with the image's name."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import io
 import random
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 from png_trees import grid_image
 
@@ -30,13 +32,13 @@ def header(width: int, height: int, bits: int, colour_type: int, interlaced: int
 
 
 def craft(bits: int, colour_type: int, lines: bytes, *extra: bytes, interlaced: int = 0) -> bytes:
-    """A PNG by the book, for kinds that Pillow does not write; ``lines`` are unfiltered and each begins with a 0."""
+    """A PNG made by hand, for kinds that Pillow does not write. ``lines`` are pixel rows with filter type 0."""
     start = header(WIDTH, HEIGHT, bits, colour_type, interlaced)
     return start + b"".join(extra) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
-def values(bits: int, colour_type: int) -> np.ndarray:
-    """(HEIGHT, WIDTH * channels) random values, unsigned, big-endian where they are 16 bit."""
+def values(bits: int, colour_type: int) -> NDArray[Any]:
+    """(HEIGHT, WIDTH * channels) random unsigned values, big-endian if they have 16 bits."""
     shape = (HEIGHT, WIDTH * CHANNELS[colour_type])
     return (
         np.random.default_rng(bits + colour_type)
@@ -45,11 +47,11 @@ def values(bits: int, colour_type: int) -> np.ndarray:
     )
 
 
-def as_lines(rows: np.ndarray) -> bytes:
+def as_lines(rows: NDArray[Any]) -> bytes:
     return b"".join(b"\0" + row.tobytes() for row in rows)
 
 
-def interlaced_lines(rows: np.ndarray, channels: int) -> bytes:
+def interlaced_lines(rows: NDArray[Any], channels: int) -> bytes:
     """The seven Adam7 passes of 8-bit ``rows``."""
     pixels = rows.reshape(HEIGHT, WIDTH, channels)
     passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
@@ -117,7 +119,7 @@ def test_good_pngs_become_what_pillow_makes_of_them(kind: str) -> None:
     assert (facts.width, facts.height) == image.size
     assert check_png(data, "a.png") == facts
     with Image.open(io.BytesIO(data)) as oracle:
-        # an alpha given in bytes makes Pillow warn when it is dropped; asked for RGBA first, it drops it silently
+        # Pillow warns when it drops alphas given in bytes, but not after a conversion to RGBA
         expected = np.asarray(oracle.convert("RGBA").convert("RGB") if "alphas" in kind else oracle.convert("RGB"))
     assert image.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(image), expected)
@@ -140,12 +142,13 @@ def test_alpha_is_dropped_not_blended() -> None:
 def test_resize_is_the_originals() -> None:
     image = grid_image("police", seed=3).convert("RGB")
     resized = resize_rgb(image, 32)
-    assert (resized.shape, resized.dtype) == ((32, 32, 3), np.uint8)
-    np.testing.assert_array_equal(resized, np.asarray(image.resize((32, 32), Image.BILINEAR)))
+    assert resized.shape == (32, 32, 3)
+    assert resized.dtype == np.uint8
+    np.testing.assert_array_equal(resized, np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)))
 
 
 def refusal(data: bytes, name: str = "row 7: data/fold3/b.png") -> str:
-    """The message about an image that must be refused, by checking and by decoding."""
+    """The message about an image that must be refused; the same from checking and from decoding."""
     messages = []
     for read in (check_png, decode_png):
         with pytest.raises(DataError) as caught:
@@ -202,7 +205,7 @@ def test_missing_pixel_rows_are_found() -> None:
     assert "truncated" in refusal(craft(8, RGB, lines[:-5]))
 
 
-def test_random_damage_gives_a_message_or_a_image_never_another_error() -> None:
+def test_random_damage_gives_a_message_or_an_image_never_another_error() -> None:
     dice = random.Random(0)
     outcomes = set()
     for _ in range(400):
@@ -241,7 +244,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_unpacked(side: int) -> Non
 
 
 @pytest.mark.parametrize(("width", "height"), [(0, 5), (5, 0)])
-def test_a_image_without_pixels_is_refused(width: int, height: int) -> None:
+def test_an_image_without_pixels_is_refused(width: int, height: int) -> None:
     data = header(width, height, 8, RGB) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     assert "truncated or damaged" in refusal(data)
 

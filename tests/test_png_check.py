@@ -1,22 +1,37 @@
-"""Contract of imaging/png_check.py: what is said of a PNG without decoding it is what Pillow says after decoding it, or
-stricter.
-"""
+"""Contract of imaging/png_check.py: its verdict without decoding equals Pillow's after decoding, or is stricter."""
 
 from __future__ import annotations
 
 import io
+import math
 import random
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
-from test_png import GOOD, GREY, PALETTE, RGB, RGBA, SIGNATURE, as_lines, chunk, header, interlaced_lines, saved, values
+from test_png import (
+    CHANNELS,
+    GOOD,
+    GREY,
+    PALETTE,
+    RGB,
+    RGBA,
+    SIGNATURE,
+    as_lines,
+    chunk,
+    header,
+    interlaced_lines,
+    saved,
+    values,
+)
 
 from quaclrs.errors import DataError
 from quaclrs.imaging import png_check
@@ -29,14 +44,14 @@ STRICTER = (
     "no palette",
     "the end of the file is missing",
 )
-"""What Pillow takes and we do not."""
+"""Reasons to refuse files that Pillow accepts."""
+Verdict = tuple[tuple[int, int], str, bool] | None
+"""Size, mode and whether some pixel is transparent; None for a refused file."""
 
 
 @pytest.fixture(params=["isal", "zlib"], autouse=True, scope="module")
 def inflating(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Everything here holds with the library that is used where there is one for the processor, and with what stands in
-    for it.
-    """
+    """Run every test with isal, and with zlib, which replaces it on processors that isal does not support."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
             png_check, "inflating", zlib if request.param == "zlib" else pytest.importorskip("isal.isal_zlib")
@@ -44,7 +59,7 @@ def inflating(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-# --- an encoder by the book, and Pillow as the oracle ---
+# --- an encoder after the specification, and Pillow as the oracle ---
 
 
 def paeth(left: int, above: int, corner: int) -> int:
@@ -53,8 +68,8 @@ def paeth(left: int, above: int, corner: int) -> int:
     return (left, above, corner)[distances.index(min(distances))]
 
 
-def filtered(pixels: np.ndarray, types: list[int]) -> bytes:
-    """(H, W, C) uint8 as lines of a PNG, row y under filter ``types[y]``."""
+def filtered(pixels: NDArray[np.uint8], types: list[int]) -> bytes:
+    """The pixel rows of (H, W, C) uint8 as PNG stores them, row y with filter ``types[y]``."""
     height, width, channels = pixels.shape
     rows = pixels.reshape(height, -1).tolist()
     lines = bytearray()
@@ -69,14 +84,14 @@ def filtered(pixels: np.ndarray, types: list[int]) -> bytes:
 
 
 def assembled(head: bytes, stream: bytes, idat_bytes: int | None = None, *extra: bytes) -> bytes:
-    """A PNG of a deflated ``stream``, in IDAT chunks of ``idat_bytes``."""
+    """A PNG of a compressed ``stream``, in IDAT chunks of ``idat_bytes``."""
     step = idat_bytes or max(len(stream), 1)
     parts = [chunk(b"IDAT", stream[start : start + step]) for start in range(0, len(stream), step)]
     return head + b"".join(extra) + b"".join(parts) + chunk(b"IEND", b"")
 
 
-def by_pillow(data: bytes) -> tuple[tuple[int, int], str, bool] | None:
-    """Size, mode and whether some pixel is transparent; None for a file that Pillow refuses."""
+def by_pillow(data: bytes) -> Verdict:
+    """Pillow's verdict after decoding."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -85,34 +100,53 @@ def by_pillow(data: bytes) -> tuple[tuple[int, int], str, bool] | None:
             image = Image.open(io.BytesIO(data), formats=["PNG"])
             image.load()
             transparent = "A" in image.getbands() or "transparency" in image.info
-            return image.size, image.mode, transparent and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
-        except Exception:  # whatever it is
+            lowest = cast("int", image.convert("RGBA").getchannel("A").getextrema()[0]) if transparent else 255
+            return image.size, image.mode, lowest < 255
+        except Exception:  # Pillow raises many kinds
             return None
 
 
-def by_us(data: bytes) -> tuple[tuple[int, int], str, bool] | None:
-    """As :func:`by_pillow`, by checking and by decoding; asserts that a refusal beyond Pillow's says which it is."""
-    told = []
+def by_us(data: bytes) -> Verdict:
+    """Our verdict, the same by checking and by decoding. A file that only we refuse has a reason of STRICTER."""
+    verdicts: list[Verdict] = []
+    messages: list[str] = []
     for read in (check_png, lambda data, name: decode_png(data, name)[1]):
         try:
             facts = read(data, "a.png")
-            told.append(((facts.width, facts.height), facts.mode, facts.transparent))
+            verdicts.append(((facts.width, facts.height), facts.mode, facts.transparent))
         except DataError as error:
-            told.append(str(error))
-    assert told[0] == told[1]
-    if isinstance(told[0], str):
-        assert by_pillow(data) is None or any(reason in told[0] for reason in STRICTER), told[0]
-        return None
-    return told[0]
+            verdicts.append(None)
+            messages.append(str(error))
+    assert verdicts[0] == verdicts[1]
+    if messages:
+        assert messages[0] == messages[1]
+        assert by_pillow(data) is None or any(reason in messages[0] for reason in STRICTER), messages[0]
+    return verdicts[0]
 
 
 # --- good files ---
 
 
-@settings(max_examples=100, deadline=None)
-@given(data=st.data(), channels=st.sampled_from([3, 4]), width=st.integers(1, 9), height=st.integers(1, 12))
+SIZED = {"channels": st.sampled_from([3, 4]), "width": st.integers(1, 9), "height": st.integers(1, 12)}
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), **SIZED)
 def test_transparency_is_known_without_decoding(data: st.DataObject, channels: int, width: int, height: int) -> None:
-    """Opaque, or opaque but for one pixel; any filters; in pieces of any number of rows."""
+    check_transparency(data, channels, width, height)
+
+
+@pytest.mark.exhaustive
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), **SIZED)
+def test_transparency_of_many_is_known_without_decoding(
+    data: st.DataObject, channels: int, width: int, height: int
+) -> None:
+    check_transparency(data, channels, width, height)
+
+
+def check_transparency(data: st.DataObject, channels: int, width: int, height: int) -> None:
+    """An opaque image, or with one pixel that is not opaque; any filters; decompressed in pieces of any size."""
     pixels = np.random.default_rng(data.draw(st.integers(0, 99))).integers(
         0, 256, (height, width, channels), dtype=np.uint8
     )
@@ -131,7 +165,7 @@ def test_transparency_is_known_without_decoding(data: st.DataObject, channels: i
         patched.setattr(png_check, "_PIECE_BYTES", data.draw(st.sampled_from([1, 60, 1 << 18])))
         stream = read_stream(png)
         assert stream is not None
-        assert is_transparent(stream) is clear  # never None: nothing is left to Pillow
+        assert is_transparent(stream) is clear  # never None, so Pillow is not needed
         assert has_all_rows(stream)
         assert by_us(png) == by_pillow(png)
 
@@ -148,9 +182,23 @@ def test_all_kinds_are_read_as_pillow_does(kind: str) -> None:
     assert (is_transparent(stream) is None) == by_pillow_alone
 
 
-@settings(max_examples=40, deadline=None)
-@given(data=st.data(), mode=st.sampled_from(["RGB", "RGBA", "P", "L", "LA", "1", "I;16"]))
+MODES = st.sampled_from(["RGB", "RGBA", "P", "L", "LA", "1", "I;16"])
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), mode=MODES)
 def test_whatever_pillow_writes(data: st.DataObject, mode: str) -> None:
+    check_what_pillow_writes(data, mode)
+
+
+@pytest.mark.exhaustive
+@settings(max_examples=400, deadline=None)
+@given(data=st.data(), mode=MODES)
+def test_many_images_that_pillow_writes(data: st.DataObject, mode: str) -> None:
+    check_what_pillow_writes(data, mode)
+
+
+def check_what_pillow_writes(data: st.DataObject, mode: str) -> None:
     width, height = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
     noise = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 256, (height, width, 4), dtype=np.uint8)
     noise[:, :, 3] |= data.draw(st.sampled_from([0, 255]))
@@ -164,8 +212,13 @@ def test_whatever_pillow_writes(data: st.DataObject, mode: str) -> None:
 # --- bad files ---
 
 
-def damage(data: bytes, dice: random.Random) -> bytes:
-    """``data`` with its deflated stream, its pixel rows or its chunks changed, but every CRC right."""
+BOMB_PIXELS = 89_478_485
+"""Pillow refuses images with more pixels than this."""
+DAMAGES = ("bytes", "rows", "cut", "longer", "checksum", "header", "missing row", "order")
+
+
+def damage(data: bytes, what: str, dice: random.Random) -> bytes:
+    """``data`` with its compressed stream, its pixel rows or its chunks changed, but every CRC right."""
     chunks = [(data[8:29][4:8], data[16:29])]
     at = 33
     while at < len(data):
@@ -173,7 +226,6 @@ def damage(data: bytes, dice: random.Random) -> bytes:
         chunks.append((data[at + 4 : at + 8], data[at + 8 : at + 8 + length]))
         at += 12 + length
     packed = b"".join(content for kind, content in chunks if kind == b"IDAT")
-    what = dice.choice(["bytes", "rows", "cut", "longer", "checksum", "header", "order"])
     if what == "order":
         dice.shuffle(chunks)
         return SIGNATURE + b"".join(chunk(*one) for one in chunks)
@@ -189,10 +241,18 @@ def damage(data: bytes, dice: random.Random) -> bytes:
         )
     elif what == "checksum":
         packed = packed[:-4] + dice.choice([b"", b"\0\0", b"\0\0\0\0"])
-    else:
-        chunks[0] = (chunks[0][0], flipped(chunks[0][1], dice))
+    elif what == "header":
+        damaged = flipped(chunks[0][1], dice)
+        while 1 << 20 < math.prod(struct.unpack(">II", damaged[:8])) < BOMB_PIXELS:  # would take seconds to decode
+            damaged = flipped(chunks[0][1], dice)
+        chunks[0] = (chunks[0][0], damaged)
+    else:  # Pillow leaves the missing row black, if there is only one IDAT chunk
+        width, _, bits, colour_type = struct.unpack(">IIBB", chunks[0][1][:10])
+        row_bytes = 1 + -(-width * bits * CHANNELS[colour_type] // 8)
+        packed = zlib.compress(zlib.decompress(packed)[:-row_bytes])
     before = [chunk(kind, content) for kind, content in chunks if kind not in (b"IDAT", b"IEND")]
-    return assembled(SIGNATURE, packed, dice.choice([None, 1, 30]), *before)
+    idat_bytes = None if what == "missing row" else dice.choice([None, 1, 30])
+    return assembled(SIGNATURE, packed, idat_bytes, *before)
 
 
 def flipped(content: bytes, dice: random.Random) -> bytes:
@@ -202,12 +262,13 @@ def flipped(content: bytes, dice: random.Random) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.parametrize("times", [4, pytest.param(40, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("kind", GOOD)
-def test_damage_under_a_right_crc_is_judged_as_by_pillow_or_stricter(kind: str) -> None:
+def test_damage_under_a_right_crc_is_judged_as_by_pillow_or_stricter(kind: str, times: int) -> None:
     dice = random.Random(kind)
     verdicts = set()
-    for _ in range(150):
-        damaged = damage(GOOD[kind][0], dice)
+    for what in DAMAGES * times:
+        damaged = damage(GOOD[kind][0], what, dice)
         ours, pillows = by_us(damaged), by_pillow(damaged)
         assert ours in (None, pillows)
         verdicts.add((ours is None, pillows is None))
@@ -232,7 +293,7 @@ def test_chunks_out_of_order_are_refused() -> None:
 
 @pytest.mark.parametrize("colours", [RGB, RGBA])
 def test_chunks_behind_the_pixels_count_as_by_pillow(colours: int) -> None:
-    """Pillow reads them after the pixels: one that it refuses must not be proven good."""
+    """Pillow reads them after the pixels. A file that Pillow refuses for one of them must not be proven good."""
     packed = zlib.compress(as_lines(values(8, colours)))
     start = header(21, 10, 8, colours) + chunk(b"IDAT", packed)
     for behind, good in (
@@ -245,7 +306,7 @@ def test_chunks_behind_the_pixels_count_as_by_pillow(colours: int) -> None:
 
 
 def test_a_second_header_is_refused() -> None:
-    """Pillow takes the last one's height, and would leave the rows black that the first one's pixels do not have."""
+    """Pillow uses the height of the last header, and leaves the rows black that the image does not have."""
     packed = zlib.compress(as_lines(values(8, RGB)))
     second = header(21, 20, 8, RGB)[len(SIGNATURE) :]
     assert by_us(header(21, 10, 8, RGB) + second + chunk(b"IDAT", packed) + chunk(b"IEND", b"")) is None
@@ -264,7 +325,7 @@ SHORT = {
 @pytest.mark.parametrize("missing_rows", [1, 4, 9])
 @pytest.mark.parametrize("kind", SHORT)
 def test_missing_rows_under_a_proper_end_are_found(kind: str, missing_rows: int) -> None:
-    """Pillow leaves such rows black and says nothing."""
+    """Pillow leaves such rows black and reports nothing."""
     bits, colour_type, lines = SHORT[kind]
     palette = chunk(b"PLTE", bytes(range(256)) * 3)
     head = header(21, 10, bits, colour_type) + (palette if colour_type == PALETTE else b"")
@@ -304,7 +365,7 @@ def test_a_black_last_row_is_no_missing_row() -> None:
     assert by_us(saved(clear)) == ((7, 5), "RGBA", True)
 
 
-def test_a_stream_that_unpacks_for_ever_is_not_unpacked_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_never_ends_is_not_decompressed_completely(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = as_lines(values(8, RGB))
     bomb = assembled(header(21, 10, 8, RGB), zlib.compress(lines + bytes(10**7)))
     unpacked, decompressobj = [], png_check.inflating.decompressobj
@@ -315,7 +376,8 @@ def test_a_stream_that_unpacks_for_ever_is_not_unpacked_to_its_end(monkeypatch: 
 
         def decompress(self, packed: bytes, most: int) -> bytes:
             unpacked.append(most)
-            return self.inner.decompress(packed, most)
+            piece: bytes = self.inner.decompress(packed, most)
+            return piece
 
         def __getattr__(self, name: str) -> object:
             return getattr(self.inner, name)

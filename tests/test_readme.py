@@ -124,6 +124,13 @@ def test_what_a_run_leaves_is_called_as_the_code_calls_it() -> None:
 # --- the README ---
 
 
+def test_the_readme_states_dalis_tolerance_as_the_code_does() -> None:
+    from quaclrs.loaders.dali import LARGEST_DIFFERENCE, MEAN_DIFFERENCE
+
+    stated = f"up to {255 * LARGEST_DIFFERENCE:g} levels (of 255) at an image's border, by less than "
+    assert f"{stated}{255 * MEAN_DIFFERENCE:g} in the mean" in text_of("README.md")
+
+
 def test_the_readme_is_short() -> None:
     assert len(text_of("README.md").splitlines()) < LINES_OF_README
 

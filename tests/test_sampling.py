@@ -1,6 +1,4 @@
-"""Contract of sampling.py and folds.py: which sample comes when, held for every small world, and which folds train on
-what.
-"""
+"""Contract of data/sampling.py and data/folds.py: sample order, checked for every small world_size, and fold splits."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ PER_RANK_BATCHES = (1, 2, 3, 4, 8)
 
 
 def worlds() -> list[tuple[int, int, int]]:
-    """(samples, world, global batch), all small ones."""
+    """(samples, world_size, global batch), all small ones."""
     return [(n, world, world * batch) for n, world, batch in itertools.product(SIZES, WORLDS, PER_RANK_BATCHES)]
 
 
@@ -41,7 +39,7 @@ def ranks(order: np.ndarray, global_batch: int, world: int) -> list[list[np.ndar
 
 
 def global_batches(order: np.ndarray, global_batch: int, world: int) -> list[list[int]]:
-    """What all ranks together train on, step by step."""
+    """The samples that all ranks together train on in each step."""
     return [np.concatenate(step).tolist() for step in zip(*ranks(order, global_batch, world), strict=True)]
 
 
@@ -157,7 +155,7 @@ def test_evaluation_alone_keeps_the_order() -> None:
     ],
 )
 def test_permutations_never_change(entropy: tuple[int, ...], expected: list[int]) -> None:
-    """Golden: shards and runs of an older quaclrs are only comparable as long as this holds."""
+    """Golden values: existing shards and runs depend on them."""
     assert stable_permutation(10, *entropy).tolist() == expected
 
 
@@ -291,13 +289,14 @@ def test_classes_without_training_rows_are_named() -> None:
         class_weights(np.array([0, 2, 2]), ("ant", "cat", "dog", "emu"))
 
 
-# --- data shared out over the ranks ---
+# --- data divided among the ranks ---
 
 
 @pytest.mark.parametrize("world", range(1, 7))
 def test_parts_are_permuted_side_by_side(world: int) -> None:
-    """Every rank sees each sample of its own part once, shorter parts a few of theirs twice; all batches are as long on
-    every rank.
+    """Every rank sees each sample of its own part once; ranks with shorter parts see a few of theirs twice.
+
+    Batches are equally long on all ranks.
     """
     samples = np.flatnonzero(np.arange(101) % 10 != 4)
     seen = []
@@ -312,7 +311,7 @@ def test_parts_are_permuted_side_by_side(world: int) -> None:
             assert set(own) == set(samples[samples % world == rank])
             assert len(own) == longest
         seen.append(np.concatenate([batch for batches in of_ranks for batch in batches]))
-    assert not np.array_equal(*seen)
+    assert not np.array_equal(seen[0], seen[1])
 
 
 def test_a_rank_without_a_part_is_an_error() -> None:
@@ -331,7 +330,7 @@ def test_parts_are_evaluated_once(world: int) -> None:
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_step_seeds_belong_to_their_step(world: int) -> None:
-    """The same however many steps are asked for; another one for each step, epoch, seed and rank."""
+    """They do not depend on the number of steps, and differ for each step, epoch, seed and rank."""
     many = {
         (epoch, seed, rank): step_seeds(50, seed, epoch, rank)
         for epoch in (1, 2)

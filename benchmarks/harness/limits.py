@@ -49,12 +49,12 @@ _MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 # --- memory ---
 
 
-def writing_limit(
+def make_writing_limit(
     batch_size: int, batches: int, image_size: int, dtype: torch.dtype, device: torch.device
 ) -> Contender:
     """Return the limit that only writes: ``batches`` batches of ``batch_size`` images."""
     buffers = _batch_buffers(batch_size, image_size, dtype, device)
-    way, write = _pick_fastest(_writing_ways(buffers), device)
+    way, write = _pick_fastest(_list_writing_ways(buffers), device)
 
     def run() -> Pass:
         with DeviceClock(device) as clock:
@@ -66,14 +66,14 @@ def writing_limit(
     return Contender(name=name, run=run, is_limit=True, work="memory writes", facts={"way": way})
 
 
-def copying_limit(pixels: np.ndarray, batches: Sequence[np.ndarray], device: torch.device) -> Contender:
+def make_copying_limit(pixels: np.ndarray, batches: Sequence[np.ndarray], device: torch.device) -> Contender:
     """Return the limit that only copies ``pixels`` (N, S, S, 3) uint8 into ``batches`` of sample numbers."""
     kept = pixels[: max(1, _COPIED_BYTES // pixels[0].nbytes)]
     # in memory, as in a resident loader
     source = torch.from_numpy(np.array(kept).reshape(len(kept), -1)).to(device)
     buffers = _batch_buffers(max(map(len, batches)), pixels.shape[1], torch.uint8, device)
     numbers = [torch.from_numpy(batch % len(kept)).to(device) for batch in batches]
-    way, copy = _pick_fastest(_copying_ways(source, buffers, numbers), device)
+    way, copy = _pick_fastest(_list_copying_ways(source, buffers, numbers), device)
 
     def run() -> Pass:
         with DeviceClock(device) as clock:
@@ -84,10 +84,10 @@ def copying_limit(pixels: np.ndarray, batches: Sequence[np.ndarray], device: tor
     return Contender(name="copying ready pixels", run=run, is_limit=True, work="memory copies", facts={"way": way})
 
 
-def memory_bandwidth(device: torch.device) -> dict[str, float]:
+def measure_memory_bandwidth(device: torch.device) -> dict[str, float]:
     """Return GB/s of writing, and of copying, where both the bytes read and the bytes written count."""
     buffers = [torch.ones(_BANDWIDTH_BYTES // 4, device=device) for _ in range(_BUFFERS)]
-    _, write = _pick_fastest(_writing_ways(buffers), device)
+    _, write = _pick_fastest(_list_writing_ways(buffers), device)
 
     def copy(i: int) -> None:
         buffers[i].copy_(buffers[1 - i])
@@ -105,7 +105,7 @@ def _batch_buffers(images: int, image_size: int, dtype: torch.dtype, device: tor
     return [batch.permute(0, 2, 3, 1).reshape(-1).zero_() for batch in batches]
 
 
-def _writing_ways(buffers: Sequence[torch.Tensor]) -> dict[str, Work]:
+def _list_writing_ways(buffers: Sequence[torch.Tensor]) -> dict[str, Work]:
     ways: dict[str, Work] = {"torch.fill_": lambda i: buffers[i].fill_(1)}
     if buffers[0].device.type == "cpu":
         raw = [buffer.view(torch.uint8).numpy() for buffer in buffers]
@@ -122,7 +122,7 @@ def _writing_ways(buffers: Sequence[torch.Tensor]) -> dict[str, Work]:
     return ways
 
 
-def _copying_ways(
+def _list_copying_ways(
     source: torch.Tensor, buffers: Sequence[torch.Tensor], numbers: Sequence[torch.Tensor]
 ) -> dict[str, Work]:
     """Return the ways of copying; each copies batch ``i % len(numbers)``."""
@@ -165,7 +165,7 @@ class _Threads:
 # --- inflating ---
 
 
-def inflate_limit(files: Sequence[Path], num_threads: int) -> Contender:
+def make_inflate_limit(files: Sequence[Path], num_threads: int) -> Contender:
     """Return the limit that only inflates the data of the PNG ``files``, of at most ``_MOST_INFLATED`` of them."""
     streams = [_zlib_stream(path.read_bytes()) for path in files[:: -(-len(files) // _MOST_INFLATED)]]
     threads = ThreadPoolExecutor(num_threads, thread_name_prefix="inflate")
@@ -190,10 +190,10 @@ def _zlib_stream(png: bytes) -> tuple[bytes, int]:
 # --- arithmetic ---
 
 
-def arithmetic_limit(model_name: str, dtype: torch.dtype, device: torch.device) -> Contender:
+def make_arithmetic_limit(model_name: str, dtype: torch.dtype, device: torch.device) -> Contender:
     """Return the limit of ``model_name``, as if every operation ran at the speed of a large matrix product."""
-    per_image = flops_per_image(model_name)
-    product, flops, used = _matrix_product(dtype, device)
+    per_image = count_flops_per_image(model_name)
+    product, flops, used = _make_matrix_product(dtype, device)
 
     def run() -> Pass:
         done, started = 0, time.perf_counter()
@@ -213,7 +213,7 @@ def arithmetic_limit(model_name: str, dtype: torch.dtype, device: torch.device) 
     )
 
 
-def flops_per_image(model_name: str) -> float:
+def count_flops_per_image(model_name: str) -> float:
     """Return the floating-point operations of a forward and a backward pass, as torch counts them: two per
     multiply-add.
     """
@@ -242,26 +242,26 @@ def _convolution_backward_flops(
     return gradients * 2 * grad[0] * math.prod(grad[2:]) * math.prod(weight)
 
 
-def matmul_speed(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+def measure_matmul_speed(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Return GFLOP/s of a large matrix product in ``dtype``, or on a CPU in float32 if that is faster."""
-    product, flops, used = _matrix_product(dtype, device)
+    product, flops, used = _make_matrix_product(dtype, device)
     return {f"matmul_{_dtype_name(used)}_gflop_per_s": _calls_per_s(product, 1, device) * flops / 1e9}
 
 
-def _matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Work, float, torch.dtype]:
+def _make_matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Work, float, torch.dtype]:
     """Return the product as work, its floating-point operations, and the dtype it is computed in."""
     if device.type == "cuda":
-        return *_square_product(_MATMUL_SIZE["cuda"], dtype, device), dtype
+        return *_make_square_product(_MATMUL_SIZE["cuda"], dtype, device), dtype
     # a CPU without units for a 16-bit type is a thousand times slower in it; nobody would use it there
     small = {
-        candidate: _calls_per_s(_square_product(256, candidate, device)[0], 1, device)
+        candidate: _calls_per_s(_make_square_product(256, candidate, device)[0], 1, device)
         for candidate in {dtype, torch.float32}
     }
     fastest = max(small, key=lambda candidate: small[candidate])
-    return *_square_product(_MATMUL_SIZE["cpu"], fastest, device), fastest
+    return *_make_square_product(_MATMUL_SIZE["cpu"], fastest, device), fastest
 
 
-def _square_product(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Work, float]:
+def _make_square_product(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Work, float]:
     left, right, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
     return lambda i: torch.mm(left, right, out=out), 2.0 * n**3
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from peers.registry import DECODING, PEERS, READY, Entry
-from peers.serving import DeviceClock, bytes_on_disk
+from peers.serving import DeviceClock, count_bytes_on_disk
 
 from harness.bench_data import open_png_tree, open_shards, write_image_list, write_pixels
 from harness.contender import Contender, Group, Options, Outcome, Pass
-from harness.limits import copying_limit, inflate_limit, writing_limit
+from harness.limits import make_copying_limit, make_inflate_limit, make_writing_limit
 from harness.measure import refuse_to_run, repeat_run
 from harness.peer_contender import Setting, open_peer
 from harness.processes import list_own_pids, read_peak_bytes, read_resident_bytes, reset_peaks
@@ -149,12 +149,12 @@ def _add_limits(
     limited = [*(peer for key, peer in peers.items() if key != _LOSSY), *ours]
     if kind == DECODING:
         assert sources.tree.paths is not None
-        limits = [inflate_limit(sources.tree.paths, default_num_workers() // opener.world.local_size or 1)]
+        limits = [make_inflate_limit(sources.tree.paths, default_num_workers() // opener.world.local_size or 1)]
     else:
         batches = _rank_batches(len(sources.tree), config, opener.world)
-        limits = [writing_limit(config.max_batch, len(batches), config.image_size, config.dtype, config.device)]
+        limits = [make_writing_limit(config.max_batch, len(batches), config.image_size, config.dtype, config.device)]
         if config.dtype == torch.uint8:  # ready pixels must be read as well, which takes longer than writing them
-            limits.append(copying_limit(np.load(sources.pixels, mmap_mode="r"), batches, config.device))
+            limits.append(make_copying_limit(np.load(sources.pixels, mmap_mode="r"), batches, config.device))
     for contender in limited:
         contender.limit = limits[0] if "indexed" in contender.name else limits[-1]
     for peer in peers.values():
@@ -245,4 +245,4 @@ def _load_all(loader: Loader, batches: Sequence[np.ndarray], device: torch.devic
 def _bytes_per_image(dataset: Dataset) -> float:
     stored = [dataset.shards.root] if dataset.shards is not None else dataset.paths
     assert stored is not None
-    return bytes_on_disk(stored) / len(dataset)
+    return count_bytes_on_disk(stored) / len(dataset)

@@ -33,9 +33,9 @@ def measure_packing(options: Options, work_dir: Path) -> Outcome:
 
 
 def _packing_group(files: Sequence[Path], options: Options, work_dir: Path) -> Group:
-    from harness.limits import inflate_limit
+    from harness.limits import make_inflate_limit
 
-    limit = inflate_limit(files, options.num_workers)
+    limit = make_inflate_limit(files, options.num_workers)
     chunks = [[str(file) for file in files[start::40]] for start in range(40)]
     bare = Contender(
         name=BARE,

@@ -61,18 +61,18 @@ def open_peer(
 
     def start(num_workers: int) -> Peer:
         script, arguments = PEERS_FOLDER / entry.script, setting.arguments(entry, num_workers)
-        return Peer(entry.name, python, script, arguments, variables=_variables_of(entry))
+        return Peer(entry.name, python, script, arguments, variables=_environment_variables(entry))
 
     try:
         python = _find_python(entry, setting.environments)
-        best, rates, peer = tune_workers(start, worker_counts(entry.least_workers, setting.cores), stack)
+        best, rates, peer = tune_workers(start, list_worker_counts(entry.least_workers, setting.cores), stack)
         reset_peaks(list_tree_pids(peer.pid))  # the peak of writing its store and checking its pixels does not count
         tried = ", ".join(f"{count} ({rate:,.0f}/s)" for count, rate in rates.items())
         log(f"{entry.name}: {best} workers, of {tried}")
     except PeerError as error:
         log(f"left out: {error}")
         return Contender(name=entry.name, run=_refuse_to_run, left_out=error.reason)
-    facts: dict[str, Any] = {"num_workers": best, "images_per_s_by_workers": rates} | _variables_of(entry)
+    facts: dict[str, Any] = {"num_workers": best, "images_per_s_by_workers": rates} | _environment_variables(entry)
     facts |= peer.check | peer.versions | peer.stored
 
     def list_pids() -> list[int]:
@@ -87,7 +87,7 @@ def open_peer(
     )
 
 
-def worker_counts(least: int, cores: int) -> list[int]:
+def list_worker_counts(least: int, cores: int) -> list[int]:
     """Return the numbers of workers to try: ``least`` to ``cores``, on larger machines only powers of two in the
     middle."""
     powers = [1 << power for power in range(_TRY_EACH_UP_TO.bit_length(), cores.bit_length())]
@@ -144,7 +144,7 @@ def _find_python(entry: Entry, environments: Path | None) -> Path:
     return make_environment(entry.environment, requirements, environments.resolve(), over_ours=entry.over_ours)
 
 
-def _variables_of(entry: Entry) -> dict[str, str]:
+def _environment_variables(entry: Entry) -> dict[str, str]:
     """Return the environment variables to start with; a variable that is set already wins."""
     return {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")} if entry.waits_passively else {}
 

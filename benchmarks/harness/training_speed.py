@@ -17,12 +17,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from peers.serving import DeviceClock, bytes_on_disk
+from peers.serving import DeviceClock, count_bytes_on_disk
 
 from harness.bench_data import open_shards
 from harness.bottleneck import find_training_bottleneck
 from harness.contender import Contender, Group, Options, Outcome, Pass
-from harness.limits import arithmetic_limit, flops_per_image
+from harness.limits import count_flops_per_image, make_arithmetic_limit
 from harness.measure import race, refuse_to_run
 from harness.processes import list_own_pids, read_peak_bytes, reset_peaks
 from harness.tables import group_table
@@ -118,7 +118,7 @@ def _steps_on_cpu(model_name: str, batch_size: int) -> int:
 
     A step of VGG16 takes ten times as long as one of ResNet18.
     """
-    return min(max(round(_FLOP_OF_A_REPEAT / (batch_size * flops_per_image(model_name))), 1), _MOST_STEPS_ON_CPU)
+    return min(max(round(_FLOP_OF_A_REPEAT / (batch_size * count_flops_per_image(model_name))), 1), _MOST_STEPS_ON_CPU)
 
 
 def measure_case(
@@ -145,7 +145,7 @@ def measure_case(
     try:
         batch = next(iter(loader.load([np.arange(case.batch_size) % len(dataset)])))
         opened_s = time.perf_counter() - opened
-        limit = arithmetic_limit(case.model_name, training.dtype, device)
+        limit = make_arithmetic_limit(case.model_name, training.dtype, device)
         ceiling = Contender(name=CEILING, run=_repeat_step(batch, training, case), work="model", limit=limit)
         contenders = [ceiling]
         if train:
@@ -168,7 +168,7 @@ def measure_case(
 def _add_training_facts(trained: Contender, ceiling: Contender, dataset: Dataset, opened_s: float) -> None:
     trained.facts |= {
         "open_to_first_batch_s": opened_s,
-        "bytes_per_image": bytes_on_disk([dataset.shards.root] if dataset.shards else []) / len(dataset),
+        "bytes_per_image": count_bytes_on_disk([dataset.shards.root] if dataset.shards else []) / len(dataset),
         "bound_by": find_training_bottleneck(
             data_wait=trained.facts["data_wait"],
             share_of_ceiling=trained.median / ceiling.median,

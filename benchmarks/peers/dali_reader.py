@@ -28,8 +28,8 @@ from peers.serving import (
     make_parser,
     on_gpu,
     parse,
+    read_sample_numbers,
     serve_epochs,
-    shard_numbers,
 )
 
 TOLERANCE = Tolerance(most=16, mean=0.5)
@@ -51,7 +51,7 @@ def main() -> None:
             images = images[: samples - start]  # DALI fills the last batch with repeated samples
             yield images.permute(0, 3, 1, 2), (sources, len(images))
 
-    number = shard_numbers(tars)
+    number = read_sample_numbers(tars)
 
     def numbers_of(sources: tuple[Any, int]) -> list[int]:
         files, count = sources  # per sample: its tar, its offset there and its file name

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from peers.images import collate, pillow_transform
-from peers.serving import Delivery, loader_options, make_parser, parse, read_images, serve_epochs
+from peers.images import collate, make_pillow_transform
+from peers.serving import Delivery, make_loader_options, make_parser, parse, read_image_files, serve_epochs
 
 
 def main() -> None:
@@ -45,15 +45,15 @@ def main() -> None:
         _write(store, options, png)
     dataset = datasets.load_from_disk(str(store))
     if png:
-        dataset.set_transform(_Transform(pillow_transform(size, options.dtype)))
+        dataset.set_transform(_Transform(make_pillow_transform(size, options.dtype)))
     else:
         dataset = dataset.with_format("numpy", columns=["image"], output_all_columns=True, dtype=np.uint8)
     torch.manual_seed(options.seed)
     if png:
-        loader = DataLoader(dataset, shuffle=True, collate_fn=_collate, **loader_options(options))
+        loader = DataLoader(dataset, shuffle=True, collate_fn=_collate, **make_loader_options(options))
     else:
         batches = BatchSampler(RandomSampler(dataset), options.batch_size, drop_last=False)
-        loader = DataLoader(dataset, sampler=batches, **(loader_options(options) | {"batch_size": None}))
+        loader = DataLoader(dataset, sampler=batches, **(make_loader_options(options) | {"batch_size": None}))
     delivery = Delivery(options, size)
 
     def epoch() -> Iterator[tuple[torch.Tensor, Any]]:
@@ -96,7 +96,7 @@ def _write(store: Path, options: argparse.Namespace, png: bool) -> None:
 
 def _samples(images: str | None = None, pixels: str | None = None) -> Iterator[dict[str, Any]]:
     if images is not None:
-        for number, file in enumerate(read_images(Path(images))):
+        for number, file in enumerate(read_image_files(Path(images))):
             yield {"image": {"bytes": Path(file).read_bytes(), "path": None}, "number": number}
     elif pixels is not None:
         for number, image in enumerate(np.load(pixels, mmap_mode="r")):

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from peers.serving import IMAGENET_MEAN, IMAGENET_STD
 
 
-def pillow_transform(size: int, dtype: str) -> Any:
+def make_pillow_transform(size: int, dtype: str) -> Any:
     """Return the original trainer's transforms: an RGB Pillow image to (3, S, S), bit for bit the .npy's pixels."""
     resize = transforms.Resize((size, size))
     if dtype == "uint8":
@@ -19,7 +19,7 @@ def pillow_transform(size: int, dtype: str) -> Any:
     return transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
 
-def tensor_transform(size: int, dtype: str) -> Any:
+def make_tensor_transform(size: int, dtype: str) -> Any:
     """Return the same with torchvision's v2 transforms: (3, H, W) uint8 to (3, S, S).
 
     The resize is torch's own on uint8; channels-last memory makes it take its fast path. It differs from Pillow's in

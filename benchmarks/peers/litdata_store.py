@@ -26,16 +26,16 @@ import litdata  # type: ignore[import-not-found, unused-ignore]
 import numpy as np
 import torch
 
-from peers.images import collate, tensor_transform
+from peers.images import collate, make_tensor_transform
 from peers.serving import (
     EXACT,
     Delivery,
     Tolerance,
     count_cores,
-    loader_options,
+    make_loader_options,
     make_parser,
     parse,
-    read_images,
+    read_image_files,
     serve_epochs,
 )
 
@@ -52,16 +52,16 @@ def main() -> None:
     png = options.stored == "png"
     store = options.work_dir / (f"litdata_png_{len(pixels)}" if png else f"litdata_raw_{len(pixels)}x{size}")
     if not store.is_dir():
-        files = read_images(options.images) if png else None
+        files = read_image_files(options.images) if png else None
         _write(store, len(pixels), partial(_from_file, files) if files else partial(_from_pixels, options.pixels))
     dataset = litdata.StreamingDataset(
         str(store),
         shuffle=True,
         drop_last=False,
         seed=42 + options.seed,
-        transform=partial(_transformed, tensor_transform(size, options.dtype)) if png else None,
+        transform=partial(_transformed, make_tensor_transform(size, options.dtype)) if png else None,
     )
-    loader = litdata.StreamingDataLoader(dataset, collate_fn=collate if png else None, **loader_options(options))
+    loader = litdata.StreamingDataLoader(dataset, collate_fn=collate if png else None, **make_loader_options(options))
     delivery = Delivery(options, size)
 
     def epoch() -> Iterator[tuple[torch.Tensor, Any]]:

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from peers.images import collate, pillow_transform
-from peers.serving import Delivery, loader_options, make_parser, parse, read_images, serve_epochs
+from peers.images import collate, make_pillow_transform
+from peers.serving import Delivery, make_loader_options, make_parser, parse, read_image_files, serve_epochs
 
 
 class Images(Dataset[tuple[torch.Tensor, int]]):
@@ -40,9 +40,9 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
 def main() -> None:
     options = parse(make_parser(__doc__))
     size = np.load(options.pixels, mmap_mode="r").shape[1]
-    dataset = Images(read_images(options.images), pillow_transform(size, options.dtype))
+    dataset = Images(read_image_files(options.images), make_pillow_transform(size, options.dtype))
     torch.manual_seed(options.seed)
-    loader = DataLoader(dataset, shuffle=True, collate_fn=collate, **loader_options(options))
+    loader = DataLoader(dataset, shuffle=True, collate_fn=collate, **make_loader_options(options))
     delivery = Delivery(options, size)
 
     def epoch() -> Iterator[tuple[torch.Tensor, list[int]]]:

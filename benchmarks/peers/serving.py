@@ -83,13 +83,13 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
-def read_images(path: Path) -> list[str]:
+def read_image_files(path: Path) -> list[str]:
     """Return the PNG file of each sample, in order of sample number."""
     with path.open(newline="", encoding="utf-8") as file:
         return [row["file"] for row in csv.DictReader(file)]
 
 
-def shard_numbers(tars: list[str]) -> dict[str, int]:
+def read_sample_numbers(tars: list[str]) -> dict[str, int]:
     """Return sample numbers by key, from the shards' index files: samples are numbered in the order of the shards."""
     lines = [line for tar in tars for line in Path(tar).with_suffix(".idx").read_text().splitlines()[1:]]
     return {line.split()[3].partition(".")[0]: number for number, line in enumerate(lines)}
@@ -100,7 +100,7 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def loader_options(options: argparse.Namespace) -> dict[str, Any]:
+def make_loader_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options of torch's DataLoader for every peer: persistent workers, and pinned memory for a GPU."""
     return {
         "batch_size": options.batch_size,
@@ -144,7 +144,7 @@ class DeviceClock:
         return float(start.elapsed_time(stop)) / 1e3
 
 
-def bytes_on_disk(paths: Iterable[Path]) -> int:
+def count_bytes_on_disk(paths: Iterable[Path]) -> int:
     """Return the size of ``paths``: of files, each counted once, and of all files in folders."""
     files = {file for path in set(paths) for file in (path.rglob("*") if path.is_dir() else (path,)) if file.is_file()}
     return sum(file.stat().st_size for file in files)
@@ -291,7 +291,7 @@ def serve_epochs(
                 images[:, 0, 0, 0].sum()  # reads one value of each image, so that a lazy loader gains nothing
         return {"images": count, "first_batch_s": first and first - started, "device_s": clock.seconds()}
 
-    serve(run, options, packages, check, {"bytes_per_image": bytes_on_disk(stored) / len(pixels)})
+    serve(run, options, packages, check, {"bytes_per_image": count_bytes_on_disk(stored) / len(pixels)})
 
 
 def serve(

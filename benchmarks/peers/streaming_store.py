@@ -27,8 +27,8 @@ from PIL import Image
 from streaming import MDSWriter, StreamingDataset  # type: ignore[import-not-found, unused-ignore]
 from torch.utils.data import DataLoader
 
-from peers.images import collate, pillow_transform
-from peers.serving import Delivery, loader_options, make_parser, parse, read_images, serve_epochs
+from peers.images import collate, make_pillow_transform
+from peers.serving import Delivery, make_loader_options, make_parser, parse, read_image_files, serve_epochs
 
 
 class Decoded(StreamingDataset):  # type: ignore[misc, unused-ignore]
@@ -55,7 +55,7 @@ def main() -> None:
     store = options.work_dir / (f"streaming_png_{len(pixels)}" if png else f"streaming_raw_{len(pixels)}x{size}")
     if not store.is_dir():
         if png:
-            _write(store, "bytes", (Path(file).read_bytes() for file in read_images(options.images)))
+            _write(store, "bytes", (Path(file).read_bytes() for file in read_image_files(options.images)))
         else:
             _write(store, f"ndarray:uint8:{size},{size},3", map(np.array, pixels))
     reading = {
@@ -64,8 +64,8 @@ def main() -> None:
         "shuffle_seed": 9176 + options.seed,
         "batch_size": options.batch_size,
     }
-    dataset = Decoded(pillow_transform(size, options.dtype), **reading) if png else StreamingDataset(**reading)
-    loader = DataLoader(dataset, collate_fn=collate if png else None, **loader_options(options))
+    dataset = Decoded(make_pillow_transform(size, options.dtype), **reading) if png else StreamingDataset(**reading)
+    loader = DataLoader(dataset, collate_fn=collate if png else None, **make_loader_options(options))
     delivery = Delivery(options, size)
 
     def epoch() -> Iterator[tuple[torch.Tensor, Any]]:

@@ -20,8 +20,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
 
-from peers.images import collate, tensor_transform
-from peers.serving import Delivery, Tolerance, loader_options, make_parser, parse, read_images, serve_epochs
+from peers.images import collate, make_tensor_transform
+from peers.serving import Delivery, Tolerance, make_loader_options, make_parser, parse, read_image_files, serve_epochs
 
 TOLERANCE = Tolerance(most=1, mean=0.05)
 
@@ -45,9 +45,9 @@ def main() -> None:
     # decode_image is deprecated since torchvision 0.29, but it is the decoder to be measured
     warnings.filterwarnings("ignore", message=".*TorchCodec")
     size = np.load(options.pixels, mmap_mode="r").shape[1]
-    dataset = Images(read_images(options.images), tensor_transform(size, options.dtype))
+    dataset = Images(read_image_files(options.images), make_tensor_transform(size, options.dtype))
     torch.manual_seed(options.seed)
-    loader = DataLoader(dataset, shuffle=True, collate_fn=collate, **loader_options(options))
+    loader = DataLoader(dataset, shuffle=True, collate_fn=collate, **make_loader_options(options))
     delivery = Delivery(options, size)
 
     def epoch() -> Iterator[tuple[torch.Tensor, list[int]]]:

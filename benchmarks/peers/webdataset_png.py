@@ -19,8 +19,8 @@ import numpy as np
 import torch
 import webdataset as wds
 
-from peers.images import collate, pillow_transform
-from peers.serving import Delivery, loader_options, make_parser, parse, serve_epochs, shard_numbers
+from peers.images import collate, make_pillow_transform
+from peers.serving import Delivery, make_loader_options, make_parser, parse, read_sample_numbers, serve_epochs
 
 SHUFFLE = 1000
 """Samples in the shuffle buffer, as in the manual's examples; they are still encoded there."""
@@ -35,17 +35,17 @@ def main() -> None:
         .shuffle(SHUFFLE)
         .decode("pil")
         .to_tuple("png", "__key__")
-        .map_tuple(pillow_transform(size, options.dtype), str)
+        .map_tuple(make_pillow_transform(size, options.dtype), str)
         .batched(options.batch_size, collation_fn=collate)
     )
-    loader = wds.WebLoader(dataset, **(loader_options(options) | {"batch_size": None}))
+    loader = wds.WebLoader(dataset, **(make_loader_options(options) | {"batch_size": None}))
     delivery = Delivery(options, size)
 
     def epoch() -> Iterator[tuple[torch.Tensor, list[str]]]:
         for images, keys in loader:
             yield delivery.images(images), keys
 
-    number = shard_numbers(tars)
+    number = read_sample_numbers(tars)
 
     def numbers_of(keys: Any) -> list[int]:
         return [number[key] for key in keys]

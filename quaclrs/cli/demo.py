@@ -1,4 +1,4 @@
-"""``quaclrs-train --demo``: the whole road on data made here, in a few minutes on two cores."""
+"""``quaclrs-train --demo``: synthesize, pack, train and report, in a few minutes on two cores."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ DEMO_DEFAULTS: dict[str, Any] = {
     "output_dir": Path("results") / "demo",
     "gradcam_per_class": 1,
 }
-"""What ``--demo`` changes among the defaults of the command line."""
+"""Defaults of the command line under ``--demo``, where they differ."""
 
 PARALLEL_DEMO_DEFAULTS: dict[str, Any] = DEMO_DEFAULTS | {"fold": None, "epochs": 2, "image_size": 64}
-"""The same for ``--demo --parallel folds``: all ten folds, each in less time."""
+"""The same under ``--demo --parallel folds``: all ten folds, each shorter."""
 
 
 def cache_root() -> Path:
-    """Where the demo's data live: ``$XDG_CACHE_HOME/quaclrs``, by default ``~/.cache/quaclrs``."""
+    """``$XDG_CACHE_HOME/quaclrs``, by default ``~/.cache/quaclrs``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quaclrs"
 
 
 def prepare_demo(config: TrainConfig) -> TrainConfig:
-    """Make the demo's dataset unless it is there already; returns ``config`` pointed at it.
+    """Make the demo's dataset unless it exists; returns ``config`` with its CSV and folder.
 
-    Raises :class:`UsageError` when ``config`` names other data: the demo brings its own.
+    Raises :class:`UsageError` when ``config`` names other data.
     """
     for flag in ("csv_file", "spectrograms_dir", "shards"):
         if getattr(config, flag) is not None:

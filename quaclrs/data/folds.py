@@ -1,4 +1,7 @@
-"""The cross-validation protocol as arithmetic: which folds train, validate and test, and how classes are weighted."""
+"""The cross-validation protocol: which folds train, validate and test, and the class weights.
+
+For test fold k of n, fold k − 1 validates (fold n for k = 1), and all others train.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quaclrs.errors import TrainingError, UsageError
 
@@ -14,7 +18,7 @@ DEFAULT_NUM_FOLDS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The folds of one training: ``train`` are all but ``validation`` and ``test``."""
+    """The folds of one training. ``train`` has all folds other than ``validation`` and ``test``."""
 
     train: tuple[int, ...]
     validation: int
@@ -24,15 +28,15 @@ class Split:
 class SampleSplit(NamedTuple):
     """Sample numbers (int64, ascending) of one training: those of its training, validation and test folds."""
 
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    test: NDArray[np.int64]
 
 
 def split_for(test_fold: int, num_folds: int = DEFAULT_NUM_FOLDS) -> Split:
-    """The original's split: validation is the fold before the test fold, going round from 1 to ``num_folds``.
+    """The split of the original trainer: the fold before ``test_fold`` validates, where ``num_folds`` precedes 1.
 
-    Raises :class:`UsageError` for a fold outside 1..num_folds, or fewer than 3 folds.
+    Raises :class:`UsageError` for a fold outside 1..num_folds, and for fewer than 3 folds.
     """
     if num_folds < 3:
         raise UsageError(f"--num_folds {num_folds}: training, validation and test need at least 3 folds")
@@ -43,10 +47,10 @@ def split_for(test_fold: int, num_folds: int = DEFAULT_NUM_FOLDS) -> Split:
     return Split(train=train, validation=validation, test=test_fold)
 
 
-def select(fold: np.ndarray, split: Split) -> SampleSplit:
-    """Sample numbers (int64, ascending) for training, validation and test, given each sample's ``fold`` (N,).
+def select(fold: NDArray[np.int64], split: Split) -> SampleSplit:
+    """The sample numbers of training, validation and test, given each sample's ``fold`` (N,).
 
-    Raises :class:`TrainingError` naming the fold when one of the three has no samples.
+    Raises :class:`TrainingError` naming the fold if one of the three is empty.
     """
     parts = tuple(np.flatnonzero(np.isin(fold, chosen)) for chosen in (split.train, split.validation, split.test))
     present = ", ".join(str(k) for k in np.unique(fold))
@@ -61,14 +65,15 @@ def select(fold: np.ndarray, split: Split) -> SampleSplit:
     return SampleSplit(*parts)
 
 
-def class_weights(labels: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
-    """(classes,) float32: N / (classes · count), from the training ``labels`` (N,) int64.
+def class_weights(labels: NDArray[np.int64], classes: tuple[str, ...]) -> NDArray[np.float32]:
+    """(classes,) float32: ``N / (classes · count)``, from the training ``labels`` (N,) int64.
 
-    The same as scikit-learn's ``compute_class_weight("balanced")``. Raises :class:`TrainingError` naming a class
+    Equal to scikit-learn's ``compute_class_weight("balanced")``. Raises :class:`TrainingError` naming the classes
     without rows.
     """
     counts = np.bincount(labels, minlength=len(classes))
     if (counts == 0).any():
         absent = ", ".join(classes[i] for i in np.flatnonzero(counts == 0))
         raise TrainingError(f"no training rows for class {absent}; add some, or take the class out of the CSV")
-    return (len(labels) / (len(classes) * counts)).astype(np.float32)
+    weights: NDArray[np.float32] = (len(labels) / (len(classes) * counts)).astype(np.float32)
+    return weights

@@ -1,7 +1,7 @@
-"""The CSV: which images there are, their class and fold, and what is odd about them.
+"""Reads and checks the CSV: the images of a dataset, their classes and folds, and properties worth a warning.
 
-Every row is one sample. Rows are not files: several slices of one recording may name the same image, and each still
-counts. Labels come from the class column alone, never from a file name (the names carry an older numbering).
+Every row is one sample. Rows are not files: several slices of one recording may name the same image, and each row still
+counts. Labels come from the class column alone, never from a file name, because file names contain an older numbering.
 """
 
 from __future__ import annotations
@@ -15,33 +15,34 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from quaclrs.config import Columns
 from quaclrs.errors import DataError
 
 ORIGINAL_AUGMENTATION = "original"
-"""Value of the ``augmentation`` column for an image that no augmentation has touched."""
+"""Value of the ``augmentation`` column for an image that is not augmented."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What a user must know about a dataset before trusting a score on it."""
+    """What a user must know about a dataset before trusting an accuracy on it."""
 
-    counts: np.ndarray
-    """(classes, folds) int64: rows of each class in each fold, folds as in :attr:`Metadata.fold_numbers`."""
+    counts: NDArray[np.int64]
+    """(classes, folds): number of rows of each class in each fold; folds as in :attr:`Metadata.fold_numbers`."""
     rows_sharing_a_file: int
-    """Rows whose image another row names too."""
+    """Number of rows whose image is also named by another row."""
     conflicting_files: tuple[str, ...]
-    """Images that rows of different classes name."""
+    """Images named by rows of different classes."""
     recordings_across_folds: tuple[str, ...]
-    """fsIDs whose rows lie in more than one fold: leakage between training and test."""
+    """fsIDs with rows in more than one fold: leakage between training and test."""
     class_id_conflicts: int
-    """Rows whose ``classID`` is not the position of their class among the sorted class names."""
+    """Number of rows whose ``classID`` is not the position of their class among the sorted class names."""
 
 
 @dataclass(frozen=True, eq=False)
 class Metadata:
-    """One checked CSV. Row ``i`` is the i-th line below the header, counted from 0; messages count from 1."""
+    """A checked CSV. Row ``i`` is the i-th row below the header, from 0; messages count from 1."""
 
     csv_file: Path
     fingerprint: str
@@ -50,13 +51,13 @@ class Metadata:
     table: pd.DataFrame
     """Every column of the CSV, as text."""
     raw: bytes
-    """The CSV file as it is, so that shards can carry it along."""
+    """The bytes of the CSV file, for a copy in the shards."""
     classes: tuple[str, ...]
-    """Class names, sorted; a label is a position in here."""
-    label: np.ndarray
-    """(rows,) int64"""
-    fold: np.ndarray
-    """(rows,) int64, from 1"""
+    """Sorted class names; a label is a position in this tuple."""
+    label: NDArray[np.int64]
+    """(rows,)"""
+    fold: NDArray[np.int64]
+    """(rows,), from 1"""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -68,38 +69,36 @@ class Metadata:
 
     @cached_property
     def fold_numbers(self) -> tuple[int, ...]:
-        """The folds that have rows, ascending."""
+        """The folds with rows, ascending."""
         return tuple(int(k) for k in np.unique(self.fold))
 
     @cached_property
-    def is_original(self) -> np.ndarray | None:
-        """(rows,) bool: rows that are not augmented; None without an ``augmentation`` column."""
+    def is_original(self) -> NDArray[np.bool_] | None:
+        """(rows,) bool: whether each row is not augmented; None without an ``augmentation`` column."""
         if "augmentation" not in self.table:
             return None
         return (self.table["augmentation"] == ORIGINAL_AUGMENTATION).to_numpy(dtype=bool)
 
     def row_json(self, row: int) -> dict[str, str]:
-        """Row ``row`` as the CSV has it: column name to text."""
+        """Row ``row`` of the CSV: column name to text."""
         return {str(name): str(value) for name, value in zip(self.table.columns, self._values[row], strict=True)}
 
     @cached_property
-    def _values(self) -> np.ndarray:
+    def _values(self) -> NDArray[np.object_]:
         return self.table.to_numpy(dtype=object)
 
     def relative_path(self, row: int) -> str:
-        """Where row ``row``'s image lies in the original's tree: ``fold{k}/{file}``."""
+        """The image of row ``row`` in the tree of the original trainer: ``fold{k}/{file}``."""
         return f"fold{self.fold[row]}/{self.file[row]}"
 
     def path(self, row: int, spectrograms_dir: Path) -> Path:
-        """The image of row ``row``: ``fold{k}/{file}`` below ``spectrograms_dir``, or ``{file}`` where only that
-        exists.
-        """
+        """The image of row ``row`` in ``spectrograms_dir``: ``fold{k}/{file}``, or ``{file}`` if only that exists."""
         in_fold, flat = spectrograms_dir / self.relative_path(row), spectrograms_dir / self.file[row]
-        # os.path.isfile, for Path.is_file raises OSError for a name that is too long
+        # os.path.isfile, because Path.is_file raises OSError for a name that is too long
         return flat if not os.path.isfile(in_fold) and os.path.isfile(flat) else in_fold  # noqa: PTH113
 
     def audit(self) -> Audit:
-        """Count what deserves a warning. Nothing here is an error: the original trainer accepts all of it."""
+        """Count what deserves a warning. None of it is an error: the original trainer accepts it all."""
         counts = np.zeros((len(self.classes), len(self.fold_numbers)), dtype=np.int64)
         np.add.at(counts, (self.label, np.searchsorted(self.fold_numbers, self.fold)), 1)
         by_file = pd.DataFrame({"fold": self.fold, "file": self.file, "label": self.label}).groupby(["fold", "file"])
@@ -126,11 +125,10 @@ class Metadata:
 
 
 def read_metadata(csv_file: Path, columns: Columns | None = None) -> Metadata:
-    """Read and check ``csv_file``; a byte-order mark, CRLF line ends and extra columns are fine.
+    """Read and check ``csv_file``. A byte-order mark, CRLF line ends and extra columns are accepted.
 
-    Raises :class:`DataError` naming the file, the row and the value when the file cannot be read, is empty, lacks a
-    column, or holds a fold that is not a positive integer, a missing value, or an image path that leaves the dataset's
-    folder.
+    Raises :class:`DataError` naming the file, the row and the value, if the file cannot be read, is empty or lacks a
+    column, a value is missing, a fold is not a positive integer, or an image path leaves the dataset's folder.
     """
     try:
         raw = Path(csv_file).read_bytes()
@@ -140,7 +138,7 @@ def read_metadata(csv_file: Path, columns: Columns | None = None) -> Metadata:
 
 
 def parse_metadata(raw: bytes, csv_file: Path, columns: Columns) -> Metadata:
-    """:func:`read_metadata` for bytes already read; ``csv_file`` only names them in messages."""
+    """As :func:`read_metadata`, from bytes. ``csv_file`` is used in messages only."""
     table = _parse_table(raw, csv_file)
     for column in columns:
         if column not in table.columns:
@@ -169,7 +167,7 @@ def parse_metadata(raw: bytes, csv_file: Path, columns: Columns) -> Metadata:
 
 def _parse_table(raw: bytes, csv_file: Path) -> pd.DataFrame:
     try:
-        # text throughout: labels such as "NA" or "007" must not turn into numbers or gaps
+        # read everything as text: labels such as "NA" or "007" must not become gaps or numbers
         table = pd.read_csv(io.StringIO(raw.decode("utf-8-sig"), newline=""), dtype=str, keep_default_na=False)
     except pd.errors.EmptyDataError:
         raise DataError(f"{csv_file}: the CSV is empty; it needs a header and one row per image") from None
@@ -178,9 +176,8 @@ def _parse_table(raw: bytes, csv_file: Path) -> pd.DataFrame:
     except pd.errors.ParserError as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{csv_file}: not a CSV with one header ({reason}); mend that line") from None
-    if not isinstance(
-        table.index, pd.RangeIndex
-    ):  # pandas took the surplus for row names: every value is in the wrong column
+    # pandas takes surplus values for row names, which moves every value into a wrong column
+    if not isinstance(table.index, pd.RangeIndex):
         raise DataError(
             f"{csv_file}: row 1 has more values than the header has columns (a comma at its end?); mend the rows or "
             "the header"
@@ -189,9 +186,8 @@ def _parse_table(raw: bytes, csv_file: Path) -> pd.DataFrame:
 
 
 def _refuse_missing_values(values: pd.Series, column: str, csv_file: Path) -> None:
-    text = (
-        values.fillna("").str.strip().str.lower()
-    )  # a row with too few fields is a gap even with keep_default_na=False
+    # a row with too few fields has NaN even with keep_default_na=False
+    text = values.fillna("").str.strip().str.lower()
     missing = np.flatnonzero(text.isin(["", "nan"]).to_numpy())
     if missing.size:
         raise DataError(
@@ -200,7 +196,7 @@ def _refuse_missing_values(values: pd.Series, column: str, csv_file: Path) -> No
         )
 
 
-def _parse_folds(values: pd.Series, column: str, csv_file: Path) -> np.ndarray:
+def _parse_folds(values: pd.Series, column: str, csv_file: Path) -> NDArray[np.int64]:
     is_positive = values.str.strip().str.fullmatch(r"0*[1-9][0-9]{0,3}").to_numpy(dtype=bool)
     if not is_positive.all():
         row = int(np.flatnonzero(~is_positive)[0])

@@ -166,7 +166,7 @@ class RenderTables:
 
     @property
     def device(self) -> torch.device:
-        """Where the tables lie."""
+        """The device of the tables."""
         return self.palettes.device
 
     def to(self, device: torch.device | str) -> RenderTables:

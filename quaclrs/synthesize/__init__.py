@@ -1,7 +1,8 @@
-"""A made-up dataset with the geometry and the traps of the real one, for tests, demos and benchmarks.
+"""A synthetic dataset with the geometry and the pitfalls of the real one, for tests, demos and benchmarks.
 
-``plan`` says which rows and files there are, ``sounds`` makes a sample's decibels, ``image`` draws them as
-matplotlib would, ``write`` puts everything on disk. Nothing here imports torch, pandas or pyplot: workers start fast.
+``plan`` lists the rows and files, ``sounds`` computes a sample's spectrogram in decibels, ``image`` draws it as
+matplotlib would, ``write`` puts everything on disk. Nothing here imports torch, pandas or pyplot, so worker processes
+start fast.
 """
 
 from quaclrs.synthesize.image import draw, palette, png_bytes

@@ -1,6 +1,8 @@
-"""A grid of decibels → the image matplotlib would save, without matplotlib's drawing: index, then repeat.
+"""A grid of decibels → the image that matplotlib would save, without matplotlib's renderer.
 
-Equal, pixel by pixel, to ``pcolormesh(grid, cmap="magma")`` on axes that fill a 10×4 inch figure at 100 dpi.
+The result equals, pixel by pixel, ``pcolormesh(grid, cmap="magma")`` on axes that fill a 10×4 inch figure at 100 dpi.
+Each value is scaled to an index into magma's 256 colours, and each cell is repeated over its pixels: cell i of n starts
+at pixel ``floor(i · pixels / n + 0.5)``. matplotlib supplies only the colour table.
 """
 
 from __future__ import annotations
@@ -18,21 +20,21 @@ HEIGHT = 400
 _COLOURS = 256
 
 _COMPRESS_LEVEL = 3
-"""Of zlib. Level 6, matplotlib's, takes nearly twice the time for files 6 % smaller."""
+"""zlib's level. Level 6, which matplotlib uses, takes nearly twice the time for files that are 6 % smaller."""
 
 
 @cache
 def palette() -> NDArray[np.uint8]:
-    """(256, 4) uint8: magma, rounded as Agg rounds colours. (``Colormap(..., bytes=True)`` truncates instead.)"""
+    """(256, 4) uint8 RGBA: magma, rounded as Agg rounds colours. (``Colormap(..., bytes=True)`` truncates instead.)"""
     colours = matplotlib.colormaps["magma"](np.arange(_COLOURS))  # (256, 4) float64 in [0, 1]
     return np.floor(colours * 255 + 0.5).astype(np.uint8)
 
 
 def colour_indices(grid: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Indices into :func:`palette`, in ``grid``'s shape and orientation.
+    """Indices into :func:`palette`, uint8, in the shape and orientation of ``grid``.
 
-    The operations and their order are those of matplotlib's ``Normalize`` and ``Colormap``: another order rounds
-    differently and moves single cells by one colour.
+    ``min(floor((grid − low) / (high − low) · 256), 255)``, with the operations in the order of matplotlib's
+    ``Normalize`` and ``Colormap``. Another order rounds differently and changes single cells by one colour.
     """
     low, high = grid.min(), grid.max()
     if low == high:
@@ -40,30 +42,31 @@ def colour_indices(grid: NDArray[np.float64]) -> NDArray[np.uint8]:
     scaled = grid - low
     scaled /= high - low
     scaled *= _COLOURS
-    return np.minimum(scaled, _COLOURS - 1).astype(np.uint8)  # truncates, as matplotlib does; 256 itself becomes 255
+    indices: NDArray[np.uint8] = np.minimum(scaled, _COLOURS - 1).astype(np.uint8)  # the cast truncates
+    return indices
 
 
 @cache
 def _cell_of_pixel(cells: int, pixels: int) -> NDArray[np.intp]:
-    """(pixels,) which cell covers each pixel: cell i starts at pixel floor(i * pixels / cells + 0.5)."""
-    starts = (2 * np.arange(cells + 1) * pixels + cells) // (2 * cells)  # in integers, so exact
+    """(pixels,) the cell of each pixel: cell i starts at pixel ``floor(i · pixels / cells + 0.5)``."""
+    starts = (2 * np.arange(cells + 1) * pixels + cells) // (2 * cells)  # exact: integers only
     return np.repeat(np.arange(cells), np.diff(starts))
 
 
 def draw(grid: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """(rows, cols) float64, row 0 the lowest frequency → (400, 1000, 4) uint8 RGBA, row 0 at the bottom.
+    """(rows, cols) float64 with row 0 the lowest frequency → (400, 1000, 4) uint8 RGBA with row 0 at the bottom.
 
-    The rows are turned over before they are enlarged: the pixel edges count from the top.
+    The rows are flipped before they are enlarged, because pixel edges count from the top.
     """
     rows, cols = grid.shape
-    colours = palette().view(np.uint32)[:, 0]  # one number per RGBA pixel: a quarter of the copies
+    colours = palette().view(np.uint32)[:, 0]  # one integer per RGBA pixel: a quarter of the copies
     cells = colours[colour_indices(grid)[::-1]]  # (rows, cols) uint32
     wide = cells.take(_cell_of_pixel(cols, WIDTH), axis=1)
     return wide.take(_cell_of_pixel(rows, HEIGHT), axis=0).view(np.uint8).reshape(HEIGHT, WIDTH, 4)
 
 
 def png_bytes(grid: NDArray[np.float64]) -> bytes:
-    """The drawn image as an 8-bit RGBA PNG. The same grid gives the same bytes."""
+    """``grid`` drawn, as an 8-bit RGBA PNG. The same grid gives the same bytes."""
     buffer = io.BytesIO()
     Image.fromarray(draw(grid)).save(buffer, "png", compress_level=_COMPRESS_LEVEL)
     return buffer.getvalue()

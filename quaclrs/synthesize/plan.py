@@ -1,4 +1,9 @@
-"""Which rows, files and recordings a synthetic dataset has: pure arithmetic, no randomness, no pixels."""
+"""The rows, files and recordings of a synthetic dataset: arithmetic only, without randomness and pixels.
+
+The plan reproduces three properties of the real metadata. Rows can share a file, because file names lack the slice of
+the recording. The id in a file name is not the label. Some recordings of four classes occur in two folds under
+different ids (a leak).
+"""
 
 from __future__ import annotations
 
@@ -20,14 +25,17 @@ CLASSES = (
     "street_music",
     "traffic",
 )
-"""Sorted by name; the position is the ``classID`` of the CSV."""
+"""The classes, sorted by name; the position is the ``classID`` of the CSV."""
 
 OLDER_IDS = (4, 0, 5, 6, 7, 8, 9, 1, 10, 11, 2, 13, 3)
-"""By ``classID``: the id in the file name, from the time when the invented classes came first and there was a class
-``siren`` (12). It never equals the classID, so whoever parses labels from names learns nothing but errors."""
+"""The id in the file name, for each ``classID``.
+
+It dates from a numbering in which the invented classes came first and a class ``siren`` (12) existed. It never equals
+the classID, so code that parses labels from file names gets every label wrong.
+"""
 
 INVENTED_CLASSES = ("ambulance", "firetruck", "police", "traffic")
-"""Classes whose fsIDs are made up: a recording may come back in another fold under another fsID."""
+"""Classes with invented fsIDs: a recording may occur in another fold under another fsID."""
 
 AUGMENTATIONS = {
     "orig": "original",
@@ -43,30 +51,32 @@ AUGMENTATIONS = {
     "n0": "noise_5dB",
     "n1": "noise_15dB",
 }
-"""Tag in the file name → ``augmentation`` of the CSV."""
+"""Tag in the file name → value of the CSV's ``augmentation`` column."""
 
 ROWS_PER_RECORDING = 3
 _TAGS = tuple(AUGMENTATIONS)
 _TWIN_PERIOD = 20
+"""One in this many recordings of the invented classes is a copy of a recording in the fold before (a twin)."""
 _SHARED_PERIOD = 4
+"""In one of this many recordings two rows share a file."""
 _FIRST_FSID = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What decides the pixels of an image, together with the dataset's seed."""
+    """Determines the pixels of an image, together with the dataset's seed."""
 
     class_id: int
     fold: int
-    """The fold in which the recording was made up; a twin's image keeps it, so twins have equal pixels."""
+    """The fold of the original recording. A twin keeps it, so twins have equal pixels."""
     recording: int
-    """Counts from 0 inside (class, fold)."""
+    """Number of the recording within its class and fold, from 0."""
     tag: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of the CSV, and the image that its file shows."""
+    """One row of the CSV, and the sample that its file shows."""
 
     spec_file_name: str
     orig_file_name: str
@@ -78,13 +88,13 @@ class Row:
 
 
 def plan_rows(samples_per_class: int, folds: int) -> Iterator[Row]:
-    """All rows in CSV order: by class, fold, recording."""
+    """Yield all rows in CSV order: by class, fold, recording."""
     for class_id, fold, recording in plan_recordings(samples_per_class, folds):
         yield from recording_rows(samples_per_class, folds, class_id, fold, recording)
 
 
 def plan_recordings(samples_per_class: int, folds: int) -> Iterator[tuple[int, int, int]]:
-    """All (class id, fold, recording number); the last recording of a class and fold may have fewer rows."""
+    """Yield all (class id, fold, recording number). The last recording of a class and fold may have fewer rows."""
     for class_id in range(len(CLASSES)):
         for fold in range(1, folds + 1):
             for recording in range(-(-samples_per_class // ROWS_PER_RECORDING)):
@@ -92,7 +102,7 @@ def plan_recordings(samples_per_class: int, folds: int) -> Iterator[tuple[int, i
 
 
 def recording_rows(samples_per_class: int, folds: int, class_id: int, fold: int, recording: int) -> list[Row]:
-    """The rows of one recording: the original and a few augmented copies, some of them sharing one file."""
+    """The rows of one recording: the original and augmented copies. Two rows may share a file."""
     count = min(ROWS_PER_RECORDING, samples_per_class - ROWS_PER_RECORDING * recording)
     source_fold = _source_fold(class_id, fold, recording)
     fs_id = _FIRST_FSID + (recording * folds + fold - 1) * len(CLASSES) + class_id
@@ -100,7 +110,7 @@ def recording_rows(samples_per_class: int, folds: int, class_id: int, fold: int,
     rows: list[Row] = []
     tags = _tags(count, turn=class_id + source_fold + recording)
     for position, tag in enumerate(tags):
-        # A second slice of the recording: the name of the audio file knows the slice, that of the image does not.
+        # Two rows with one tag are two slices: the audio file's name has the slice's number, the image's has not.
         audio_slice = tags[:position].count(tag)
         rows.append(
             Row(
@@ -117,7 +127,7 @@ def recording_rows(samples_per_class: int, folds: int, class_id: int, fold: int,
 
 
 def _tags(count: int, turn: int) -> list[str]:
-    """The tags of a recording's rows; ``turn`` cycles, so that even a small dataset has all twelve."""
+    """The tags of the ``count`` rows of a recording. ``turn`` varies them, so that a small dataset has all twelve."""
     if count == 1:
         return [_TAGS[turn % len(_TAGS)]]
     copies = _TAGS[1:]
@@ -128,12 +138,12 @@ def _tags(count: int, turn: int) -> list[str]:
 
 
 def _source_fold(class_id: int, fold: int, recording: int) -> int:
-    """The recording's own fold or, for one in twenty of the invented classes, the fold before: a leak, as in reality.
+    """The recording's own fold, or the fold before it for one in twenty recordings of the invented classes (a twin).
 
-    Neighbouring folds never both copy, so a twin's source is always an original.
+    Two neighbouring folds never both copy, so the source of a twin is always an original.
     """
     if CLASSES[class_id] not in INVENTED_CLASSES or fold == 1:
         return fold
-    # The numbers give each of the four classes a twin in the default dataset already.
+    # The constants are chosen so that each of the four classes has a twin in the default dataset.
     position = 2 * INVENTED_CLASSES.index(CLASSES[class_id]) + fold + 7 * recording + 10
     return fold - 1 if position % _TWIN_PERIOD == 0 else fold

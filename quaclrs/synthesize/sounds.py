@@ -1,7 +1,12 @@
-"""Made-up sounds, one kind per class, as mel spectrograms in decibels. Pure: a sample and a seed decide everything.
+"""Synthetic sounds, one formula per class, as mel spectrograms in decibels. A sample and a seed determine every value.
 
-No audio is made: each class is a formula for the level at (frequency, time), with parameters drawn per recording.
-Frequencies are in Hz, times in seconds, levels in decibels below the loudest part of the sound.
+No audio is generated. Each class is a formula for the level at (frequency, time) whose parameters are drawn once per
+recording. A grid is the maximum of the class's sound, sometimes another class in the background, and a noise floor;
+then texture, silence after the recording's end and the augmentation are added. Each of these has its own random stream,
+so that augmented copies share everything but the augmentation.
+
+Frequencies ``f`` (rows, 1) are in Hz, times ``t`` (cols,) in seconds, levels in decibels relative to the loudest part
+of the sound.
 """
 
 from __future__ import annotations
@@ -18,33 +23,34 @@ Rng = np.random.Generator
 
 ROWS = 128
 CLIP_S = 4.0
-_FRAME_S = 512 / 48_000
+_FRAME_S = 512 / 48_000  # hop length over sample rate
 _COLUMNS = {"ts0": 469, "ts1": 313}
 _RATES = {"ts0": 0.8, "ts1": 1.2}
 _SEMITONES = {"ps0": -2, "ps1": 2}
 _ADDED_NOISE_DB = {"n0": -27.0, "n1": -37.0}
 _ORIGINAL_COLUMNS = 376
 _TOP_DB = 80.0
-_NOTHING_DB = -200.0
+_SILENCE_DB = -200.0
 _GRAIN_DB = 0.8
 
-_SOUND, _SCENE, _TEXTURE, _AUGMENTATION = range(4)  # independent random streams of a recording
+_SOUND, _SCENE, _TEXTURE, _AUGMENTATION = range(4)
+"""The independent random streams of a recording."""
 
 
 def mel_grid(sample: Sample, seed: int) -> Array:
-    """(128, 376 | 469 | 313) float64 decibels: 0 at the loudest cell, never below -80, row 0 the lowest band.
+    """(128, 376 | 469 | 313) float64 decibels: 0 at the loudest cell, at least -80, row 0 the lowest band.
 
-    Copies of one recording share its sound and its noise, as augmented copies do; only the augmentation differs.
-    Masks are laid last, and may hide the loudest cell.
+    Augmented copies of one recording share its sound and its noise. Masks are applied last and may hide the loudest
+    cell.
     """
     cols = _COLUMNS.get(sample.tag, _ORIGINAL_COLUMNS)
     time = np.arange(cols, dtype=np.float64) * (_FRAME_S * _RATES.get(sample.tag, 1.0))
     pitch = 2.0 ** (_SEMITONES.get(sample.tag, 0) / 12)
     scene = _stream(sample, seed, _SCENE)
-    level = _sound(sample, seed, scene, _band_centres(pitch), time)
+    level: Array = _sound(sample, seed, scene, _band_centres(pitch), time)
     level = np.maximum(level, _floor(scene))
     level += _texture(_stream(sample, seed, _TEXTURE), cols)
-    level[:, time > _end_s(scene, sample)] = _NOTHING_DB
+    level[:, time > _end_s(scene, sample)] = _SILENCE_DB
     augmentation = _stream(sample, seed, _AUGMENTATION, *sample.tag.encode())
     if sample.tag in _ADDED_NOISE_DB:
         level = np.maximum(level, _ADDED_NOISE_DB[sample.tag] + level.max() + _texture(augmentation, cols))
@@ -55,23 +61,24 @@ def mel_grid(sample: Sample, seed: int) -> Array:
 
 
 def _stream(sample: Sample, seed: int, *purpose: int) -> Rng:
+    """The random stream of the sample's recording for one ``purpose``."""
     entropy = (seed, sample.class_id, sample.fold, sample.recording, *purpose)
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
 
 
 def _band_centres(pitch: float) -> Array:
-    """(128, 1) Hz: 20 to 8000 Hz, evenly spaced in mel, as a sound sees them whose pitch is raised by this factor."""
+    """(128, 1) Hz: the centres of the mel bands from 20 to 8000 Hz, divided by the pitch-shift factor ``pitch``."""
     edges = 2595 * np.log10(1 + np.array([20.0, 8000.0]) / 700)
     mel = np.linspace(edges[0], edges[1], ROWS + 2)[1:-1]
-    centres: Array = 700 * (10 ** (mel / 2595) - 1) / pitch
-    return centres[:, None]
+    centres: Array = (700 * (10 ** (mel / 2595) - 1) / pitch)[:, None]
+    return centres
 
 
-# --- the scene around a sound ---
+# --- everything around the sound ---
 
 
 def _sound(sample: Sample, seed: int, scene: Rng, f: Array, t: Array) -> Array:
-    """(rows, cols): the class's own sound, its colouring, and in some recordings another class behind it."""
+    """(rows, cols): the class's sound with a random spectral tilt, in a fifth of the recordings over another class."""
     level = _SOUNDS[CLASSES[sample.class_id]](_stream(sample, seed, _SOUND), f, t)
     level = level + scene.uniform(-2, 2) * np.log2(f / 1000)
     other = int(scene.integers(len(CLASSES)))
@@ -82,25 +89,26 @@ def _sound(sample: Sample, seed: int, scene: Rng, f: Array, t: Array) -> Array:
 
 
 def _floor(scene: Rng) -> Array:
-    """(rows, 1): the noise floor of the place, falling or rising with frequency."""
-    return scene.uniform(-58, -40) + scene.uniform(-14, 4) * np.linspace(0, 1, ROWS)[:, None]
+    """(rows, 1): the noise floor, falling or rising with frequency."""
+    slope: Array = np.linspace(0, 1, ROWS)[:, None]
+    return scene.uniform(-58, -40) + scene.uniform(-14, 4) * slope
 
 
 def _texture(rng: Rng, cols: int) -> Array:
-    """(rows, cols): the grain of a noisy spectrogram. Neighbouring frames overlap, hence the mean of two."""
+    """(rows, cols): the grain of a noisy spectrogram, correlated along time because neighbouring frames overlap."""
     grain = rng.standard_normal((ROWS, cols + 1), dtype=np.float32)
     return _GRAIN_DB * (grain[:, 1:] + grain[:, :-1]).astype(np.float64)
 
 
 def _end_s(scene: Rng, sample: Sample) -> float:
-    """When the recording ends; what follows is padding, silent to the last bit."""
+    """When the recording ends, in seconds. What follows is padding of exact silence."""
     often = CLASSES[sample.class_id] in ("car_horn", "dog_bark", "gun_shot")
     short = scene.random() < (0.3 if often else 0.1)
     return float(scene.uniform(2.4, 3.9)) if short else CLIP_S
 
 
 def _mask(level: Array, tag: str, rng: Rng) -> None:
-    """Blank SpecAugment's bands or PatchAugment's rectangles, in place, to the grid's minimum."""
+    """Set SpecAugment's bands or PatchAugment's rectangles to the grid's minimum, in place."""
     rows, cols = level.shape
     quiet = level.min()
     if tag.startswith("sa"):
@@ -114,38 +122,42 @@ def _mask(level: Array, tag: str, rng: Rng) -> None:
             level[row : row + rng.integers(8, 33), col : col + rng.integers(12, 49)] = quiet
 
 
-# --- what sounds are made of ---
+# --- building blocks of sounds ---
 
 
 def _comb(f: Array, pitch_hz: Array | float, decay_db: float) -> Array:
-    """(rows, cols): a stack of harmonics of a gliding pitch, each ``decay_db`` softer than the one below it."""
+    """(rows, cols): the harmonics of a pitch that may vary over time, each ``decay_db`` softer than the one below."""
     pitch = np.atleast_1d(pitch_hz)
     position = f / pitch
     harmonic = np.maximum(np.rint(position), 1)
     distance = (position - harmonic) * (pitch / (25 + 0.02 * f))  # in band widths
-    return -6 * np.minimum(distance**2, 12) - decay_db * (harmonic - 1)
+    comb: Array = -6 * np.minimum(distance**2, 12) - decay_db * (harmonic - 1)
+    return comb
 
 
 def _band(f: Array, centre_hz: float, octaves: float) -> Array:
-    """(rows, 1): noise around a centre, 6 dB down at ``octaves`` to either side."""
-    return -6 * (np.log2(f / centre_hz) / octaves) ** 2
+    """(rows, 1): a noise band around a centre, 6 dB down at ``octaves`` to either side."""
+    band: Array = -6 * (np.log2(f / centre_hz) / octaves) ** 2
+    return band
 
 
 def _bursts(t: Array, starts: Array, lengths: Array, fade_db_per_s: float) -> Array:
-    """(cols,): 0 dB at each start, fading to the burst's end, nothing outside."""
+    """(cols,): bursts of 0 dB at each start that fade until they end, and silence outside."""
     since = t - starts[:, None]  # (bursts, cols)
     inside = (since >= 0) & (since < lengths[:, None])
-    return np.where(inside, -fade_db_per_s * since, _NOTHING_DB).max(axis=0)
+    bursts: Array = np.where(inside, -fade_db_per_s * since, _SILENCE_DB).max(axis=0)
+    return bursts
 
 
-def _spread(rng: Rng, count: int) -> Array:
-    """(count,) start times, in order, spread over the clip with some play."""
+def _random_starts(rng: Rng, count: int) -> Array:
+    """(count,) ascending start times, spread over the clip with random offsets."""
     return (np.arange(count) + rng.uniform(0, 0.6, count)) * (CLIP_S / count)
 
 
-def _current(t: Array, starts: Array, values: Array) -> Array:
-    """(cols,): the value of the latest start at each time."""
-    return values[np.maximum(np.searchsorted(starts, t, side="right") - 1, 0)]
+def _value_at(t: Array, starts: Array, values: Array) -> Array:
+    """(cols,): at each time, the value that belongs to the latest start."""
+    current: Array = values[np.maximum(np.searchsorted(starts, t, side="right") - 1, 0)]
+    return current
 
 
 # --- the classes ---
@@ -167,13 +179,13 @@ def _car_horn(rng: Rng, f: Array, t: Array) -> Array:
     pitch, decay = rng.uniform(300, 520), rng.uniform(1, 3)
     chord = np.maximum(_comb(f, pitch, decay), _comb(f, pitch * rng.uniform(1.18, 1.28), decay) - 2)
     count = int(rng.integers(1, 5))
-    return chord + _bursts(t, _spread(rng, count), rng.uniform(0.3, 0.9, count) * 4 / (count + 1), 2)
+    return chord + _bursts(t, _random_starts(rng, count), rng.uniform(0.3, 0.9, count) * 4 / (count + 1), 2)
 
 
 def _children_playing(rng: Rng, f: Array, t: Array) -> Array:
     count = int(rng.integers(6, 13))
-    starts, pitches, glides = _spread(rng, count), rng.uniform(320, 850, count), rng.uniform(-0.8, 0.8, count)
-    pitch = _current(t, starts, pitches) * 2 ** (_current(t, starts, glides) * (t - _current(t, starts, starts)))
+    starts, pitches, glides = _random_starts(rng, count), rng.uniform(320, 850, count), rng.uniform(-0.8, 0.8, count)
+    pitch = _value_at(t, starts, pitches) * 2 ** (_value_at(t, starts, glides) * (t - _value_at(t, starts, starts)))
     voice = _comb(f, pitch, rng.uniform(2, 4)) + 0.5 * _band(f, rng.uniform(1200, 2500), 1.5)
     babble = _band(f, rng.uniform(700, 1500), 1.2) - rng.uniform(18, 28)
     return np.maximum(voice + _bursts(t, starts, rng.uniform(0.12, 0.4, count), 20), babble)
@@ -181,8 +193,8 @@ def _children_playing(rng: Rng, f: Array, t: Array) -> Array:
 
 def _dog_bark(rng: Rng, f: Array, t: Array) -> Array:
     count = int(rng.integers(3, 8))
-    starts, pitch = _spread(rng, count), rng.uniform(300, 700)
-    since = np.clip(t - _current(t, starts, starts), 0, 0.4)
+    starts, pitch = _random_starts(rng, count), rng.uniform(300, 700)
+    since = np.clip(t - _value_at(t, starts, starts), 0, 0.4)
     bark = np.maximum(_comb(f, pitch * 2 ** (-1.5 * since), 2.5), _band(f, 2.5 * pitch, 1) - 8)
     return bark + _bursts(t, starts, rng.uniform(0.12, 0.3, count), rng.uniform(50, 110))
 
@@ -207,7 +219,7 @@ def _firetruck(rng: Rng, f: Array, t: Array) -> Array:
 
 def _gun_shot(rng: Rng, f: Array, t: Array) -> Array:
     count = int(rng.choice([1, 1, 1, 2, 3]))
-    starts = _spread(rng, count) * rng.uniform(0.2, 0.9)
+    starts = _random_starts(rng, count) * rng.uniform(0.2, 0.9)
     fade = _bursts(t, starts, np.full(count, CLIP_S), rng.uniform(25, 70))
     return _band(f, rng.uniform(200, 900), rng.uniform(1.8, 2.8)) + fade * (0.6 + 0.1 * np.log2(f / 100))
 
@@ -221,7 +233,7 @@ def _jackhammer(rng: Rng, f: Array, t: Array) -> Array:
 
 def _police(rng: Rng, f: Array, t: Array) -> Array:
     cycle = (t / rng.uniform(0.25, 0.6) + rng.random()) % 1
-    swing = np.abs(2 * cycle - 1) if rng.random() < 0.5 else cycle  # up and down, or up and at once down again
+    swing = np.abs(2 * cycle - 1) if rng.random() < 0.5 else cycle  # a triangle or a sawtooth
     return _comb(f, rng.uniform(480, 800) * 2 ** (rng.uniform(0.7, 1.3) * swing), rng.uniform(2, 5))
 
 
@@ -232,20 +244,23 @@ def _street_music(rng: Rng, f: Array, t: Array) -> Array:
     melody, bass = rng.choice(steps, len(starts)), rng.choice(steps, len(starts)) - 12
     fade = _bursts(t, starts, np.full(len(starts), beat), rng.uniform(10, 40))
     voices = np.maximum(
-        _comb(f, root * 2 ** (_current(t, starts, melody) / 12), rng.uniform(2, 4)),
-        _comb(f, root * 2 ** (_current(t, starts, bass) / 12), 4) - 3,
+        _comb(f, root * 2 ** (_value_at(t, starts, melody) / 12), rng.uniform(2, 4)),
+        _comb(f, root * 2 ** (_value_at(t, starts, bass) / 12), 4) - 3,
     )
     hits = starts[:: int(rng.integers(1, 3))]
     drum = _band(f, 5000, 1.5) - 10 + _bursts(t, hits, np.full(len(hits), 0.12), 80)
-    return np.maximum(voices + fade, drum)
+    music: Array = np.maximum(voices + fade, drum)
+    return music
 
 
 def _traffic(rng: Rng, f: Array, t: Array) -> Array:
     count = int(rng.integers(1, 4))
-    passes = ((t - _spread(rng, count)[:, None]) / rng.uniform(0.3, 0.6, count)[:, None]) ** 2
+    passes = ((t - _random_starts(rng, count)[:, None]) / rng.uniform(0.3, 0.6, count)[:, None]) ** 2
     swell = -4 * passes.min(axis=0)
     near = _band(f, rng.uniform(600, 1300), rng.uniform(1.3, 2)) + np.maximum(swell, -30)
-    return np.maximum(near, _band(f, rng.uniform(90, 250), 1) - rng.uniform(6, 14))
+    far = _band(f, rng.uniform(90, 250), 1) - rng.uniform(6, 14)
+    traffic: Array = np.maximum(near, far)
+    return traffic
 
 
 _SOUNDS: dict[str, Callable[[Rng, Array, Array], Array]] = {

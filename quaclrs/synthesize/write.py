@@ -1,4 +1,9 @@
-"""The synthetic dataset on disk: in parallel, resumable, the CSV after the images, byte-identical for every run."""
+"""Writes the synthetic dataset to disk: in parallel, resumable, with the same bytes in every run.
+
+Order of writing: ``synthesis.started.json`` (the parameters), the images, the CSV, ``synthesis.json`` (parameters and
+totals); then the first file is deleted. A folder with a CSV is therefore complete, and an interrupted run can tell its
+own images from someone else's.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +29,13 @@ from quaclrs.system.processes import Tick, run_tasks
 CSV_NAME = DEFAULT_CSV_FILE.name
 IMAGES_NAME = DEFAULT_SPECTROGRAMS_DIR.name
 RECORD_NAME = "synthesis.json"
-"""Parameters and totals of a complete dataset; the last file to be written."""
+"""The parameters and totals of a complete dataset; written last."""
 STARTED_NAME = "synthesis.started.json"
-"""The parameters of a dataset that is not complete yet: says that its images are ours, and may be kept."""
+"""The parameters of an incomplete dataset. Its presence says that this tool wrote the images, so they can be kept."""
 
 COLUMNS = ("spec_file_name", "orig_file_name", "fsID", "fold", "classID", "class", "augmentation")
 GENERATOR_VERSION = 1
-"""To be raised with every change of plan, sounds or image: images of two versions must not mix."""
+"""Increase it with every change of plan, sounds or image: images of two versions must not mix in one folder."""
 
 _RECORDINGS_PER_JOB = 5
 
@@ -41,11 +46,11 @@ class SynthesisConfig:
 
     output_dir: Path
     samples_per_class: int = 8
-    """Rows per class *and fold*; 445 is about the real dataset's size."""
+    """Rows per class *and fold*; 445 gives about the real dataset's size."""
     folds: int = 10
     seed: int = 0
     num_workers: int = 1
-    """Processes that draw. It has no influence on a single byte; 1 draws in the calling process."""
+    """Processes that draw; 1 draws in the calling process. No byte depends on it."""
 
     def __post_init__(self) -> None:
         for name, least in (("samples_per_class", 1), ("folds", 1), ("seed", 0), ("num_workers", 1)):
@@ -54,7 +59,7 @@ class SynthesisConfig:
                 raise UsageError(f"--{name} is {value}; it has to be {least} or more")
 
     def parameters(self) -> dict[str, int]:
-        """All that decides the bytes of the dataset."""
+        """Everything that determines the bytes of the dataset."""
         return {
             "generator_version": GENERATOR_VERSION,
             "samples_per_class": self.samples_per_class,
@@ -65,28 +70,28 @@ class SynthesisConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SynthesisSummary:
-    """What is on disk now, and what it took."""
+    """What is on disk after the call, and how long the call took."""
 
     csv_file: Path
     spectrograms_dir: Path
     rows: int
     files: int
-    """Fewer than rows: slices of one recording share a file."""
+    """Fewer than rows, because slices of one recording share a file."""
     total_bytes: int
     """Of all images."""
     drawn: int
-    """Images drawn by this call; the others were there already."""
+    """Images drawn by this call; the others existed before."""
     seconds: float
 
     @property
     def images_per_second(self) -> float:
-        """Of the images that this call drew."""
+        """The rate of the images drawn by this call."""
         return self.drawn / self.seconds if self.seconds > 0 else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """Some recordings for one worker; small to send, all else follows from the plan."""
+    """Some recordings for one worker. It is small to send: their rows follow from the plan."""
 
     config: SynthesisConfig
     recordings: tuple[tuple[int, int, int], ...]
@@ -100,7 +105,7 @@ class _Done:
 
 
 def synthesize_dataset(config: SynthesisConfig, *, progress: bool = False) -> SynthesisSummary:
-    """Make the dataset of ``config``, or finish it; one that is complete is left as it is.
+    """Write the dataset of ``config``, or finish an interrupted one. A complete dataset is not touched.
 
     Raises:
         UsageError: the folder holds another dataset.
@@ -108,7 +113,7 @@ def synthesize_dataset(config: SynthesisConfig, *, progress: bool = False) -> Sy
     """
     started = time.perf_counter()
     root = Path(config.output_dir)
-    total = _refuse_foreign(root, config)
+    total = _complete_totals(root, config)
     if total is None:
         write_bytes(root / STARTED_NAME, _json(config.parameters()))
         total = _draw_all(config, progress)
@@ -128,11 +133,14 @@ def synthesize_dataset(config: SynthesisConfig, *, progress: bool = False) -> Sy
     )
 
 
-# --- what is there already ---
+# --- existing files ---
 
 
-def _refuse_foreign(root: Path, config: SynthesisConfig) -> _Done | None:
-    """The totals of a dataset that is complete already, None where there is work to do."""
+def _complete_totals(root: Path, config: SynthesisConfig) -> _Done | None:
+    """The totals of a complete dataset of ``config`` in ``root``; None if something is missing.
+
+    Raises :class:`UsageError` if the folder holds anything else: a foreign dataset or other parameters.
+    """
     try:
         record, started = _read_json(root / RECORD_NAME), _read_json(root / STARTED_NAME)
         holds_data = (root / CSV_NAME).exists() or (root / IMAGES_NAME).exists()
@@ -155,7 +163,7 @@ def _refuse_foreign(root: Path, config: SynthesisConfig) -> _Done | None:
 
 
 def _read_json(path: Path) -> dict[str, int]:
-    """The parameters in a file of ours; empty where there is no such file."""
+    """The parameters in a record file; empty if the file does not exist."""
     if not path.exists():
         return {}
     try:
@@ -171,7 +179,7 @@ def _read_json(path: Path) -> dict[str, int]:
 
 
 def _draw_all(config: SynthesisConfig, progress: bool) -> _Done:
-    """Draw every file that is missing, in ``num_workers`` processes."""
+    """Draw all missing files, in ``num_workers`` processes."""
     jobs = list(_jobs(config))
     for fold in range(1, config.folds + 1):
         make_folder(_fold_dir(config, fold))
@@ -194,7 +202,7 @@ def _rows_of(job: _Job) -> Iterator[list[Row]]:
 
 
 def _draw_job(job: _Job, tick: Tick) -> _Done:
-    """Draw a job's missing files, each once however many rows name it; one tick a row."""
+    """Draw the missing files of a job, each once however many rows name it. Calls ``tick`` once per row."""
     sizes: dict[Path, int] = {}
     drawn = 0
     for row in (row for rows in _rows_of(job) for row in rows):
@@ -211,7 +219,7 @@ def _draw_job(job: _Job, tick: Tick) -> _Done:
 
 
 def _size(path: Path) -> int | None:
-    """Bytes of the file, None where there is none."""
+    """Size of the file in bytes; None if it does not exist."""
     try:
         return path.stat().st_size
     except FileNotFoundError:

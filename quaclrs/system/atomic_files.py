@@ -1,4 +1,8 @@
-"""Files that are either whole or not there: written under another name, flushed to the disk, then renamed."""
+"""Atomic writes: a file is either complete or absent.
+
+The content is written to ``{name}.tmp``, flushed to disk (fsync), and renamed. The folder is flushed after the rename,
+so that the rename survives a power cut. Every operating-system error becomes a :class:`StorageError` of one line.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,10 @@ TEMPORARY_SUFFIX = ".tmp"
 
 @contextlib.contextmanager
 def atomic_writer(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """Open a file that takes ``path``'s name only when the block ends without an exception; its folder is made if
-    needed.
+    """Open a file that gets the name ``path`` only if the block ends without an exception. Creates its folder.
 
-    ``durable`` also waits until it would survive a power cut; without, many small files are written much faster.
-    Raises :class:`StorageError` naming the path when the disk is full, read-only or otherwise refuses.
+    ``durable`` waits until the file would survive a power cut. Without it, many small files are written much faster.
+    Raises :class:`StorageError` naming the path if the disk is full, read-only or refuses for another reason.
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
@@ -43,20 +46,18 @@ def atomic_writer(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Write ``content`` to ``path``, whole or not at all; ``durable`` and errors as :func:`atomic_writer`."""
+    """Write ``content`` to ``path`` atomically; ``durable`` and errors as for :func:`atomic_writer`."""
     with atomic_writer(path, durable=durable) as file:
         file.write(content)
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write ``document`` to ``path`` as indented JSON, whole or not at all. NaN is refused (ValueError):
-    JSON has none.
-    """
+    """Write ``document`` to ``path`` as indented JSON, atomically. Raises ``ValueError`` for NaN, which JSON lacks."""
     write_bytes(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
 
 
 def make_folder(path: Path) -> Path:
-    """Make ``path`` and its parents; errors as :func:`atomic_writer`. Returns it."""
+    """Create ``path`` and its parents, and return ``path``. Errors as for :func:`atomic_writer`."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -65,7 +66,7 @@ def make_folder(path: Path) -> Path:
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
-    """The one-line :class:`StorageError` for ``error`` met while writing ``path``."""
+    """The one-line :class:`StorageError` for an ``error`` that occurred while writing ``path``."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         step = "free some space and run the same command again; what is finished is kept"
     else:
@@ -74,12 +75,12 @@ def storage_error(path: Path, error: OSError) -> StorageError:
 
 
 def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # the first error is the one to report
+    with contextlib.suppress(OSError):  # report the first error, not this one
         path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut, where the file system lets a folder be opened."""
+    """Make a rename in ``folder`` survive a power cut, if the file system allows opening a folder."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -1,4 +1,4 @@
-"""What a result was made with: recorded beside every figure."""
+"""The software and hardware of this process, recorded with every result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "numpy", "pillow", "
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Versions, processor and device, as JSON-able values. No host names or paths."""
+    """Versions, processor and device, as JSON-able values. Contains no host names and no paths."""
     environment: dict[str, Any] = {
         "quaclrs": quaclrs.__version__,
         "python": platform.python_version(),
@@ -41,8 +41,9 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on ``device``; of the host, what the kernel calls available. None where nobody
-    tells.
+    """Bytes that can still be allocated on ``device``; None if unknown.
+
+    For the host this is MemAvailable of ``/proc/meminfo``.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -1,8 +1,7 @@
-"""Locks between processes, on one machine or on several that share a file system. A dead process's locks free
-themselves.
+"""Locks between processes, on one machine or on several that share a file system.
 
-A lock is an empty file that is open for writing, since network file systems lock nothing else. Imports neither pandas
-nor torch.
+A lock is ``flock`` on an empty file that is open for writing, because network file systems lock no other kind. The
+operating system releases the locks of a process that dies. Imports neither pandas nor torch.
 """
 
 from __future__ import annotations
@@ -19,42 +18,39 @@ from quaclrs.system.atomic_files import make_folder, storage_error
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: whether two processes do the same at once is then up to the user
+except ImportError:  # not a POSIX system: the user must make sure that no two processes do the same work
     fcntl = None  # type: ignore[assignment]
 
 _PATIENCE_S = 0.5
-"""How long a lock may take before the user hears of it: others hold it only for a moment when they begin or end."""
+"""How long to wait for a lock before telling the user. Other processes hold it briefly when they start or end."""
 _POLL_S = 0.05
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, shared: bool = False, on_wait: Callable[[], object] | None = None) -> Iterator[bool]:
-    """Hold the lock ``path``, alone or ``shared``, and yield True; without ``on_wait``, yield False where another holds
-    it.
+    """Hold the lock ``path``, exclusive or ``shared``, for the block, and yield True.
 
-    ``on_wait`` is called once, before a wait that is not over at once; it may raise. Raises :class:`StorageError` where
-    the file cannot be made or the file system has no locks.
+    Without ``on_wait``, do not wait: yield False if another process holds the lock. ``on_wait`` is called once, before
+    a wait of more than half a second; it may raise. Raises :class:`StorageError` if the file cannot be created or the
+    file system has no locks.
     """
     while True:
         with _opened(path) as file:
             held = _acquire(file, path, shared, on_wait)
-            if held and not _is_still(file, path):  # its holder removed it with the whole folder: the next one counts
+            if held and not _is_same_file(file, path):  # the last holder deleted it, with its folder: lock the new file
                 continue
             try:
                 yield held
             finally:
                 if held and fcntl is not None:
-                    fcntl.flock(
-                        file, fcntl.LOCK_UN
-                    )  # a forked process, such as a DataLoader's worker, has the file open too
+                    # closing is not enough: a forked process, such as a DataLoader's worker, has the file open too
+                    fcntl.flock(file, fcntl.LOCK_UN)
             return
 
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time into the block, among those that lock the same folder; leaves an empty
-    ``.lock`` in it.
-    """
+    """Let one process at a time run the block, among all that lock the same folder. Leaves an empty ``.lock`` in it."""
     with locked(folder / ".lock", on_wait=lambda: None):
         yield
 
@@ -63,8 +59,8 @@ def _opened(path: Path) -> BinaryIO:
     for last_try in (False, True):
         make_folder(path.parent)
         try:
-            return path.open("a+b")  # NFS wants it writable for an exclusive lock, readable for a shared one
-        except FileNotFoundError as error:  # another process has just finished here and tidied up
+            return path.open("a+b")  # NFS needs write access for an exclusive lock, read access for a shared one
+        except FileNotFoundError as error:  # another process has just finished and deleted the folder
             if last_try:
                 raise storage_error(path, error) from None
         except OSError as error:
@@ -99,7 +95,8 @@ def _flock(file: BinaryIO, path: Path, shared: bool, *, wait: bool) -> bool:
     return True
 
 
-def _is_still(file: BinaryIO, path: Path) -> bool:
+def _is_same_file(file: BinaryIO, path: Path) -> bool:
+    """Whether ``path`` still names the open ``file``."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

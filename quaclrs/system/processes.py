@@ -1,4 +1,8 @@
-"""Work spread over processes: progress while it runs, the first failure at once, and no process left behind."""
+"""Runs tasks in worker processes, with progress, prompt failure, and no process left behind.
+
+Workers count finished units in shared memory, which the calling process polls every 0.1 s. The first exception sets a
+stop flag; the other workers see it at their next unit and raise :class:`Cancelled`. A worker ends when its parent dies.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -18,17 +22,17 @@ from quaclrs.errors import QuaclrsError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Tick = Callable[[], object]
-"""To be called by the work after each unit of it; raises :class:`Cancelled` when the work is no longer wanted."""
+"""The work calls it after each unit. It raises :class:`Cancelled` if the work should stop."""
 
 _POLL_S = 0.1
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 _KEPT_BYTES = 64 << 20
-_LARGEST_KEPT_BLOCK_BYTES = 32 << 20  # the most that glibc takes
+_LARGEST_KEPT_BLOCK_BYTES = 32 << 20  # the maximum that glibc accepts
 _shared: dict[str, Any] = {}
 
 
 class Cancelled(Exception):
-    """Another task failed, or the user interrupted: clean up and stop."""
+    """Raised in a task that must clean up and stop, because another task failed or the user interrupted."""
 
 
 def run_tasks(
@@ -38,36 +42,26 @@ def run_tasks(
     num_workers: int,
     on_progress: Callable[[int], object] = lambda units: None,
 ) -> list[Result]:
-    """``work(task, tick)`` for every task, each in one of ``num_workers`` spawned processes; results in the order of
-    ``tasks``.
+    """Call ``work(task, tick)`` for every task in ``num_workers`` spawned processes; results in the order of ``tasks``.
 
-    One worker is the calling process itself. ``work`` must be importable (a module's function) and calls ``tick()``
-    once per unit; ``on_progress`` gets the units done since its last call. The first exception cancels the rest and is
-    raised here. A worker that dies is a :class:`QuaclrsError`.
+    With one worker, the tasks run in the calling process. ``work`` must be importable (a module's function) and call
+    ``tick()`` once per unit. ``on_progress`` receives the units done since its last call. The first exception cancels
+    the other tasks and is raised here. A worker that dies raises :class:`QuaclrsError`.
     """
     if num_workers == 1 or not tasks:
         return [work(task, lambda: on_progress(1)) for task in tasks]
-    context = multiprocessing.get_context("spawn")  # fork would copy the locks of whatever threads run here
-    # only the workers take the counter's lock: one that is killed while it holds it must not block this process
+    context = multiprocessing.get_context("spawn")  # fork would copy locks that other threads hold
+    # only workers take the counter's lock: a worker killed while holding it must not block this process
     counter, stop = context.Value("Q", 0), context.RawValue("b", 0)
     workers = min(num_workers, len(tasks))
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_initialise, initargs=(counter, stop)) as pool:
         try:
             with interrupts_held():
                 futures = [pool.submit(_call, work, task) for task in tasks]
-            seen, pending = 0, set(futures)
-            while pending:
-                done, pending = wait(pending, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
-                units = counter.get_obj().value
-                on_progress(units - seen)
-                seen = units
-                for future in done:
-                    future.result()
+            _wait_for_all(futures, counter, on_progress)
         except BaseException as error:
             stop.value = 1
-            if isinstance(
-                error, BrokenProcessPool
-            ):  # workers that start just then are never told; nobody waits for them
+            if isinstance(error, BrokenProcessPool):  # a worker that is just starting would never hear of the stop
                 for process in list(pool._processes.values()):
                     process.kill()
             pool.shutdown(wait=True, cancel_futures=True)
@@ -80,10 +74,23 @@ def run_tasks(
     return [future.result() for future in futures]
 
 
+def _wait_for_all(futures: list[Future[Any]], counter: Any, on_progress: Callable[[int], object]) -> None:
+    """Report progress until all ``futures`` are done. Raises the first exception of any."""
+    seen, pending = 0, set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
+        units = counter.get_obj().value
+        on_progress(units - seen)
+        seen = units
+        for future in done:
+            future.result()
+
+
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until the end of the block, and never reaches the workers started in it: this process has to tell
-    them.
+    """Delay SIGINT until the end of the block. Workers started in it inherit the mask and never receive SIGINT.
+
+    Ctrl-C goes to all processes of the terminal. Only the parent should react to it, and stop its workers.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
@@ -99,10 +106,11 @@ def _initialise(counter: Any, stop: Any) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep up to :data:`_KEPT_BYTES` that are free for what comes next; other C libraries are left alone.
+    """Let glibc keep up to :data:`_KEPT_BYTES` of freed memory for reuse. Does nothing with other C libraries.
 
-    Buffers of a megabyte come and go with every image. By default each goes back to the kernel, which has to clear its
-    pages when it hands them out again: a sixth of the time of packing ``png``, a quarter of ``rgb``.
+    Every image allocates and frees buffers of about a megabyte. By default glibc returns each to the operating system,
+    which must clear its pages when it hands them out again. That took a sixth of the time of packing ``png`` and a
+    quarter for ``rgb``.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
         mallopt = ctypes.CDLL(None).mallopt
@@ -111,9 +119,7 @@ def _keep_freed_memory() -> None:
 
 
 def exit_with_parent() -> None:
-    """End this process when its parent is gone: a killed one cannot say goodbye, and workers would wait for work for
-    ever.
-    """
+    """End this process when its parent ends. A killed parent cannot stop its workers, which would wait forever."""
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 

@@ -1,4 +1,8 @@
-"""When a training is to be saved or stopped before its end: signals, and the clock of ``--checkpoint_minutes``."""
+"""Requests to save or stop a training before its end: SIGTERM, SIGINT and the clock of ``--checkpoint_minutes``.
+
+A signal handler only records the signal. The training loop asks after each step what to do
+(:meth:`SignalHandler.requested_action`), so that it always stops between two steps.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,14 @@ from typing import Any
 from quaclrs.errors import Interrupted
 
 _SAME_S = 2.0
-"""A launcher may pass on a Ctrl-C that the terminal has sent to everyone already; only a later one is another."""
+"""Seconds within which a second signal counts as the same one.
+
+A launcher may forward a Ctrl-C that the terminal has already sent to every process.
+"""
 
 
 class StopRequest(IntEnum):
-    """What a rank wishes after a step; of several, the highest counts."""
+    """What a rank requests after a step. The highest request of all ranks wins."""
 
     GO_ON = 0
     SAVE = 1
@@ -24,11 +31,10 @@ class StopRequest(IntEnum):
 
 
 class SignalHandler:
-    """Between ``with`` and its end, SIGTERM and SIGINT are noted, to be asked for by :meth:`wish`, instead of ending
-    the process.
+    """Within the block, SIGTERM and SIGINT do not end the process; :meth:`requested_action` reports them.
 
-    A second one, two seconds or more after the first, does what it did before. ``checkpoint_minutes`` wishes a
-    checkpoint each time that long has passed.
+    A second signal, two seconds or more after the first, has its usual effect. With ``checkpoint_minutes``, a
+    checkpoint is requested each time that much time has passed.
     """
 
     def __init__(self, checkpoint_minutes: float | None = None) -> None:
@@ -37,10 +43,10 @@ class SignalHandler:
         self._before: dict[int, Any] = {}
         self._noted = 0.0
         self.signal: signal.Signals | None = None
-        """The signal that came, None while there was none."""
+        """The signal received; None before that."""
 
     def __enter__(self) -> SignalHandler:
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread have handlers
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -49,8 +55,8 @@ class SignalHandler:
     ) -> None:
         self._restore()
 
-    def wish(self) -> StopRequest:
-        """What to do after the step just done."""
+    def requested_action(self) -> StopRequest:
+        """The request after the step just finished."""
         if self.signal is not None:
             return StopRequest.STOP
         if self._every_s is not None and time.monotonic() - self._saved >= self._every_s:
@@ -58,12 +64,12 @@ class SignalHandler:
         return StopRequest.GO_ON
 
     def saved(self) -> None:
-        """A checkpoint has been written; the clock starts again."""
+        """Restart the clock of ``checkpoint_minutes``; call it after writing a checkpoint."""
         self._saved = time.monotonic()
 
     def interrupted(self, where: str) -> Interrupted:
-        """What to raise once the work is saved."""
-        by = self.signal.name if self.signal else "a signal"  # that another process of this training got
+        """The exception to raise after the work has been saved."""
+        by = self.signal.name if self.signal else "a signal"  # another rank received it
         message = f"stopped by {by} in {where}; the same command with --resume goes on from there"
         return Interrupted(message, self.signal or signal.SIGTERM)
 

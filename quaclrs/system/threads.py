@@ -1,4 +1,4 @@
-"""Work on a batch shared out over Python threads that end with it."""
+"""Runs work on a batch in Python threads that end with the batch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 
 
 def parallel_for(work: Callable[[int, int], None], items: int) -> None:
-    """Run ``work(start, stop)`` over equal parts of ``items``, one here and each other on a thread that ends with this
-    call.
+    """Call ``work(start, stop)`` for equal parts of ``range(items)``, on ``torch.get_num_threads()`` threads.
+
+    The calling thread takes the first part. The other threads end before the function returns. The first exception of
+    any part is raised here.
     """
     parts = max(1, min(torch.get_num_threads(), items))
     bounds = [items * part // parts for part in range(parts + 1)]
@@ -20,7 +22,7 @@ def parallel_for(work: Callable[[int, int], None], items: int) -> None:
     def guarded(start: int, stop: int) -> None:
         try:
             work(start, stop)
-        except BaseException as error:  # raised again below, in the caller's thread
+        except BaseException as error:  # raised below, in the caller's thread
             failures.append(error)
 
     helpers = [threading.Thread(target=guarded, args=part) for part in itertools.pairwise(bounds[1:])]
