@@ -39,7 +39,7 @@ from torchvision import transforms
 from quaclrs.cli.train import main
 from quaclrs.config import TrainConfig
 from quaclrs.data.sampling import epoch_order, train_batches
-from quaclrs.errors import Interrupted, UsageError, told_once
+from quaclrs.errors import Interrupted, UsageError, raised_on_every_rank
 from quaclrs.experiment import fold
 from quaclrs.experiment.cross_validation import run_cross_validation
 from quaclrs.loaders.base import Batch
@@ -781,7 +781,7 @@ def test_all_ranks_end_and_the_guilty_one_says_why(name: str, faults: dict[str, 
 
 def fail_alike() -> None:
     def command() -> None:
-        with joined_world("cpu") as world, told_once():
+        with joined_world("cpu") as world, raised_on_every_rank():
             time.sleep(2.0 if world.is_main else 0.0)
             raise UsageError("the same for all")
 

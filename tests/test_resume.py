@@ -293,8 +293,8 @@ def test_a_signal_saves_at_the_next_step(
     arguments = flags(tree, tmp_path / "results")
     first = Job(tmp_path / "said", arguments, Disturbance(signals={moment: [(0, number)]})).result()
     assert (first.code, first.err) == (code, stopped(number, WHERE[moment]))
-    ledger = json.loads((tmp_path / "results" / "tiny" / "run_status.json").read_text())
-    assert ledger[f"fold_{moment.fold}"]["state"] == "interrupted"
+    status = json.loads((tmp_path / "results" / "tiny" / "run_status.json").read_text())
+    assert status[f"fold_{moment.fold}"]["state"] == "interrupted"
     second = finish(tmp_path / "said", arguments)
     if moment.phase == "train":
         assert f"resuming after epoch 0 and step {moment.step} of the next" in second.out
