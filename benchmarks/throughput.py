@@ -45,7 +45,7 @@ from peers.registry import KEYS
 from quaclrs.cli.arguments import Parser, add_dataset_arguments
 from quaclrs.cli.demo import cache_root
 from quaclrs.config import COMPILERS, ENCODINGS, default_num_workers
-from quaclrs.errors import UsageError, run_command, told_once
+from quaclrs.errors import UsageError, raised_on_every_rank, run_command
 
 if TYPE_CHECKING:  # spawned workers import this file anew and must not wait for torch
     import torch
@@ -141,11 +141,11 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
 def _run(options: Options) -> None:
     from quaclrs.training.distributed import joined_world
 
-    with told_once():
+    with raised_on_every_rank():
         modes = _chosen_modes(options)
         _check_numbers(options)
     with joined_world(options.device) as world:
-        with told_once():
+        with raised_on_every_rank():
             _refuse_in_several_processes(options, modes, world.size)
         options.world, options.log = world, functools.partial(print, flush=True) if world.is_main else _discard
         if options.num_workers is None:

@@ -27,6 +27,7 @@ from quaclrs.loaders.dataset import Dataset, open_dataset
 from quaclrs.shards.packing.pack import PackSummary
 from quaclrs.system.environment import free_memory
 from quaclrs.training import loop
+from quaclrs.training.device import pick_device
 from quaclrs.training.loop import Evaluation
 from quaclrs.training.models import build_model
 
@@ -126,17 +127,18 @@ def make_loader(
 ) -> BatchLoader:
     """A loader of ``data`` as images of ``image_size`` × ``image_size`` pixels on ``device``.
 
-    ``loader`` is ``resident``, ``mapped``, ``dali``, ``files``, or ``auto``, which chooses by encoding, device and
-    free memory as ``quaclrs-train`` does. ``device="auto"`` is the GPU where there is one. ``dtype`` is float32,
-    float16 or bfloat16 for normalised images, uint8 for plain pixels. ``num_workers`` processes or threads read and
-    decode (default: one per usable processor); ``prefetch`` batches are made ahead where they are read from disk.
+    ``loader`` is ``resident``, ``mapped``, ``dali``, ``files``, or ``auto``, which chooses by encoding, device and free
+    memory as ``quaclrs-train`` does. ``device="auto"`` is the GPU where there is one; a GPU becomes torch's current
+    device. ``dtype`` is float32, float16 or bfloat16 for normalised images, uint8 for plain pixels. ``num_workers``
+    processes or threads read and decode (default: one per usable processor); ``prefetch`` batches are made ahead where
+    they are read from disk.
 
     Raises :class:`UsageError` for a loader that cannot read the encoding or an image size that the shards do not have,
     :class:`MissingDependencyError` for ``dali`` where it is not installed.
     """
     config = LoaderConfig(
         image_size=image_size,
-        device=_find_device(device),
+        device=pick_device(str(device)),
         dtype=dtype,
         max_batch=batch_size + 1,  # a single last sample joins its neighbour
         num_workers=default_num_workers() if num_workers is None else num_workers,
@@ -226,15 +228,6 @@ def train(*, log: Callable[[str], None] = print, **settings: Any) -> dict[str, S
 
 def _convert_paths(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: Path(value) if name in _PATHS and value is not None else value for name, value in settings.items()}
-
-
-def _find_device(wanted: str | torch.device) -> torch.device:
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(wanted)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def _estimate_resident_memory(data: Dataset, config: LoaderConfig, wanted: bool) -> MemoryEstimate | None:

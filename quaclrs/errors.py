@@ -1,5 +1,4 @@
-"""What can go wrong by the user's data, flags or machine: one root, one exit code each, formatted once in the command
-lines.
+"""Errors in the user's data, flags or machine: one root class, an exit code each, formatted by :func:`run_command`.
 
 A message is one line: what is wrong, the file, row or flag with its value, and the next step.
 """
@@ -13,9 +12,9 @@ from contextlib import contextmanager
 
 
 class QuaclrsError(Exception):
-    """Root of all errors a user can cause and mend. ``str(error)`` is the line that is shown.
+    """Root of all errors that a user can cause and fix. ``str(error)`` is the line that is shown.
 
-    ``everywhere``: every process of a training raises it alike, so that one of them need say it.
+    ``everywhere``: every rank raises the same error, so only one of them prints it.
     """
 
     exit_code = 2
@@ -26,11 +25,11 @@ class QuaclrsError(Exception):
 
 
 class UsageError(QuaclrsError):
-    """A flag, or a combination of flags, that cannot work."""
+    """A flag, or a combination of flags, cannot work."""
 
 
 class DataError(QuaclrsError):
-    """The CSV or an image is not what it has to be."""
+    """The CSV or an image is missing, damaged or inconsistent."""
 
 
 class ShardError(QuaclrsError):
@@ -38,19 +37,19 @@ class ShardError(QuaclrsError):
 
 
 class MissingDependencyError(QuaclrsError):
-    """An optional package, or a file that it would download, is not there."""
+    """An optional package, or a file to be downloaded, is missing."""
 
 
 class TrainingError(QuaclrsError):
-    """Training cannot start or go on: no rows in a fold, a loss that is not finite, a checkpoint that does not fit."""
+    """Training cannot start or go on: an empty fold, a loss that is not finite, a checkpoint of another run."""
 
 
 class StorageError(QuaclrsError):
-    """The output disk is full, read-only or otherwise refuses to be written."""
+    """A file cannot be written: the disk is full, read-only or broken."""
 
 
 class Interrupted(QuaclrsError):
-    """A signal ended the work, which has been saved; not a failure."""
+    """A signal ended the work, and its state has been saved; not a failure."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message, everywhere=True)
@@ -58,8 +57,8 @@ class Interrupted(QuaclrsError):
 
 
 @contextmanager
-def told_once() -> Iterator[None]:
-    """What the block raises, every process of a training raises alike: see :attr:`QuaclrsError.everywhere`."""
+def raised_on_every_rank() -> Iterator[None]:
+    """Mark errors raised in the block as raised by every rank: see :attr:`QuaclrsError.everywhere`."""
     try:
         yield
     except QuaclrsError as error:
@@ -68,13 +67,13 @@ def told_once() -> Iterator[None]:
 
 
 SIGNAL_EXIT_CODE = 128
-"""Shells report a process ended by a signal as this and the signal's number."""
+"""Shells report a process that a signal ended as 128 + the signal's number."""
 
 
 def run_command(command: Callable[[], int | None], program: str) -> int:
-    """Run a command line's body and turn every :class:`QuaclrsError` into one line on stderr.
+    """Run the body of a command and print a :class:`QuaclrsError` as one line on stderr; returns the exit code.
 
-    Returns the process's exit code. Errors that are not the user's (bugs) keep their traceback.
+    Other exceptions are bugs and keep their traceback.
     """
     try:
         return command() or 0

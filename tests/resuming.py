@@ -60,6 +60,8 @@ class Disturbance:
     """A signal before the first event that begins with these words."""
     killed_at_a_new_event: Path | None = None
     """SIGKILL before the first event that is not in this file, which it is then written to."""
+    one_in: int = 1
+    """Of those events, only so many, chosen by a checksum of their text."""
     killed_in_save: int | None = None
     """SIGKILL when that call of torch.save has written half of its file."""
     plots: bool = False

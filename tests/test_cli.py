@@ -368,20 +368,23 @@ def test_shards_that_do_not_fit(
         assert f"{changed}/manifest.json: {expected}" in refused(capsys, *flags, str(changed))
 
 
-def test_errors_of_the_real_command() -> None:
-    """As a user meets them: a process with an exit code, and nothing but the line."""
-    for flags, expected in (
-        (["--fold", "11"], "--fold 11: there are folds 1 to 10"),
-        (["--device", "cpu"], f"{CSV_NAME}: cannot read the CSV"),
-        (["--batch-size", "x"], "invalid int value"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "quaclrs.cli", *flags], capture_output=True, text=True, timeout=60, check=False
-        )
-        assert done.returncode == 2
-        assert done.stderr.startswith("quaclrs-train: error: ")
-        assert done.stderr.count("\n") == 1
-        assert expected in done.stderr
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--fold 11", "--fold 11: there are folds 1 to 10"),
+        ("--batch-size x", "invalid int value"),
+        pytest.param("--device cpu", f"{CSV_NAME}: cannot read the CSV", marks=pytest.mark.exhaustive),  # loads torch
+    ],
+)
+def test_errors_of_the_real_command(flags: str, expected: str) -> None:
+    """What a user gets: a process with an exit code, and one line on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "quaclrs.cli", *flags.split()], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("quaclrs-train: error: ")
+    assert done.stderr.count("\n") == 1
+    assert expected in done.stderr
 
 
 # --- the usual way: nothing but the CSV and the folder ---
@@ -421,28 +424,30 @@ def test_packs_once_beside_the_csv(own_tree: PngTree, capsys: pytest.CaptureFixt
     assert contents(cache) == packed
 
 
-def test_in_a_folder_that_holds_the_data(own_tree: PngTree) -> None:
-    """As the original: no paths at all, in a process of its own."""
-    root = own_tree.csv_file.parent
-    done = subprocess.run(
-        [sys.executable, "-m", "quaclrs.cli", *QUICK.split(), "--fold", "2"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=True,
-        cwd=root,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.stderr == ""
+@pytest.mark.parametrize(
+    "as_a_process", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["called", "process"]
+)
+def test_in_a_folder_that_holds_the_data(
+    as_a_process: bool, own_tree: PngTree, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the original: no paths at all."""
+    root, flags = own_tree.csv_file.parent, [*QUICK.split(), "--fold", "2"]
+    monkeypatch.chdir(root)
+    if as_a_process:
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "quaclrs.cli", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True, env=one_thread)
+        out, err = done.stdout, done.stderr
+    else:
+        assert main(flags) == 0
+        out, err = capsys.readouterr()
+    assert err == ""
     summary = json.loads((root / "results/mobilenet/summary.json").read_text())
-    assert (
-        f"mobilenet: test accuracy {summary['mean_test_accuracy']:.2%} over 1 fold(s)" in done.stdout.splitlines()[-1]
-    )
-    assert done.stdout.splitlines()[-1].endswith(
-        "results in results/mobilenet (start with summary.json and fold_*/plots)"
-    )
-    assert "epoch 1/1: train loss" in done.stdout  # plain lines where there is no terminal
-    assert "\r" not in done.stdout
+    *_, last = out.splitlines()
+    assert f"mobilenet: test accuracy {summary['mean_test_accuracy']:.2%} over 1 fold(s)" in last
+    assert last.endswith("results in results/mobilenet (start with summary.json and fold_*/plots)")
+    assert "epoch 1/1: train loss" in out  # plain lines where there is no terminal
+    assert "\r" not in out
 
 
 def test_training_tells_what_packing_found(own_tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ from torchvision import transforms
 from quaclrs.cli.train import main
 from quaclrs.config import TrainConfig
 from quaclrs.data.sampling import epoch_order, train_batches
-from quaclrs.errors import Interrupted, UsageError, told_once
+from quaclrs.errors import Interrupted, UsageError, raised_on_every_rank
 from quaclrs.experiment import fold
 from quaclrs.experiment.cross_validation import run_cross_validation
 from quaclrs.loaders.base import Batch
@@ -392,7 +392,7 @@ def take_turns(world: World, file: Path) -> None:
         say("-")
 
 
-WISHES = (
+REQUESTS = (
     (0, 0, 0, 0),
     (0, 1, 0, 0),
     (2, 0, 0, 0),
@@ -405,25 +405,25 @@ WISHES = (
 )
 """By step, of each rank."""
 AGREED = [0, 0, 1, 0, 0, 1, 0, 0, 0, 2]
-"""After each step and at the end. Who has a wish while another one is being granted has to ask again: the 2 of the
-third step does not.
+"""After each step and at the end. A rank whose request meets another one that is being granted must ask again, as the 2
+of the third step does not.
 """
 
 
 def agree(world: World, folder: Path) -> dict[str, Any]:
-    agreement, told = AsyncConsensus(world), folder / "rank 0 has gone on"
+    consensus, told = AsyncConsensus(world), folder / "rank 0 has gone on"
     if world.is_main:
-        heard = [agreement.exchange(WISHES[0][0])]  # comes back although no other rank has come so far
+        heard = [consensus.exchange(REQUESTS[0][0])]  # comes back although no other rank has come so far
         told.touch()
     else:
         while not told.exists():
             time.sleep(0.01)
-        heard = [agreement.exchange(WISHES[0][world.rank])]
-    heard += [agreement.exchange(wishes[world.rank]) for wishes in WISHES[1:]]
-    heard.append(agreement.settle())
+        heard = [consensus.exchange(REQUESTS[0][world.rank])]
+    heard += [consensus.exchange(requests[world.rank]) for requests in REQUESTS[1:]]
+    heard.append(consensus.settle())
     return {
         "heard": heard,
-        "later": [agreement.settle(), agreement.exchange(0), agreement.settle()],
+        "later": [consensus.settle(), consensus.exchange(0), consensus.settle()],
         "all": world.gather(world.rank),
     }
 
@@ -626,12 +626,12 @@ def test_turns(done: Done) -> None:
         assert sorted(turns[2:]) == sorted(f"{sign}{rank}" for rank in range(1, len(ranks)) for sign in "+-")
 
 
-def test_a_wish_is_known_to_all_one_step_late(done: Done) -> None:
+def test_a_request_is_known_to_all_ranks_one_step_late(done: Done) -> None:
     _, ranks = done
     if len(ranks) == 4:
         assert [rank["agreed"]["heard"] for rank in ranks] == [AGREED] * 4
     if len(ranks) == 1:
-        assert ranks[0]["agreed"]["heard"] == [*(wishes[0] for wishes in WISHES), 0]
+        assert ranks[0]["agreed"]["heard"] == [*(requests[0] for requests in REQUESTS), 0]
     for rank in ranks:
         assert rank["agreed"]["heard"] == ranks[0]["agreed"]["heard"]
         assert rank["agreed"]["later"] == [0, 0, 0]  # nothing is pending
@@ -781,7 +781,7 @@ def test_all_ranks_end_and_the_guilty_one_says_why(name: str, faults: dict[str, 
 
 def fail_alike() -> None:
     def command() -> None:
-        with joined_world("cpu") as world, told_once():
+        with joined_world("cpu") as world, raised_on_every_rank():
             time.sleep(2.0 if world.is_main else 0.0)
             raise UsageError("the same for all")
 

@@ -32,10 +32,10 @@ from quaclrs.cli.train import main
 from quaclrs.config import TrainConfig
 from quaclrs.errors import Interrupted, StorageError, TrainingError, UsageError
 from quaclrs.experiment import cross_validation, fold, fold_pool
-from quaclrs.experiment.cross_validation import FoldRunner, run_cross_validation, tasks
+from quaclrs.experiment.cross_validation import FoldRunner, list_tasks, run_cross_validation
 from quaclrs.experiment.results import FoldResult
 from quaclrs.experiment.run import Run
-from quaclrs.experiment.run_status import claimed, note, note_done, read_run_status
+from quaclrs.experiment.run_status import hold_fold, mark_done, read_run_status, update_status
 from quaclrs.loaders.dataset import open_dataset
 from quaclrs.training.architectures import ARCHITECTURES
 from quaclrs.training.records import EpochRecord
@@ -175,8 +175,9 @@ def states(model_folder: Path) -> dict[str, str]:
 
 
 def test_results_are_those_of_one_process(
-    tree: PngTree, one_by_one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tree: PngTree, one_by_one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PYTHONPATH", site_with("sabotage({})", tmp_path / "site"))  # for no plots
     assert main(flags(tree, tmp_path, *PARALLEL, "--model_name", "mobilenet,resnet18")) == 0
     assert_same_results(tmp_path, one_by_one, "mobilenet", "resnet18")
     log = capsys.readouterr().out
@@ -213,7 +214,7 @@ def test_one_dataset_and_a_loader_for_each_size(tree: PngTree, tmp_path: Path, m
     log: list[str] = []
     config = config_for(tree, tmp_path, model_name="inception,mobilenet,resnet18,inception", image_size=None)
     with FoldRunner.opened(config, log.append) as runner:
-        for name, number in tasks(config):
+        for name, number in list_tasks(config):
             runner.train(name, number)
     assert len(opened) == 1
     names = [run.config.model_name for run in runs]
@@ -225,15 +226,15 @@ def test_one_dataset_and_a_loader_for_each_size(tree: PngTree, tmp_path: Path, m
 
 def test_all_models() -> None:
     """Every architecture, those of one size together; each once."""
-    everything = tasks(TrainConfig(model_name="all"))
+    everything = list_tasks(TrainConfig(model_name="all"))
     assert Counter(everything) == Counter({(name, number): 1 for name in ARCHITECTURES for number in range(1, 11)})
     assert everything[-10:] == [("inception", number) for number in range(1, 11)]
-    assert tasks(TrainConfig(model_name="vgg16, vgg16", fold=4)) == [("vgg16", 4)]
+    assert list_tasks(TrainConfig(model_name="vgg16, vgg16", fold=4)) == [("vgg16", 4)]
     for name in ("vgg16,nope", "vgg16,", ""):
         with pytest.raises(
             UsageError, match=r"--model_name .*: choose one of alexnet, .*, several with commas, or all"
         ):
-            tasks(TrainConfig(model_name=name))
+            list_tasks(TrainConfig(model_name=name))
 
 
 # --- when a fold fails ---
@@ -303,14 +304,14 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def with_first(first: Callable[..., None], *arguments: object) -> None:
         forkserver.ensure_running()  # not first in the pool, which blocks SIGINT then: all processes would inherit that
         monkeypatch.setattr(multiprocessing, "get_context", lambda method: _processes)
-        monkeypatch.setattr(fold_pool, "_work", functools.partial(_work_after, first, arguments))
+        monkeypatch.setattr(fold_pool, "_run_worker", functools.partial(_work_after, first, arguments))
 
     return with_first
 
 
 def _work_after(first: Callable[..., None], arguments: tuple[object, ...], *rest: Any) -> None:
     first(*arguments)
-    fold_pool._work(*rest)
+    fold_pool._run_worker(*rest)
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -370,9 +371,9 @@ def test_a_process_that_dies_costs_its_fold_only(
     assert f"mobilenet fold 2: its process was killed by SIGKILL (log: {root}/logs/fold_2.log)" in printed.err
     assert "Traceback (most recent call last)" in (root / "logs" / "fold_1.log").read_text()
     assert "fold 2: training on 7 samples" in (root / "logs" / "fold_2.log").read_text()
-    ledger = read_run_status(root)
-    assert (ledger["fold_2"]["state"], ledger["fold_2"]["error"]) == ("failed", "its process was killed by SIGKILL")
-    assert ledger["fold_3"]["state"] == "done"
+    status = read_run_status(root)
+    assert (status["fold_2"]["state"], status["fold_2"]["error"]) == ("failed", "its process was killed by SIGKILL")
+    assert status["fold_3"]["state"] == "done"
     metrics = [folder / "mobilenet" / "fold_3" / "metrics.json" for folder in (tmp_path, one_by_one)]
     assert without_times(read_json(metrics[0])) == without_times(read_json(metrics[1]))
 
@@ -567,32 +568,32 @@ def test_a_fold_belongs_to_one_process(
         (KeyboardInterrupt(), "interrupted", "KeyboardInterrupt: "),
     ],
 )
-def test_the_ledger_says_how_a_fold_ended(
+def test_the_status_says_how_a_fold_ended(
     error: BaseException | None, state: str, said: str | None, tmp_path: Path
 ) -> None:
-    note(tmp_path, 10, state="done")
-    note(tmp_path, 2, state="failed", error="of the last time")
-    with contextlib.suppress(TrainingError, ZeroDivisionError, Interrupted, KeyboardInterrupt), claimed(tmp_path, 2):
+    update_status(tmp_path, 10, state="done")
+    update_status(tmp_path, 2, state="failed", error="of the last time")
+    with contextlib.suppress(TrainingError, ZeroDivisionError, Interrupted, KeyboardInterrupt), hold_fold(tmp_path, 2):
         entry = read_run_status(tmp_path)["fold_2"]
         assert (entry["state"], entry["pid"], entry["host"]) == ("running", os.getpid(), socket.gethostname())
         assert (entry["until"], entry["error"]) == (None, None)
         if error is not None:
             raise error
-    ledger = read_run_status(tmp_path)
-    assert (ledger["fold_2"]["state"], ledger["fold_2"]["error"]) == (state, said)
-    assert ledger["fold_2"]["until"] is not None
-    assert list(ledger) == ["fold_2", "fold_10"]
-    assert ledger["fold_10"] == {"state": "done"}
+    status = read_run_status(tmp_path)
+    assert (status["fold_2"]["state"], status["fold_2"]["error"]) == (state, said)
+    assert status["fold_2"]["until"] is not None
+    assert list(status) == ["fold_2", "fold_10"]
+    assert status["fold_10"] == {"state": "done"}
 
 
 def test_a_stale_entry_does_not_block(tmp_path: Path) -> None:
-    """Whoever held the fold is dead, and could not say so; a ledger that cannot be read is no obstacle either."""
-    note(tmp_path, 1, state="running", pid=1, host="elsewhere")
-    with claimed(tmp_path, 1):
+    """Whoever held the fold is dead, and could not say so; a status file that cannot be read is ignored."""
+    update_status(tmp_path, 1, state="running", pid=1, host="elsewhere")
+    with hold_fold(tmp_path, 1):
         assert read_run_status(tmp_path)["fold_1"]["pid"] == os.getpid()
     (tmp_path / "run_status.json").write_text("{")
     assert read_run_status(tmp_path) == {}
-    with claimed(tmp_path, 1):
+    with hold_fold(tmp_path, 1):
         pass
     assert states(tmp_path) == {"fold_1": "done"}
 
@@ -600,8 +601,8 @@ def test_a_stale_entry_does_not_block(tmp_path: Path) -> None:
 def test_a_fold_is_free_again_although_a_child_goes_on(tmp_path: Path) -> None:
     """A forked process, such as a DataLoader's worker that lives as long as the run, has the lock's file open too."""
     script = (
-        "import os, sys, time\nfrom pathlib import Path\nfrom quaclrs.experiment.run_status import claimed\n"
-        "with claimed(Path(sys.argv[1]), 1):\n    child = os.fork()\n    child or time.sleep(60)\n"
+        "import os, sys, time\nfrom pathlib import Path\nfrom quaclrs.experiment.run_status import hold_fold\n"
+        "with hold_fold(Path(sys.argv[1]), 1):\n    child = os.fork()\n    child or time.sleep(60)\n"
         "print(child, flush=True)\nsys.stdin.read()\nos.kill(child, 9)\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
@@ -609,7 +610,7 @@ def test_a_fold_is_free_again_although_a_child_goes_on(tmp_path: Path) -> None:
     try:
         assert process.stdout is not None
         assert process.stdout.readline().strip().isdecimal()
-        with claimed(tmp_path, 1):
+        with hold_fold(tmp_path, 1):
             pass
     finally:
         process.communicate(timeout=DEADLINE_S)
@@ -617,15 +618,15 @@ def test_a_fold_is_free_again_although_a_child_goes_on(tmp_path: Path) -> None:
 
 
 def test_finished_folds_are_noted_as_done(tmp_path: Path) -> None:
-    note(tmp_path, 1, state="running", pid=1, error=None)
-    note_done(tmp_path, 1)
+    update_status(tmp_path, 1, state="running", pid=1, error=None)
+    mark_done(tmp_path, 1)
     assert read_run_status(tmp_path)["fold_1"]["state"] == "done"
     before = modified(tmp_path)
-    note_done(tmp_path, 1)
+    mark_done(tmp_path, 1)
     assert modified(tmp_path) == before
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "mobilenet").write_text("a file")
-    with pytest.raises(StorageError, match=r"cannot write .*mobilenet"), claimed(tmp_path / "mobilenet", 1):
+    with pytest.raises(StorageError, match=r"cannot write .*mobilenet"), hold_fold(tmp_path / "mobilenet", 1):
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import random
 import struct
 import warnings
@@ -211,6 +212,8 @@ def check_what_pillow_writes(data: st.DataObject, mode: str) -> None:
 # --- bad files ---
 
 
+BOMB_PIXELS = 89_478_485
+"""Pillow refuses images with more pixels than this."""
 DAMAGES = ("bytes", "rows", "cut", "longer", "checksum", "header", "missing row", "order")
 
 
@@ -239,7 +242,10 @@ def damage(data: bytes, what: str, dice: random.Random) -> bytes:
     elif what == "checksum":
         packed = packed[:-4] + dice.choice([b"", b"\0\0", b"\0\0\0\0"])
     elif what == "header":
-        chunks[0] = (chunks[0][0], flipped(chunks[0][1], dice))
+        damaged = flipped(chunks[0][1], dice)
+        while 1 << 20 < math.prod(struct.unpack(">II", damaged[:8])) < BOMB_PIXELS:  # would take seconds to decode
+            damaged = flipped(chunks[0][1], dice)
+        chunks[0] = (chunks[0][0], damaged)
     else:  # Pillow leaves the missing row black, if there is only one IDAT chunk
         width, _, bits, colour_type = struct.unpack(">IIBB", chunks[0][1][:10])
         row_bytes = 1 + -(-width * bits * CHANNELS[colour_type] // 8)

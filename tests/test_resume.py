@@ -156,24 +156,19 @@ def train_until_done(next_job: Callable[[int], Job]) -> tuple[int, list[Step]]:
     raise AssertionError("no end in sight")
 
 
-def test_killed_at_every_flush_rename_and_deletion(whole: Whole, tmp_path: Path) -> None:
-    """One job, killed at each of them in turn, from the first shard to the summary."""
+@pytest.mark.parametrize("one_in", [6, pytest.param(1, marks=pytest.mark.exhaustive)])
+def test_killed_at_every_flush_rename_and_deletion(one_in: int, whole: Whole, tmp_path: Path) -> None:
+    """One job, killed at each of them in turn, from the first shard to the summary; by default at every sixth or so."""
     tree, known = make_tree(tmp_path / "tree"), tmp_path / "known"
     known.touch()
-    arguments, disturbance = flags(tree, tmp_path / "results", *EVERY_STEP), Disturbance(killed_at_a_new_event=known)
+    arguments = flags(tree, tmp_path / "results", *EVERY_STEP)
+    disturbance = Disturbance(killed_at_a_new_event=known, one_in=one_in)
     kills, steps = train_until_done(lambda kills: Job(tmp_path / "said", arguments, disturbance))
     events = known.read_text().splitlines()
     assert kills == len(events) == len(set(events))
-    in_fold = ("best_model.pth", "checkpoint_within_epoch.pth", "checkpoint_epoch_2.pth", "metrics.json", "run.json")
-    for name in ("fold01-000000.tar", "manifest.json", "run_status.json", "summary.json", *in_fold):
-        for kind in ("flush", "rename"):
-            assert any(event.startswith(kind) and f"{name}.tmp " in event for event in events), (kind, name)
-    for event in (
-        "rename plots/confusion_matrix.png.tmp",
-        "delete fold/checkpoint_within_epoch.pth",
-        "flush tiny/fold ",
-    ):
-        assert any(known.startswith(event) for known in events), event
+    assert kills > 60 / one_in
+    if one_in == 1:
+        assert_every_kind_of(events)
     assert_same_results(tmp_path / "results", whole.results)
     assert_same_steps(steps, whole.steps)
     # a process repeats no more than the step whose checkpoint it was killed in, or the evaluation
@@ -182,8 +177,30 @@ def test_killed_at_every_flush_rename_and_deletion(whole: Whole, tmp_path: Path)
     assert content_of(tree.csv_file.parent / "quaclrs_shards") == whole.shards
 
 
+def assert_every_kind_of(events: list[str]) -> None:
+    """So that no file is forgotten."""
+    in_fold = ("best_model.pth", "checkpoint_within_epoch.pth", "checkpoint_epoch_2.pth", "metrics.json", "run.json")
+    in_model = ("run_status.json", "summary.json", "original_summary.json")
+    for name in ("fold01-000000.tar", "manifest.json", *in_model, *in_fold, "original_metrics.json"):
+        for kind in ("flush", "rename"):
+            assert any(event.startswith(kind) and f"{name}.tmp " in event for event in events), (kind, name)
+    for event in (
+        "rename plots/confusion_matrix.png.tmp",
+        "delete fold/checkpoint_within_epoch.pth",
+        "flush tiny/fold ",
+    ):
+        assert any(known.startswith(event) for known in events), event
+
+
 @pytest.mark.parametrize(
-    "call", [1, 2, 3, 4], ids=["within epoch", "after its last step", "after the epoch", "best model"]
+    "call",
+    [
+        1,
+        pytest.param(2, marks=pytest.mark.exhaustive),
+        pytest.param(3, marks=pytest.mark.exhaustive),
+        4,
+    ],
+    ids=["within epoch", "after its last step", "after the epoch", "best model"],
 )
 def test_killed_in_the_middle_of_a_file(call: int, whole: Whole, tree: PngTree, tmp_path: Path) -> None:
     arguments = flags(tree, tmp_path / "results", *EVERY_STEP)
@@ -201,8 +218,11 @@ MOBILENET = ("--model_name", "mobilenet", "--fold", 2, "--gradcam_per_class", 1,
 
 @pytest.mark.parametrize(
     ("more", "plots", "seconds", "moments"),
-    [(EVERY_STEP, False, 0.2, 20), (MOBILENET, True, 0.7, 5)],
-    ids=["all folds", "a real network with all its images"],
+    [
+        pytest.param(EVERY_STEP, False, 0.2, 4, id="all folds"),
+        pytest.param(EVERY_STEP, False, 0.2, 20, marks=pytest.mark.exhaustive, id="all folds, more often"),
+        pytest.param(MOBILENET, True, 0.7, 5, marks=pytest.mark.exhaustive, id="a real network with all its plots"),
+    ],
 )
 def test_killed_at_random_moments(
     more: Sequence[object], plots: bool, seconds: float, moments: int, tree: PngTree, tmp_path: Path
@@ -257,8 +277,15 @@ def stopped(number: int, where: str) -> str:
     return f"quaclrs-train: stopped by {name} in {where}; the same command with --resume goes on from there\n"
 
 
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
-@pytest.mark.parametrize("moment", WHERE, ids=str)
+@pytest.mark.parametrize(
+    ("moment", "number", "code"),
+    [
+        # by default, the two signals take turns
+        pytest.param(moment, *case, marks=() if (i + j) % 2 == 0 else pytest.mark.exhaustive, id=f"{moment}-{case[1]}")
+        for i, moment in enumerate(WHERE)
+        for j, case in enumerate(SIGNALS)
+    ],
+)
 def test_a_signal_saves_at_the_next_step(
     moment: Moment, number: int, code: int, whole: Whole, tree: PngTree, tmp_path: Path
 ) -> None:
@@ -266,8 +293,8 @@ def test_a_signal_saves_at_the_next_step(
     arguments = flags(tree, tmp_path / "results")
     first = Job(tmp_path / "said", arguments, Disturbance(signals={moment: [(0, number)]})).result()
     assert (first.code, first.err) == (code, stopped(number, WHERE[moment]))
-    ledger = json.loads((tmp_path / "results" / "tiny" / "run_status.json").read_text())
-    assert ledger[f"fold_{moment.fold}"]["state"] == "interrupted"
+    status = json.loads((tmp_path / "results" / "tiny" / "run_status.json").read_text())
+    assert status[f"fold_{moment.fold}"]["state"] == "interrupted"
     second = finish(tmp_path / "said", arguments)
     if moment.phase == "train":
         assert f"resuming after epoch 0 and step {moment.step} of the next" in second.out
@@ -280,9 +307,9 @@ def test_a_signal_saves_at_the_next_step(
     ("event", "where"),
     [
         ("flush fold/checkpoint_epoch_1.pth.tmp", "fold 1, epoch 2, after step 1"),
-        ("flush fold/checkpoint_epoch_2.pth.tmp", "fold 1, its test"),
+        pytest.param("flush fold/checkpoint_epoch_2.pth.tmp", "fold 1, its test", marks=pytest.mark.exhaustive),
         ("rename fold/metrics.json.tmp", "fold 1, which is done"),
-        ("rename tiny/summary.json.tmp", "fold 1, which is done"),
+        pytest.param("rename tiny/summary.json.tmp", "fold 1, which is done", marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_signal_while_files_are_written(event: str, where: str, whole: Whole, tree: PngTree, tmp_path: Path) -> None:
@@ -294,24 +321,33 @@ def test_a_signal_while_files_are_written(event: str, where: str, whole: Whole, 
     assert_same_results(tmp_path / "results", whole.results)
 
 
+AT_ONCE = {signal.SIGTERM: (-15, ""), signal.SIGINT: (130, "quaclrs-train: interrupted\n")}
+"""Exit code and message of a process that has nothing to save."""
+
+
 @pytest.mark.parametrize(
-    ("number", "code", "said"), [(signal.SIGTERM, -15, ""), (signal.SIGINT, 130, "quaclrs-train: interrupted\n")]
+    ("event", "number"),
+    [
+        ("rename fold01/", signal.SIGTERM),
+        ("load", signal.SIGINT),
+        pytest.param("rename fold01/", signal.SIGINT, marks=pytest.mark.exhaustive),
+        pytest.param("load", signal.SIGTERM, marks=pytest.mark.exhaustive),
+    ],
 )
-@pytest.mark.parametrize("event", ["rename fold01/", "load"])
 def test_what_has_nothing_to_save_ends_at_once(
-    event: str, number: int, code: int, said: str, whole: Whole, tmp_path: Path
+    event: str, number: signal.Signals, whole: Whole, tmp_path: Path
 ) -> None:
     """While packing, and while loading."""
     tree = make_tree(tmp_path / "tree")
     arguments = flags(tree, tmp_path / "results")
     result = Job(tmp_path / "said", arguments, Disturbance(signal_at_event=(event, number))).result()
-    assert (result.code, result.err, result.steps) == (code, said, [])
+    assert (result.code, result.err, result.steps) == (*AT_ONCE[number], [])
     finish(tmp_path / "said", arguments)
     assert_same_results(tmp_path / "results", whole.results)
     assert content_of(tree.csv_file.parent / "quaclrs_shards") == whole.shards
 
 
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
+@pytest.mark.parametrize(("number", "code"), [SIGNALS[1], pytest.param(*SIGNALS[0], marks=pytest.mark.exhaustive)])
 def test_a_signal_passed_on_is_the_same_one(number: int, code: int, tree: PngTree, tmp_path: Path) -> None:
     other = SIGNALS[0][0] if number == signal.SIGINT else SIGNALS[1][0]
     several = Disturbance(signals={MIDDLE: [(0, number), (0.1, number), (0.1, other)]})
@@ -320,17 +356,16 @@ def test_a_signal_passed_on_is_the_same_one(number: int, code: int, tree: PngTre
 
 
 def test_a_second_signal_ends_at_once(whole: Whole, tree: PngTree, tmp_path: Path) -> None:
-    expected = {signal.SIGTERM: (-15, ""), signal.SIGINT: (130, "quaclrs-train: interrupted\n")}
-    arguments = {number: flags(tree, tmp_path / str(int(number))) for number in expected}
+    arguments = {number: flags(tree, tmp_path / str(int(number))) for number in AT_ONCE}
     jobs = {
         number: Job(
             tmp_path / f"said {number}", arguments[number], Disturbance(signals={LAST: [(0, number), (2.05, number)]})
         )
-        for number in expected
+        for number in AT_ONCE
     }
     for number, job in jobs.items():
         result = job.result()
-        assert (result.code, result.err) == expected[number]
+        assert (result.code, result.err) == AT_ONCE[number]
         assert not list((tmp_path / str(int(number))).rglob("*.pth"))
         finish(tmp_path / "said", arguments[number])
         assert_same_results(tmp_path / str(int(number)), whole.results)
@@ -338,7 +373,7 @@ def test_a_second_signal_ends_at_once(whole: Whole, tree: PngTree, tmp_path: Pat
 
 # --- the command itself ---
 
-COMMAND = ("--model_name", "mobilenet", "--fold", 1, "--epochs", 9, "--loader", "files", "--device", "cpu")
+COMMAND = ("--model_name", "mobilenet", "--fold", 1, "--epochs", 6, "--loader", "files", "--device", "cpu")
 
 
 def start(arguments: Sequence[object]) -> subprocess.Popen[str]:
@@ -360,40 +395,43 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
-def test_the_command_and_signals(tree: PngTree, tmp_path: Path) -> None:
-    """Ctrl-C, which reaches the workers of the loader too; and SIGTERM for torchrun's children, as a scheduler sends
-    it.
-    """
-    keyboard = flags(tree, tmp_path / "keyboard", *COMMAND, "--num_workers", 2)
-    shared = flags(tree, tmp_path / "shared", *COMMAND, "--distributed", "--nproc", 2)
-    with start(keyboard) as first, start(shared) as second:
-        waiting: dict[str, tuple[subprocess.Popen[str], Callable[[], None], int]] = {
-            "keyboard": (first, lambda: os.killpg(first.pid, signal.SIGINT), 130),
-            "shared": (second, lambda: second.terminate(), 143),
-        }
+def stop_after_an_epoch(output_dir: Path, arguments: Sequence[object], number: signal.Signals, group: bool) -> None:
+    """Run the command, send ``number`` to it, or to its whole process group, and see that it says so and has saved."""
+    with start(arguments) as process:
         try:
-            for name, (process, send, _) in waiting.items():
-                wait_for(tmp_path / name / "mobilenet" / "fold_1" / "checkpoint_epoch_1.pth", process)
-                send()
-            for process, _, code in waiting.values():
-                out, err = process.communicate(timeout=TIMEOUT_S)
-                assert process.returncode == code, (out, err)
-                assert err.startswith(f"quaclrs-train: stopped by {signal.Signals(code - 128).name} in fold 1, "), err
-                assert err.endswith("; the same command with --resume goes on from there\n")
-                assert err.count("\n") == 1
+            wait_for(output_dir / "mobilenet" / "fold_1" / "checkpoint_epoch_1.pth", process)
+            if group:
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+            out, err = process.communicate(timeout=TIMEOUT_S)
         finally:
-            for process, _, _ in waiting.values():
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 128 + number, (out, err)
+    assert err.startswith(f"quaclrs-train: stopped by {number.name} in fold 1, "), err
+    assert err.endswith("; the same command with --resume goes on from there\n")
+    assert err.count("\n") == 1
+
+
+def test_the_command_and_ctrl_c(tree: PngTree, tmp_path: Path) -> None:
+    """Which a terminal sends to the workers of the loader too."""
+    arguments = flags(tree, tmp_path / "results", *COMMAND, "--num_workers", 2)
+    stop_after_an_epoch(tmp_path / "results", arguments, signal.SIGINT, group=True)
     whole = finish(tmp_path / "said", flags(tree, tmp_path / "whole", *COMMAND))
-    again = finish(tmp_path / "said", flags(tree, tmp_path / "keyboard", *COMMAND))
+    again = finish(tmp_path / "said", flags(tree, tmp_path / "results", *COMMAND))
     assert again.steps == whole.steps[-len(again.steps) :]
     assert 0 < len(again.steps) < len(whole.steps)
-    assert_same_results(tmp_path / "keyboard", results(tmp_path / "whole"))
-    alone = finish(tmp_path / "said", flags(tree, tmp_path / "shared", *COMMAND))
-    assert {len(step.index) for step in alone.steps if step.phase == "train"} == {
-        6
-    }  # the batches of two processes together
+    assert_same_results(tmp_path / "results", results(tmp_path / "whole"))
+
+
+@pytest.mark.exhaustive
+def test_the_command_with_ranks_and_sigterm(tree: PngTree, tmp_path: Path) -> None:
+    """As a scheduler sends it, to torchrun's parent only; one process goes on with the batches of both ranks."""
+    arguments = flags(tree, tmp_path / "results", *COMMAND, "--distributed", "--nproc", 2)
+    stop_after_an_epoch(tmp_path / "results", arguments, signal.SIGTERM, group=False)
+    alone = finish(tmp_path / "said", flags(tree, tmp_path / "results", *COMMAND))
+    assert {len(step.index) for step in alone.steps if step.phase == "train"} == {6}
 
 
 # --- on another number of processes ---
@@ -461,10 +499,10 @@ def in_worlds(even_tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> I
     ("moment", "rank"),
     [
         (Moment("train", 2, 3), 1),
-        (Moment("train", 4, 3), 0),
-        (Moment("train", 6, 3), 1),
+        pytest.param(Moment("train", 4, 3), 0, marks=pytest.mark.exhaustive),
+        pytest.param(Moment("train", 6, 3), 1, marks=pytest.mark.exhaustive),
         (Moment("validate", 1, 3), 0),
-        (Moment("test", 1, 3), 1),
+        pytest.param(Moment("test", 1, 3), 1, marks=pytest.mark.exhaustive),
     ],
     ids=str,
 )
@@ -487,7 +525,7 @@ def test_as_many_processes_leave_no_trace(
 
 
 @pytest.mark.parametrize(("before", "after"), [(TWO, 1), (ONE, 2)], ids=["two, then one", "one, then two"])
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("step", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_another_number_of_processes_keeps_the_global_batches(
     step: int, before: tuple[int, int], after: int, even_tree: PngTree, in_worlds: InWorlds, tmp_path: Path
 ) -> None:
@@ -650,16 +688,25 @@ def test_nothing_to_resume(whole: Whole, tree: PngTree, tmp_path: Path) -> None:
     assert_same_results(tmp_path / "results", whole.results)
 
 
-@pytest.fixture
-def stopped_twice(tree: PngTree, tmp_path: Path) -> tuple[Path, Path]:
-    """Stopped in epoch 1 and in epoch 2, fold 1 only: the folder, and what the first stop wrote within its epoch."""
-    folder, kept = tmp_path / "results" / "tiny" / "fold_1", tmp_path / "kept.pth"
+@pytest.fixture(scope="module")
+def stopped_once(tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training that was stopped in epoch 1 and in epoch 2 of fold 1: ``results``, and as ``kept.pth`` what the first
+    stop wrote within its epoch.
+    """
+    root = tmp_path_factory.mktemp("stopped")
     for moment in (MIDDLE, Moment("train", 2)):
         stop = Disturbance(signals={moment: [(0, signal.SIGTERM)]})
-        assert Job(tmp_path / "said", flags(tree, tmp_path / "results"), stop).result().code == 143
-        if not kept.exists():
-            shutil.copy(folder / "checkpoint_within_epoch.pth", kept)
-    return folder, kept
+        assert Job(root / "said", flags(tree, root / "results"), stop).result().code == 143
+        if not (root / "kept.pth").exists():
+            shutil.copy(root / "results" / "tiny" / "fold_1" / "checkpoint_within_epoch.pth", root / "kept.pth")
+    return root
+
+
+@pytest.fixture
+def stopped_twice(stopped_once: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of it that may be changed: fold 1's folder, and ``kept.pth``."""
+    shutil.copytree(stopped_once / "results", tmp_path / "results")
+    return tmp_path / "results" / "tiny" / "fold_1", stopped_once / "kept.pth"
 
 
 def test_an_older_state_within_an_epoch_is_ignored(
@@ -674,8 +721,17 @@ def test_an_older_state_within_an_epoch_is_ignored(
     assert_same_results(tmp_path / "results", whole.results)
 
 
-@pytest.mark.parametrize("length", [0, 100, 3000])
-@pytest.mark.parametrize("name", ["checkpoint_within_epoch.pth", "checkpoint_epoch_1.pth"])
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [
+        ("checkpoint_within_epoch.pth", 0),
+        ("checkpoint_epoch_1.pth", 3000),
+        pytest.param("checkpoint_within_epoch.pth", 100, marks=pytest.mark.exhaustive),
+        pytest.param("checkpoint_within_epoch.pth", 3000, marks=pytest.mark.exhaustive),
+        pytest.param("checkpoint_epoch_1.pth", 0, marks=pytest.mark.exhaustive),
+        pytest.param("checkpoint_epoch_1.pth", 100, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_damaged_checkpoint_is_named(
     name: str, length: int, stopped_twice: tuple[Path, Path], tree: PngTree, tmp_path: Path
 ) -> None:
@@ -689,7 +745,7 @@ def test_a_damaged_checkpoint_is_named(
     assert result.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("version", [None, 1, 99])
+@pytest.mark.parametrize("version", [None, pytest.param(1, marks=pytest.mark.exhaustive), 99])
 def test_another_version_is_refused(
     version: int | None, stopped_twice: tuple[Path, Path], tree: PngTree, tmp_path: Path
 ) -> None:

@@ -37,6 +37,7 @@ def run_of(config: TrainConfig) -> Run:
     return Run(
         config=config,
         dataset=cast(Any, SimpleNamespace(identity="sha256 of the data")),
+        samples={},
         loader=cast(Any, SimpleNamespace(pixels="exact", replicated=True)),
         device=torch.device("cpu"),
         image_size=config.image_size or 224,

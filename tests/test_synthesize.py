@@ -93,10 +93,10 @@ def make(root: Path, *, samples_per_class: int, folds: int, seed: int = 0, num_w
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 rows of each of 13 classes in 2 folds: 104 rows. Read only."""
+    """3 rows of each of 13 classes in 2 folds: 78 rows. Read only."""
     root = tmp_path_factory.mktemp("synthetic")
-    summary = make(root, samples_per_class=4, folds=2)
-    assert summary.rows == 104
+    summary = make(root, samples_per_class=3, folds=2)
+    assert summary.rows == 78
     return root
 
 
@@ -142,7 +142,7 @@ def test_values_on_the_borders_between_colours_are_drawn_as_matplotlib_draws_the
 
 
 def test_grids_are_decibels_below_the_loudest_cell_and_partly_silent() -> None:
-    grids = {row.sample: mel_grid(row.sample, seed=0) for row in plan_rows(4, 3)}
+    grids = {row.sample: mel_grid(row.sample, seed=0) for row in plan_rows(4, 2)}
     for sample, grid in grids.items():
         assert grid.dtype == np.float64
         assert grid.max() <= 0
@@ -179,7 +179,7 @@ def test_csv_has_the_real_columns_and_labels(dataset: Path) -> None:
     assert sorted(CLASSES) == CLASSES
     rows = read_rows(dataset)
     assert list(rows[0]) == ["spec_file_name", "orig_file_name", "fsID", "fold", "classID", "class", "augmentation"]
-    assert len({tuple(row.values()) for row in rows}) == len(rows) == 4 * 13 * 2
+    assert len({tuple(row.values()) for row in rows}) == len(rows) == 3 * 13 * 2
     counts: defaultdict[tuple[str, str], int] = defaultdict(int)
     for row in rows:
         counts[row["class"], row["fold"]] += 1
@@ -188,7 +188,7 @@ def test_csv_has_the_real_columns_and_labels(dataset: Path) -> None:
         assert older_id != row["classID"]
         assert fs_id == row["fsID"]
         assert row["augmentation"] == LONG_FORMS[tag]
-    assert set(counts.values()) == {4}
+    assert set(counts.values()) == {3}
     assert len(counts) == 26
     assert {row["augmentation"] for row in rows} == set(LONG_FORMS.values())
     assert {image_path(dataset, row) for row in rows} == set(dataset.glob("spectrograms/*/*.png"))
@@ -240,7 +240,7 @@ def test_twins_have_equal_bytes_on_disk(tmp_path: Path) -> None:
 
 
 def test_two_processes_write_the_same_bytes_as_one(dataset: Path, tmp_path: Path) -> None:
-    summary = make(tmp_path, samples_per_class=4, folds=2, num_workers=2)
+    summary = make(tmp_path, samples_per_class=3, folds=2, num_workers=2)
     assert tree(tmp_path) == tree(dataset)
     images = list(tmp_path.glob("spectrograms/*/*"))
     assert (summary.files, summary.drawn) == (len(images), len(images))
@@ -306,7 +306,7 @@ def test_impossible_numbers_are_refused_by_name(tmp_path: Path, name: str, value
 @pytest.mark.parametrize(("name", "value"), [("samples_per_class", 5), ("folds", 3), ("seed", 7)])
 def test_a_folder_with_other_parameters_is_refused_untouched(dataset: Path, name: str, value: int) -> None:
     before = tree(dataset)
-    options = {"samples_per_class": 4, "folds": 2, name: value}
+    options = {"samples_per_class": 3, "folds": 2, name: value}
     with pytest.raises(UsageError, match=f"made with {name} .*not {value}.*--output_dir"):
         make(dataset, **options)
     assert tree(dataset) == before

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from quaclrs import __version__
 from quaclrs.cli.arguments import Parser, add_dataset_arguments, columns_of
 from quaclrs.config import TrainConfig
-from quaclrs.errors import UsageError, run_command, told_once
+from quaclrs.errors import UsageError, raised_on_every_rank, run_command
 from quaclrs.training.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _train_as_rank(config: TrainConfig, options: argparse.Namespace) -> None:
-    with told_once():
+    with raised_on_every_rank():
         _refuse_mixed_ways(config, options.distributed, rank=True)
     _train_here(config, options.demo)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from quaclrs.config import TrainConfig, default_num_workers
-from quaclrs.errors import UsageError, told_once
+from quaclrs.errors import UsageError, raised_on_every_rank
 from quaclrs.experiment.fold import run_fold
 from quaclrs.experiment.results import FoldResult, Summary
 from quaclrs.experiment.run import Log, Run, agreed_global_batch, select_fold_samples
@@ -23,7 +23,7 @@ from quaclrs.training.architectures import check_input_size, input_size, parse_m
 from quaclrs.training.device import pick_device, refuse_for_device
 from quaclrs.training.distributed import World
 from quaclrs.training.state import amp_dtype, set_tf32
-from quaclrs.training.trainer import Hooks
+from quaclrs.training.trainer import FoldSamples, Hooks
 
 
 def run_cross_validation(
@@ -34,12 +34,12 @@ def run_cross_validation(
     Everything that can be refused is refused before the first fold starts. Raises the errors of quaclrs.errors.
     """
     with FoldRunner.opened(config, log, hooks, world) as runner:
-        for name, fold in tasks(config):
+        for name, fold in list_tasks(config):
             runner.train(name, fold)
         return runner.summaries
 
 
-def tasks(config: TrainConfig) -> list[tuple[str, int]]:
+def list_tasks(config: TrainConfig) -> list[tuple[str, int]]:
     """List every (model, fold) of ``config``, models of one input size together, so that few loaders are made.
 
     Raises :class:`UsageError` for an unknown model or an image size that one of them cannot take.
@@ -66,16 +66,17 @@ class FoldRunner:
         self._hooks = hooks or Hooks()
         self.summaries: dict[str, Summary] = {}
         """By model, over the folds trained here and those found in its folder. Rank 0 only."""
-        with told_once():
+        with raised_on_every_rank():
             self._device = pick_device(config.device, world)
             refuse_for_device(config, self._device, world)
-            names = dict.fromkeys(name for name, _ in tasks(config))
+            names = dict.fromkeys(name for name, _ in list_tasks(config))
         set_tf32(config.tf32)
         self._global_batches = {name: self._global_batch(name) for name in names}
         if world.size > 1:
             for name, batch in self._global_batches.items():
                 log(f"{name}: {world.size} processes, global batch {batch} ({batch // world.size} samples of each)")
         self._dataset = self._open_dataset()
+        self._samples: dict[int, FoldSamples] = {}
         self._loader: Loader | None = None
         self._loader_size = 0
         self._parts = 1
@@ -88,24 +89,24 @@ class FoldRunner:
         """Yield a runner that has checked everything that the folds of ``config`` need; close it after the block."""
         runner = cls(config, log, hooks, world or World())
         try:
-            with told_once():
-                runner.check_folds()
+            with raised_on_every_rank():
+                runner.prepare_folds()
             if runner._world.is_main:
                 make_folder(config.output_dir)
             yield runner
         finally:
             runner.close()
 
-    def check_folds(self) -> None:
-        """Raise :class:`UsageError` or :class:`TrainingError` for folds that the dataset cannot serve."""
+    def prepare_folds(self) -> None:
+        """Split the dataset. Raises :class:`UsageError` or :class:`TrainingError` for folds that it cannot serve."""
         highest, config = int(self._dataset.fold.max()), self._config
         if highest > config.num_folds:
             raise UsageError(
                 f"{self._dataset.name}: has a fold {highest}, but the protocol has {config.num_folds}; give "
                 f"--num_folds {highest} or mend the CSV"
             )
-        for fold in dict.fromkeys(fold for _, fold in tasks(config)):
-            select_fold_samples(self._dataset, fold, config.num_folds)
+        for fold in dict.fromkeys(fold for _, fold in list_tasks(config)):
+            self._samples[fold] = select_fold_samples(self._dataset, fold, config.num_folds)
 
     def train(self, name: str, fold: int) -> FoldResult | None:
         """Train and test one fold of the model ``name``; returns its result, on rank 0 at least.
@@ -117,6 +118,7 @@ class FoldRunner:
         run = Run(
             config=config,
             dataset=self._dataset,
+            samples=self._samples,
             loader=self._loader_for(size),
             device=self._device,
             image_size=size,

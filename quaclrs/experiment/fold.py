@@ -14,7 +14,7 @@ from quaclrs.data.sampling import evaluation_batches
 from quaclrs.experiment.original_outputs import ORIGINAL_METRICS_FILE, REPORT_FILE, original_metrics
 from quaclrs.experiment.results import METRICS_FILE, FoldResult, parse_fold_result, read_document
 from quaclrs.experiment.run import RUN_FILE, Log, Run
-from quaclrs.experiment.run_status import claimed, note_done
+from quaclrs.experiment.run_status import hold_fold, mark_done
 from quaclrs.report.gradcam import pick_samples, write_gradcams
 from quaclrs.report.metrics import compute_metrics, scores_for_results
 from quaclrs.report.plots import write_plots
@@ -32,21 +32,22 @@ def run_fold(run: Run, fold: int) -> FoldResult | None:
 
     Every rank calls it. Rank 0 alone reads and writes files, and may be the only one to get a result.
     """
-    finished = run.world.broadcast_object(_finished(run, fold) if run.config.resume and run.world.is_main else None)
+    read = run.config.resume and run.world.is_main
+    finished = run.world.broadcast_object(_read_finished(run, fold) if read else None)
     if finished:
         if run.world.is_main:
-            note_done(run.folder, fold)
+            mark_done(run.folder, fold)
         run.log(f"fold {fold}: finished before, test accuracy {finished.test_accuracy:.2%}")
         return finished
     if not run.world.is_main:
         return _train_and_test(run, fold)
-    with claimed(run.folder, fold):
+    with hold_fold(run.folder, fold):
         if not run.config.resume:
             _set_aside(run.fold_folder(fold), run.log)
         return _train_and_test(run, fold)
 
 
-def _finished(run: Run, fold: int) -> FoldResult | None:
+def _read_finished(run: Run, fold: int) -> FoldResult | None:
     path = run.fold_folder(fold) / METRICS_FILE
     if not path.is_file():
         return None
@@ -56,8 +57,8 @@ def _finished(run: Run, fold: int) -> FoldResult | None:
 
 
 def _train_and_test(run: Run, fold: int) -> FoldResult | None:
-    """Returns the result on rank 0."""
-    samples = run.samples(fold)
+    """Train and test the fold, from its last checkpoint with ``--resume``; returns its result on rank 0."""
+    samples = run.samples[fold]
     run.log(
         f"fold {fold}: training on {len(samples.train)} samples, validating on {len(samples.validation)}, testing on "
         f"{len(samples.test)}"
@@ -73,29 +74,11 @@ def _train_and_test(run: Run, fold: int) -> FoldResult | None:
         test_result = trainer.test()
     if not run.world.is_main:
         return None
-    scores = _write_report(run, state, test_result, folder)
-    result = FoldResult(
-        model_name=config.model_name,
-        fold=fold,
-        scores=scores_for_results(scores),
-        test_loss=test_result.loss,
-        best_epoch=state.best_epoch,
-        history=tuple(state.history),
-        stopped_early=stopped_early,
-        num_samples={"train": len(samples.train), "validation": len(samples.validation), "test": len(samples.test)},
-        test_images_per_s=len(test_result.index) / test_result.seconds,
-        class_names=tuple(run.dataset.classes),
-        confusion_matrix=scores["confusion_matrix"],
-        seconds=time.monotonic() - started,
-        identity=run.identity(fold),
-        provenance=run.provenance(),
-    )
-    _write_result(run, result, folder)
-    return result
+    return _write_results(run, fold, state, test_result, stopped_early, started)
 
 
 def _prepare_state(run: Run, samples: FoldSamples, fold: int) -> TrainState:
-    """The state to train on from: a fresh one or, with ``--resume``, that of the last checkpoint if there is one."""
+    """Create the state to train: fresh or, with ``--resume``, from the last checkpoint if there is one."""
     config, folder, identity = run.config, run.fold_folder(fold), run.identity(fold)
     state = _create_state(run, samples, fold)
     if run.world.is_main:
@@ -156,6 +139,40 @@ def _set_aside(folder: Path, log: Log) -> None:
     log(f"{folder}: holds an earlier run, which is now {previous} (--resume would have continued it)")
 
 
+def _write_results(
+    run: Run, fold: int, state: TrainState, test_result: Evaluation, stopped_early: bool, started: float
+) -> FoldResult:
+    """Write the report and the documents of a fold that was started at ``started`` on time.monotonic()'s clock.
+
+    ``metrics.json`` comes last: it marks the fold as finished.
+    """
+    folder, samples = run.fold_folder(fold), run.samples[fold]
+    metrics = _write_report(run, state, test_result, folder)
+    result = FoldResult(
+        model_name=run.config.model_name,
+        fold=fold,
+        scores=scores_for_results(metrics),
+        test_loss=test_result.loss,
+        best_epoch=state.best_epoch,
+        history=tuple(state.history),
+        stopped_early=stopped_early,
+        num_samples={"train": len(samples.train), "validation": len(samples.validation), "test": len(samples.test)},
+        test_images_per_s=len(test_result.index) / test_result.seconds,
+        class_names=tuple(run.dataset.classes),
+        confusion_matrix=metrics["confusion_matrix"],
+        seconds=time.monotonic() - started,
+        identity=run.identity(fold),
+        provenance=run.provenance(),
+    )
+    write_json(folder / ORIGINAL_METRICS_FILE, original_metrics(result, folder))
+    write_json(folder / METRICS_FILE, result.to_json())
+    run.log(
+        f"fold {fold}: test accuracy {result.test_accuracy:.2%}, macro F1 {result.scores['macro_f1']:.3f}, "
+        f"best epoch {result.best_epoch} of {len(result.history)}, {result.seconds:.0f} s"
+    )
+    return result
+
+
 def _write_report(run: Run, state: TrainState, test_result: Evaluation, folder: Path) -> dict[str, Any]:
     """Write plots, classification report and Grad-CAMs of the test; returns all metrics."""
     dataset = run.dataset
@@ -179,14 +196,4 @@ def _write_gradcams(run: Run, state: TrainState, test_result: Evaluation, folder
     images = torch.cat([batch.images.float() for batch in run.loader.load(batches)])
     write_gradcams(
         state.model, run.config.model_name, images, labels[picked], predictions[picked], dataset.classes, folder
-    )
-
-
-def _write_result(run: Run, result: FoldResult, folder: Path) -> None:
-    """Write ``metrics.json`` last: it marks the fold as finished."""
-    write_json(folder / ORIGINAL_METRICS_FILE, original_metrics(result, folder))
-    write_json(folder / METRICS_FILE, result.to_json())
-    run.log(
-        f"fold {result.fold}: test accuracy {result.test_accuracy:.2%}, macro F1 {result.scores['macro_f1']:.3f}, "
-        f"best epoch {result.best_epoch} of {len(result.history)}, {result.seconds:.0f} s"
     )

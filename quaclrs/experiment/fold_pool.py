@@ -1,9 +1,8 @@
-"""``--parallel folds``: one process per GPU, each training whole folds from one queue; nothing is exchanged between
-them.
+"""``--parallel folds``: one process per GPU, each training whole folds that the parent process hands out.
 
-A fold that fails, or whose process dies, costs that fold alone: the others go on, a new process takes the dead one's
-place, and the end of the run names what is missing. What a process and its libraries print goes to the log of the fold
-that it was working on.
+Workers do not communicate with each other. A fold that fails, or whose worker dies, does not affect the others: a new
+worker replaces the dead one, and the error at the end names the folds that are missing. What a worker and its libraries
+print goes to the log of the fold being trained.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
 
 from quaclrs.config import TrainConfig
 from quaclrs.errors import Interrupted, QuaclrsError, TrainingError
-from quaclrs.experiment.cross_validation import FoldRunner, tasks
+from quaclrs.experiment.cross_validation import FoldRunner, list_tasks
 from quaclrs.experiment.results import SUMMARY_FILE, Summary, read_document
 from quaclrs.experiment.run import Log, model_folder
-from quaclrs.experiment.run_status import note
+from quaclrs.experiment.run_status import update_status
 from quaclrs.loaders import needs_shards
 from quaclrs.loaders.dataset import open_dataset
 from quaclrs.system.atomic_files import make_folder
@@ -38,6 +37,7 @@ from quaclrs.training.device import refuse_for_device, resolve_device
 from quaclrs.training.distributed import World
 from quaclrs.training.launcher import set_threads_per_process
 from quaclrs.training.progress import epoch_line
+from quaclrs.training.records import EpochRecord
 from quaclrs.training.trainer import Hooks
 
 _POLL_S = 0.5
@@ -46,46 +46,47 @@ Task = tuple[str, int]
 
 
 def log_file(config: TrainConfig, fold: int) -> Path:
-    """What one fold of ``config``'s one model printed."""
+    """Path of the file with the output of one fold of ``config``'s one model."""
     return model_folder(config) / "logs" / f"fold_{fold}.log"
 
 
 def run_in_parallel(config: TrainConfig, processes: int, log: Log = print) -> dict[str, Summary]:
     """Train the fold(s) of ``config``'s model(s) in ``processes`` processes; returns the summaries by model.
 
-    Raises :class:`TrainingError` at the end when folds failed, naming each with its log; :class:`Interrupted` after a
-    signal, once every process has saved its training; and what keeps every process from training anything.
+    Raises :class:`TrainingError` after the last fold if some failed, naming each with its log; :class:`Interrupted`
+    after a signal, once every worker has saved its training; and the error that keeps all workers from training.
     """
     config = dataclasses.replace(config, nproc=processes)
-    to_do = tasks(config)
+    to_do = list_tasks(config)
     refuse_for_device(config, resolve_device(config.device), World())
     _prepare_data(config, log)
     make_folder(config.output_dir)
-    with SignalHandler() as watch:
-        _Pool(config, to_do, log, watch).run()
+    with SignalHandler() as signals:
+        _Pool(config, to_do, log, signals).run()
     names = dict.fromkeys(name for name, _ in to_do)
     return {name: Summary.from_json(read_document(config.output_dir / name / SUMMARY_FILE)) for name in names}
 
 
 def _prepare_data(config: TrainConfig, log: Log) -> None:
-    """Pack, where that is to be done, and see that the data can be opened, before there are processes that would all do
-    it.
-    """
+    """Pack the data if necessary and check that they can be opened, once, before the workers all open them."""
     open_dataset(config, want_shards=needs_shards(config), log=log).close()
 
 
-# --- the process that hands out folds ---
+# --- the parent process ---
 
 
 @dataclass(kw_only=True, eq=False)
 class _Worker:
-    process: Any
+    process: SpawnProcess
     connection: Connection
+    """On it the worker sends (kind, content) pairs, and receives tasks."""
     device: str
     task: Task | None = None
+    """The fold it is training."""
     ready: bool = False
+    """It has opened the data and can train."""
     problem: str | None = None
-    """Why it cannot train anything."""
+    """Why it cannot train."""
 
 
 @dataclass
@@ -93,38 +94,42 @@ class _Pool:
     config: TrainConfig
     to_do: list[Task]
     log: Log
-    watch: SignalHandler
+    signals: SignalHandler
     waiting: deque[Task] = field(default_factory=deque)
+    """Folds that no worker has been given yet."""
     workers: list[_Worker] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    told: bool = False
-    """Whether the processes have been told of a signal."""
+    """One line per failed fold."""
+    signal_passed_on: bool = False
     problem: str | None = None
-    """Of the last process that could not train anything."""
-    untold: list[str] = field(default_factory=list)
-    """Such problems while it is open whether all processes have them."""
+    """Why the last worker that could not train could not."""
+    unlogged_problems: list[str] = field(default_factory=list)
+    """Problems of workers at their start, held back until another worker is ready: if all of them have problems, the
+    run ends with an error instead.
+    """
 
     def run(self) -> None:
+        """Train all tasks. Raises what :func:`run_in_parallel` raises."""
         self.waiting.extend(self.to_do)
         processes = min(self.config.nproc or 1, len(self.to_do))
         set_threads_per_process(processes)
         on_gpu = resolve_device(self.config.device).type == "cuda"
         try:
             for i in range(processes):
-                self._start(f"cuda:{i}" if on_gpu else "cpu")
+                self._start_worker(f"cuda:{i}" if on_gpu else "cpu")
             while self.workers:
-                self._pass_signals_on()
-                for source in wait(
-                    [source for worker in self.workers for source in (worker.connection, worker.process.sentinel)],
-                    _POLL_S,
-                ):
-                    self._hear(source)
+                self._pass_signal_on()
+                for source in wait([source for worker in self.workers for source in _sources(worker)], _POLL_S):
+                    self._receive(source)
         finally:
             for worker in self.workers:
                 worker.process.kill()
                 worker.process.join()
-        if self.watch.signal is not None:
-            raise self.watch.interrupted("the folds that were running, each of which is saved")
+        self._raise_for_incomplete()
+
+    def _raise_for_incomplete(self) -> None:
+        if self.signals.signal is not None:
+            raise self.signals.interrupted("the folds that were running, each of which is saved")
         if self.waiting:
             raise QuaclrsError(self.problem or "no process is left to train on")
         if self.failures:
@@ -133,35 +138,34 @@ class _Pool:
                 "the same command with --resume trains only what is missing"
             )
 
-    def _start(self, device: str) -> None:
+    def _start_worker(self, device: str) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         ours, theirs = context.Pipe()
         config = dataclasses.replace(self.config, device=device)
-        process = context.Process(target=_work, args=(theirs, config), name=f"quaclrs-{device}")
+        process = context.Process(target=_run_worker, args=(theirs, config), name=f"quaclrs-{device}")
         with interrupts_held():
             process.start()
-        theirs.close()  # so that its end is heard of when it dies
+        theirs.close()  # otherwise the worker's death would not end the connection
         self.workers.append(_Worker(process=process, connection=ours, device=device))
 
-    def _pass_signals_on(self) -> None:
-        if self.watch.signal is None or self.told:
+    def _pass_signal_on(self) -> None:
+        if self.signals.signal is None or self.signal_passed_on:
             return
-        self.told = True
+        self.signal_passed_on = True
         for worker in self.workers:
             worker.process.terminate()
 
-    def _hear(self, source: Any) -> None:
-        worker = next(
-            (worker for worker in self.workers if source in (worker.connection, worker.process.sentinel)), None
-        )
-        if worker is None:  # both of its sources spoke, and it was dealt with
+    def _receive(self, source: object) -> None:
+        """Handle a message, or the death, of the worker that has ``source``."""
+        worker = next((worker for worker in self.workers if source in _sources(worker)), None)
+        if worker is None:  # both of its sources were ready, and the first one removed it
             return
         try:
             if source == worker.process.sentinel and not worker.connection.poll():
-                raise EOFError  # not to be read: processes that it forked keep the connection open for a while
+                raise EOFError  # recv() could block: a process that the worker forked may keep the connection open
             kind, content = worker.connection.recv()
         except (EOFError, ConnectionResetError):
-            self._bury(worker)
+            self._remove_dead(worker)
             return
         if kind == "log":
             self.log(content)
@@ -169,104 +173,112 @@ class _Pool:
             worker.problem = content
         elif kind == "broken":
             if worker.task is not None:
-                self._failed(worker.task, content)
+                self._add_failure(worker.task, content)
             worker.task = None
         else:
-            self._finish(worker, content)
+            self._give_next_task(worker, content)
 
-    def _finish(self, worker: _Worker, error: str | None) -> None:
-        """A worker has opened its workplace, or its fold is over, by ``error`` or well."""
+    def _give_next_task(self, worker: _Worker, error: str | None) -> None:
+        """After ``worker`` has become ready, or finished its fold, with ``error`` if that failed."""
         if worker.task is not None and error is not None:
-            self._failed(worker.task, error)
+            self._add_failure(worker.task, error)
         worker.ready = True
-        self._tell_problems()
-        worker.task = self.waiting.popleft() if self.waiting and self.watch.signal is None else None
-        with contextlib.suppress(OSError):  # it has died meanwhile, which its sentinel tells
+        self._log_problems()
+        worker.task = self.waiting.popleft() if self.waiting and self.signals.signal is None else None
+        with contextlib.suppress(OSError):  # it has died in the meantime: its sentinel reports that
             worker.connection.send(worker.task)
 
-    def _bury(self, worker: _Worker) -> None:
+    def _remove_dead(self, worker: _Worker) -> None:
         worker.process.join()
         worker.connection.close()
         self.workers.remove(worker)
-        if self.watch.signal is not None:
+        if self.signals.signal is not None:
             return
-        code = worker.process.exitcode
-        how = (
-            f"its process was killed by {signal.Signals(-code).name}"
-            if code < 0
-            else f"its process ended with exit code {code}"
-        )
+        reason = _describe_end(worker.process.exitcode or 0)
         if not worker.ready:
             self.problem = (
-                worker.problem or f"a process on {worker.device} could not start: {how}; its own messages are above"
+                worker.problem or f"a process on {worker.device} could not start: {reason}; its own messages are above"
             )
-            self.untold.append(self.problem)
-            self._tell_problems()
+            self.unlogged_problems.append(self.problem)
+            self._log_problems()
             return
         if worker.task is not None:
             name, fold = worker.task
-            with contextlib.suppress(QuaclrsError):  # the disk must not cost the other folds
-                note(self.config.output_dir / name, fold, state="failed", error=how)
-            self._failed(worker.task, how)
+            with contextlib.suppress(QuaclrsError):  # a full disk must not stop the other folds
+                update_status(self.config.output_dir / name, fold, state="failed", error=reason)
+            self._add_failure(worker.task, reason)
         if self.waiting:
-            self._start(worker.device)
+            self._start_worker(worker.device)
 
-    def _tell_problems(self) -> None:
-        if any(worker.ready for worker in self.workers):  # else it is most likely a matter of all, which is an error
-            for problem in self.untold:
+    def _log_problems(self) -> None:
+        if any(worker.ready for worker in self.workers):
+            for problem in self.unlogged_problems:
                 self.log(f"{problem}; the other processes go on")
-            self.untold.clear()
+            self.unlogged_problems.clear()
 
-    def _failed(self, task: Task, reason: str) -> None:
+    def _add_failure(self, task: Task, reason: str) -> None:
         name, fold = task
         path = log_file(dataclasses.replace(self.config, model_name=name), fold)
         self.failures.append(f"{name} fold {fold}: {reason} (log: {path})")
         self.log(f"{name} fold {fold} failed: {reason}; the other folds go on")
 
 
-# --- the process that trains folds ---
+def _sources(worker: _Worker) -> tuple[Connection, int]:
+    """What becomes readable when ``worker`` sends a message or dies."""
+    return worker.connection, worker.process.sentinel
 
 
-def _work(connection: Connection, config: TrainConfig) -> None:
-    """Train the folds that come through ``connection`` until None comes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which tells us by SIGTERM
+def _describe_end(exit_code: int) -> str:
+    if exit_code < 0:
+        return f"its process was killed by {signal.Signals(-exit_code).name}"
+    return f"its process ended with exit code {exit_code}"
+
+
+# --- a worker process ---
+
+
+def _run_worker(connection: Connection, config: TrainConfig) -> None:
+    """Train the folds received on ``connection`` until None is received."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent passes it on as SIGTERM
     exit_with_parent()
 
-    def say(kind: str, content: Any) -> None:
-        with contextlib.suppress(OSError):  # the parent is gone, and so will be this process
+    def send(kind: str, content: str | None) -> None:
+        with contextlib.suppress(OSError):  # the parent has died, and exit_with_parent() is about to end this process
             connection.send((kind, content))
 
-    task: list[Task] = []
+    task: Task | None = None
 
     def log(text: str) -> None:
-        if task:  # what is said about the data, the parent has said already
+        if task is not None:  # the parent has logged what concerns the data
             print(text, flush=True)
-            say("log", f"{task[0][0]}: {text}")
+            send("log", f"{task[0]}: {text}")
 
-    hooks = Hooks(epoch_done=lambda record: log(f"fold {task[0][1]}: {epoch_line(record, config.epochs)}"))
+    def log_epoch(record: EpochRecord) -> None:
+        if task is not None:
+            log(f"fold {task[1]}: {epoch_line(record, config.epochs)}")
+
     try:
-        with FoldRunner.opened(config, log, hooks) as place:
-            say("ready", None)
-            while (received := connection.recv()) is not None:
-                task[:] = [received]
-                say("done", _train(place, config, *received))
+        with FoldRunner.opened(config, log, Hooks(epoch_done=log_epoch)) as runner:
+            send("ready", None)
+            while (task := connection.recv()) is not None:
+                send("done", _train_logged(runner, config, *task))
     except Interrupted as error:
         sys.exit(error.exit_code)
     except QuaclrsError as error:
-        say("unusable", str(error))
-    except Exception as error:  # the process may be of no more use, as after an error of the GPU's
-        if not task:
+        send("unusable", str(error))
+    except Exception as error:  # the process may be unusable, as after a CUDA error: the parent starts a new one
+        if task is None:
             raise
-        say("broken", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        send("broken", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         sys.exit(1)
 
 
-def _train(place: FoldRunner, config: TrainConfig, name: str, fold: int) -> str | None:
-    """Train one fold; returns in one line what went wrong by the data or the settings, if anything did."""
+def _train_logged(runner: FoldRunner, config: TrainConfig, name: str, fold: int) -> str | None:
+    """Train one fold, its output going to its log. Returns the message of an error in the data or the settings."""
     try:
-        with _printing_to(log_file(dataclasses.replace(config, model_name=name), fold)):
+        with _output_to(log_file(dataclasses.replace(config, model_name=name), fold)):
             try:
-                place.train(name, fold)
+                runner.train(name, fold)
             except QuaclrsError as error:
                 print(error)
                 raise
@@ -281,10 +293,8 @@ def _train(place: FoldRunner, config: TrainConfig, name: str, fold: int) -> str 
 
 
 @contextlib.contextmanager
-def _printing_to(path: Path) -> Iterator[None]:
-    """Send all that this process prints, its libraries and a crash of the interpreter included, to the
-    end of ``path``.
-    """
+def _output_to(path: Path) -> Iterator[None]:
+    """Append the output of this process to ``path``, that of C libraries and of a crashing interpreter included."""
     make_folder(path.parent)
     sys.stdout.flush()
     sys.stderr.flush()

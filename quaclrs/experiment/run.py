@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ class Run:
     config: TrainConfig
     """Of one model."""
     dataset: Dataset
+    samples: Mapping[int, FoldSamples]
+    """By test fold, of the folds to train."""
     loader: Loader
     device: torch.device
     image_size: int
@@ -51,10 +53,6 @@ class Run:
     def fold_folder(self, fold: int) -> Path:
         """``{output_dir}/{model_name}/fold_{fold}``"""
         return self.folder / f"fold_{fold}"
-
-    def samples(self, fold: int) -> FoldSamples:
-        """See :func:`select_fold_samples`."""
-        return select_fold_samples(self.dataset, fold, self.config.num_folds)
 
     def identity(self, fold: int) -> dict[str, Any]:
         """Return what must not change between a training and its resumption, as plain JSON values.

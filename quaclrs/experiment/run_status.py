@@ -1,8 +1,7 @@
-"""Which folds of a model are running, done, failed or were interrupted: on disk, for whoever shares the output folder.
+"""``run_status.json``: which folds of a model are running, done, failed or interrupted; and the lock of each fold.
 
-``run_status.json`` is for people and for the report at the end of a run; what is done is decided by each fold's
-``metrics.json``. A fold belongs to the process that holds the lock of ``.fold_{k}.lock``, which the system frees when
-that process ends, however it ends.
+The file is for people: a fold is finished if it has a ``metrics.json``. A fold belongs to the process that holds the
+lock of ``.fold_{k}.lock``. The operating system releases the lock when that process ends, in whatever way.
 """
 
 from __future__ import annotations
@@ -24,36 +23,33 @@ RUN_STATUS_FILE = "run_status.json"
 
 
 def read_run_status(folder: Path) -> dict[str, dict[str, Any]]:
-    """``fold_{k}`` → its entry, for the model whose results are in ``folder``; empty where there is none that can be
-    read.
-    """
+    """Read the status of the model in ``folder``: ``fold_{k}`` to its entry. Empty without a readable file."""
     try:
         return dict(json.loads((folder / RUN_STATUS_FILE).read_bytes()))
     except (OSError, ValueError):
         return {}
 
 
-def note(folder: Path, fold: int, **entry: Any) -> None:
-    """Change some values of a fold's entry. Raises :class:`StorageError` for the disk."""
+def update_status(folder: Path, fold: int, **entry: Any) -> None:
+    """Change the given keys of a fold's entry. Raises :class:`StorageError` if it cannot be written."""
     with folder_lock(folder):
-        ledger = read_run_status(folder)
-        ledger[f"fold_{fold}"] = ledger.get(f"fold_{fold}", {}) | entry
-        write_json(
-            folder / RUN_STATUS_FILE, dict(sorted(ledger.items(), key=lambda item: int(item[0].removeprefix("fold_"))))
-        )
+        status = read_run_status(folder)
+        status[f"fold_{fold}"] = status.get(f"fold_{fold}", {}) | entry
+        by_fold = sorted(status.items(), key=lambda item: int(item[0].removeprefix("fold_")))
+        write_json(folder / RUN_STATUS_FILE, dict(by_fold))
 
 
-def note_done(folder: Path, fold: int) -> None:
-    """Of a fold that is found finished: whoever finished it may have been killed before it could say so."""
+def mark_done(folder: Path, fold: int) -> None:
+    """Set a finished fold's state to done: the process that finished it may have been killed before it could."""
     if read_run_status(folder).get(f"fold_{fold}", {}).get("state") != "done":
-        note(folder, fold, state="done", until=_now(), error=None)
+        update_status(folder, fold, state="done", until=_now(), error=None)
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, fold: int) -> Iterator[None]:
-    """Hold a fold of the model in ``folder`` for the block, and keep the ledger.
+def hold_fold(folder: Path, fold: int) -> Iterator[None]:
+    """Hold the lock of a fold of the model in ``folder`` for the block, and note how the block begins and ends.
 
-    Raises :class:`UsageError` when another living process holds it.
+    Raises :class:`UsageError` if another process holds it.
     """
     make_folder(folder)
     with locked(folder / f".fold_{fold}.lock") as held:
@@ -61,28 +57,19 @@ def claimed(folder: Path, fold: int) -> Iterator[None]:
             holder = read_run_status(folder).get(f"fold_{fold}", {})
             raise UsageError(
                 f"{folder}: fold {fold} is being trained by process {holder.get('pid', '?')} on "
-                f"{holder.get('host', '?')}; wait for it, "
-                "or choose another --fold or --output_dir"
+                f"{holder.get('host', '?')}; wait for it, or choose another --fold or --output_dir"
             )
-        note(
-            folder,
-            fold,
-            state="running",
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            since=_now(),
-            until=None,
-            error=None,
-        )
+        who = {"host": socket.gethostname(), "pid": os.getpid()}
+        update_status(folder, fold, state="running", **who, since=_now(), until=None, error=None)
         try:
             yield
         except BaseException as error:
-            interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
-            said = str(error) if isinstance(error, QuaclrsError) else f"{type(error).__name__}: {error}"
+            state = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+            message = str(error) if isinstance(error, QuaclrsError) else f"{type(error).__name__}: {error}"
             with contextlib.suppress(QuaclrsError):  # the first error is the one to report
-                note(folder, fold, state="interrupted" if interrupted else "failed", until=_now(), error=said)
+                update_status(folder, fold, state=state, until=_now(), error=message)
             raise
-        note(folder, fold, state="done", until=_now())
+        update_status(folder, fold, state="done", until=_now())
 
 
 def _now() -> str:

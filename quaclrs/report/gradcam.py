@@ -166,7 +166,7 @@ def _draw(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.float32], true: str
     colours = plots.heat_colours()[(heat * 255).round().astype(np.uint8)]  # (S, S, 3) uint8
     opacity = 0.25 + 0.45 * heat[..., np.newaxis]  # regions of low heat stay readable
     overlay = (image * (1 - opacity) + colours * opacity).round().astype(np.uint8)
-    panels = [_enlarged(Image.fromarray(panel)) for panel in (np.ascontiguousarray(image), overlay)]
+    panels = [_enlarge(Image.fromarray(panel)) for panel in (np.ascontiguousarray(image), overlay)]
     width, height = panels[0].size
     top = 2 * _LINE_HEIGHT + _GAP
     canvas = Image.new("RGB", (2 * width + 3 * _GAP, top + height + _GAP), "white")
@@ -179,7 +179,7 @@ def _draw(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.float32], true: str
     return canvas
 
 
-def _enlarged(panel: Image.Image) -> Image.Image:
+def _enlarge(panel: Image.Image) -> Image.Image:
     """Enlarge ``panel`` by a whole factor to at least MIN_PANEL pixels."""
     factor = -(-MIN_PANEL // panel.width)
     return (

@@ -149,7 +149,7 @@ def compute_metrics(
     Raises ``ValueError`` for arrays that do not fit each other and :class:`TrainingError` for probabilities that are
     not finite.
     """
-    truth, scores = _checked(labels, probabilities, len(class_names))
+    truth, scores = _check_arrays(labels, probabilities, len(class_names))
     originals = None if is_original is None else np.asarray(is_original, dtype=bool)
     if originals is not None and originals.shape != truth.shape:
         raise ValueError(f"is_original has shape {originals.shape}, labels {truth.shape}")
@@ -182,13 +182,13 @@ def roc_curves(labels: npt.ArrayLike, probabilities: npt.ArrayLike, class_names:
     ``roc_auc_score(average="macro", multi_class="ovr")``. Method: scikit-learn's example "Multiclass Receiver
     Operating Characteristic". The points are a subset of the exact curve's corners; ``auc`` is that of the exact curve.
     """
-    truth, scores = _checked(labels, probabilities, len(class_names))
+    truth, scores = _check_arrays(labels, probabilities, len(class_names))
     positives = truth[:, np.newaxis] == np.arange(len(class_names))  # (N, C) bool
-    curves = [_exact_curve(positives[:, label], scores[:, label]) for label in range(len(class_names))]
+    curves = [_compute_curve(positives[:, label], scores[:, label]) for label in range(len(class_names))]
     entries = {
-        "classes": {name: _as_entry(curve) for name, curve in zip(class_names, curves, strict=True)},
-        "micro": _as_entry(_exact_curve(positives.ravel(), scores.ravel())),
-        "macro": _macro_entry([curve for curve in curves if curve is not None]),
+        "classes": {name: _curve_to_json(curve) for name, curve in zip(class_names, curves, strict=True)},
+        "micro": _curve_to_json(_compute_curve(positives.ravel(), scores.ravel())),
+        "macro": _average_curves([curve for curve in curves if curve is not None]),
     }
     return {key: to_json_safe(entry) for key, entry in entries.items()}
 
@@ -208,7 +208,7 @@ def to_json_safe(value: Any) -> Any:
     return value
 
 
-def _checked(labels: npt.ArrayLike, probabilities: npt.ArrayLike, num_classes: int) -> tuple[IntArray, FloatArray]:
+def _check_arrays(labels: npt.ArrayLike, probabilities: npt.ArrayLike, num_classes: int) -> tuple[IntArray, FloatArray]:
     truth = np.asarray(labels, dtype=np.int64)
     scores = np.asarray(probabilities, dtype=np.float64)
     if truth.ndim != 1 or scores.shape != (len(truth), num_classes) or len(truth) == 0:
@@ -223,7 +223,7 @@ def _checked(labels: npt.ArrayLike, probabilities: npt.ArrayLike, num_classes: i
     return truth, scores
 
 
-def _exact_curve(positive: npt.NDArray[np.bool_], scores: FloatArray) -> tuple[FloatArray, FloatArray] | None:
+def _compute_curve(positive: npt.NDArray[np.bool_], scores: FloatArray) -> tuple[FloatArray, FloatArray] | None:
     """All corners (fpr, tpr), or None without positive or without negative rows."""
     if positive.all() or not positive.any():
         return None  # scikit-learn would warn and return NaN
@@ -231,7 +231,7 @@ def _exact_curve(positive: npt.NDArray[np.bool_], scores: FloatArray) -> tuple[F
     return fpr, tpr
 
 
-def _as_entry(curve: tuple[FloatArray, FloatArray] | None, area: float | None = None) -> dict[str, Any]:
+def _curve_to_json(curve: tuple[FloatArray, FloatArray] | None, area: float | None = None) -> dict[str, Any]:
     if curve is None:
         return {"auc": None, "fpr": [], "tpr": []}
     fpr, tpr = curve
@@ -242,11 +242,11 @@ def _as_entry(curve: tuple[FloatArray, FloatArray] | None, area: float | None = 
     return {"auc": auc(fpr, tpr) if area is None else area, "fpr": fpr[kept], "tpr": tpr[kept]}
 
 
-def _macro_entry(curves: list[tuple[FloatArray, FloatArray]]) -> dict[str, Any]:
+def _average_curves(curves: list[tuple[FloatArray, FloatArray]]) -> dict[str, Any]:
     if not curves:
-        return _as_entry(None)
+        return _curve_to_json(None)
     grid = np.unique(np.concatenate([fpr for fpr, _ in curves]))
     mean_tpr = np.mean([np.interp(grid, fpr, tpr) for fpr, tpr in curves], axis=0)
     # a curve may rise vertically at fpr 0; the mean curve must still start at (0, 0)
     corner = (np.concatenate([[0.0], grid]), np.concatenate([[0.0], mean_tpr]))
-    return _as_entry(corner, float(np.mean([auc(fpr, tpr) for fpr, tpr in curves])))
+    return _curve_to_json(corner, float(np.mean([auc(fpr, tpr) for fpr, tpr in curves])))

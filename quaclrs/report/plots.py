@@ -77,7 +77,7 @@ def draw_accuracies(history: History) -> Figure:
 def draw_confusion_matrix(metrics: Mapping[str, Any]) -> Figure:
     """Counts of (label, prediction), coloured by count / row sum."""
     counts = np.asarray(metrics["confusion_matrix"], dtype=np.int64)  # (C, C)
-    names = [_label(name) for name in metrics["class_names"]]
+    names = [_shorten_name(name) for name in metrics["class_names"]]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = min(4.0 + 0.5 * len(names), 24.0)
     figure, axes = _new_axes(side + 0.8, side)
@@ -149,7 +149,7 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(file, format="png")
 
 
-def _label(name: str) -> str:
+def _shorten_name(name: str) -> str:
     """A class name for a plot: shortened, on one line, with ``$`` escaped, which matplotlib reads as a formula."""
     line = " ".join(name.split())
     if len(line) > MAX_NAME_LENGTH:
@@ -214,4 +214,4 @@ def _annotate_counts(axes: Axes, counts: npt.NDArray[np.int64], shares: npt.NDAr
 def _draw_curve(axes: Axes, curve: Mapping[str, Any], name: str, **style: Any) -> None:
     # the area comes first: matplotlib hides labels that start with an underscore, and a class name may
     area = "  –  " if curve["auc"] is None else f"{curve['auc']:.3f}"
-    axes.plot(curve["fpr"], curve["tpr"], label=f"{area}  {_label(name)}", **style)
+    axes.plot(curve["fpr"], curve["tpr"], label=f"{area}  {_shorten_name(name)}", **style)

@@ -1,7 +1,7 @@
 """Requests to save or stop a training before its end: SIGTERM, SIGINT and the clock of ``--checkpoint_minutes``.
 
 A signal handler only records the signal. The training loop asks after each step what to do
-(:meth:`SignalHandler.wish`), so that it always stops between two steps.
+(:meth:`SignalHandler.requested_action`), so that it always stops between two steps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class StopRequest(IntEnum):
 
 
 class SignalHandler:
-    """A context manager: within the block, SIGTERM and SIGINT do not end the process but are reported by :meth:`wish`.
+    """Within the block, SIGTERM and SIGINT do not end the process; :meth:`requested_action` reports them.
 
     A second signal, two seconds or more after the first, has its usual effect. With ``checkpoint_minutes``, a
     checkpoint is requested each time that much time has passed.
@@ -55,7 +55,7 @@ class SignalHandler:
     ) -> None:
         self._restore()
 
-    def wish(self) -> StopRequest:
+    def requested_action(self) -> StopRequest:
         """The request after the step just finished."""
         if self.signal is not None:
             return StopRequest.STOP

@@ -165,11 +165,11 @@ class Trainer:
     # --- signals and --checkpoint_minutes, between two steps ---
 
     def _checkpoint_if_requested(self) -> None:
-        self._checkpoint_if_agreed(self._consensus.exchange(self._signals.wish()))
+        self._checkpoint_if_agreed(self._consensus.exchange(self._signals.requested_action()))
 
     def _checkpoint_if_stop_requested(self) -> None:
         """In validation, where the epoch's own checkpoint is near, a timed checkpoint waits for that one."""
-        request = self._signals.wish()
+        request = self._signals.requested_action()
         self._checkpoint_if_agreed(
             self._consensus.exchange(request if request == StopRequest.STOP else StopRequest.GO_ON)
         )
@@ -188,7 +188,7 @@ class Trainer:
 
     def _stop_if_requested(self) -> None:
         """In the test there is nothing to save."""
-        self._stop_if_agreed(self._consensus.exchange(self._signals.wish()), "its test")
+        self._stop_if_agreed(self._consensus.exchange(self._signals.requested_action()), "its test")
 
     def _stop_if_agreed(self, agreed: int, where: str) -> None:
         if agreed == StopRequest.STOP:
