@@ -37,6 +37,7 @@ from quaclrs.loaders.base import Batch
 from quaclrs.loaders.dataset import open_dataset
 from quaclrs.report import metrics as metrics_module
 from quaclrs.report.metrics import compute_metrics
+from quaclrs.settings import setting
 from quaclrs.training import checkpoint, loop, trainer
 from quaclrs.training.architectures import ARCHITECTURES
 from quaclrs.training.progress import StepMeter, epoch_line
@@ -750,6 +751,26 @@ def test_resume_of_another_run_is_refused(tree: PngTree, tmp_path: Path, capsys:
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert "data was '" in line
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Smoothed(TrainConfig):
+    """What a later version adds."""
+
+    label_smoothing: float = setting(0.0, affects_result=True)
+    verbose: bool = setting(False, affects_result=False)
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_resume_compares_a_field_that_was_added(tree: PngTree, tmp_path: Path) -> None:
+    options = vars(config_for(tree, tmp_path, epochs=2))
+    with pytest.raises(_Interrupted):
+        train(_Smoothed(**options), interrupt_after_epoch(1))
+    with pytest.raises(TrainingError, match=r"another run \(label_smoothing was 0.0, now 0.1\); use the same settings"):
+        train(_Smoothed(**options | {"resume": True}, label_smoothing=0.1))
+    metrics, _ = train(_Smoothed(**options | {"resume": True}, verbose=True))
+    assert (metrics["run"]["label_smoothing"], metrics["config"]["verbose"]) == (0.0, True)
+    assert "verbose" not in metrics["run"]
 
 
 @pytest.mark.usefixtures("no_plots")
