@@ -17,6 +17,7 @@ from png_trees import PngTree, grid_image, make_rows, write_csv, write_tree
 
 from quaclrs.cli.train import main, parse, to_config
 from quaclrs.config import TrainConfig
+from quaclrs.experiment import fold
 
 CSV_NAME = "spectrograms_balanced_no_sirens.csv"
 CLASSES = ("dog_bark", "drilling", "traffic")
@@ -141,7 +142,10 @@ def own_tree(tree: PngTree, tmp_path: Path) -> PngTree:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In an empty folder, so that no default path leads to data; nobody's own results are touched."""
+    """In an empty folder, so that no default path leads to data; no existing results are touched. And without plots,
+    which take longer than the training.
+    """
+    monkeypatch.setattr(fold, "write_plots", lambda *_: [])
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
 

@@ -34,7 +34,7 @@ from quaclrs.loaders.dataset import Dataset
 from quaclrs.training import loop
 from quaclrs.training.architectures import input_size
 from quaclrs.training.cuda_graph import GraphedStep
-from quaclrs.training.device import pick_device, refuse_for_device
+from quaclrs.training.device import pick_device, refuse_unsupported
 from quaclrs.training.distributed import World
 from quaclrs.training.models import build_model
 from quaclrs.training.state import TrainState, amp_dtype, set_tf32
@@ -84,7 +84,7 @@ def measure_training(options: Options, work_dir: Path, *, train: bool) -> Outcom
     set_tf32(False)
     cases = _make_cases(options, device.type == "cuda", world)
     for case in cases:  # refuse before packing
-        refuse_for_device(case.config, device, world)
+        refuse_unsupported(case.config, device, world)
     with world.main_process_first():
         dataset = open_shards(options, work_dir, options.train_encoding)
     groups = []

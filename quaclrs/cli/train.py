@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(given)
-    return run_command(lambda: _train(options, given), PROGRAM)
+    return run_command(lambda: _run(options, given), PROGRAM)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -52,7 +52,7 @@ def to_config(options: argparse.Namespace) -> TrainConfig:
     return TrainConfig(columns=columns_of(options), **{name: getattr(options, name) for name in names})
 
 
-def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     config = to_config(options)
 
     from quaclrs.training.distributed import is_rank, run_rank
@@ -60,9 +60,9 @@ def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     if is_rank():
         return run_rank(lambda: _train_as_rank(config, options), PROGRAM)
-    _refuse_mixed_ways(config, options.distributed, rank=False)
+    _refuse_conflicting_flags(config, options.distributed, rank=False)
     if options.demo:
-        config = _with_demo(config)
+        config = _prepare_demo_data(config)
     if config.parallel:
         from quaclrs.experiment.fold_pool import run_in_parallel
 
@@ -80,7 +80,7 @@ def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def _train_as_rank(config: TrainConfig, options: argparse.Namespace) -> None:
     with raised_on_every_rank():
-        _refuse_mixed_ways(config, options.distributed, rank=True)
+        _refuse_conflicting_flags(config, options.distributed, rank=True)
     _train_here(config, options.demo)
 
 
@@ -94,20 +94,20 @@ def _train_here(config: TrainConfig, demo: bool) -> None:
     with joined_world(config.device) as world:
         if demo:
             with world.main_process_first():
-                config = _with_demo(config)
+                config = _prepare_demo_data(config)
         if world.is_main:
             _print_summaries(config, run_cross_validation(config, print, console_hooks(config.epochs), world))
         else:
             run_cross_validation(config, lambda text: None, Hooks(), world)
 
 
-def _with_demo(config: TrainConfig) -> TrainConfig:
+def _prepare_demo_data(config: TrainConfig) -> TrainConfig:
     from quaclrs.cli.demo import prepare_demo
 
     return prepare_demo(config)
 
 
-def _refuse_mixed_ways(config: TrainConfig, distributed: bool, rank: bool) -> None:
+def _refuse_conflicting_flags(config: TrainConfig, distributed: bool, rank: bool) -> None:
     """Raise :class:`UsageError` for ways of using several processes that exclude each other."""
     if config.parallel and distributed:
         raise UsageError(

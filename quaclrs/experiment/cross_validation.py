@@ -20,7 +20,7 @@ from quaclrs.system.atomic_files import make_folder
 from quaclrs.system.environment import free_memory
 from quaclrs.system.signals import SignalHandler
 from quaclrs.training.architectures import check_input_size, input_size, parse_model_names
-from quaclrs.training.device import pick_device, refuse_for_device
+from quaclrs.training.device import pick_device, refuse_unsupported
 from quaclrs.training.distributed import World
 from quaclrs.training.state import amp_dtype, set_tf32
 from quaclrs.training.trainer import FoldSamples, Hooks
@@ -68,7 +68,7 @@ class FoldRunner:
         """By model, over the folds trained here and those found in its folder. Rank 0 only."""
         with raised_on_every_rank():
             self._device = pick_device(config.device, world)
-            refuse_for_device(config, self._device, world)
+            refuse_unsupported(config, self._device, world)
             names = dict.fromkeys(name for name, _ in list_tasks(config))
         set_tf32(config.tf32)
         self._global_batches = {name: self._global_batch(name) for name in names}

@@ -43,7 +43,7 @@ def run_fold(run: Run, fold: int) -> FoldResult | None:
         return _train_and_test(run, fold)
     with hold_fold(run.folder, fold):
         if not run.config.resume:
-            _set_aside(run.fold_folder(fold), run.log)
+            _rename_earlier_results(run.fold_folder(fold), run.log)
         return _train_and_test(run, fold)
 
 
@@ -114,19 +114,19 @@ def _restore(run: Run, state: TrainState, folder: Path, identity: dict[str, Any]
         return
     state.load_state_dict(saved)
     if run.world.is_main and state.progress is None:
-        _finish_epoch(state, folder, run.config.keep_checkpoints)
+        _complete_last_epoch(state, folder, run.config.keep_checkpoints)
     within = "" if state.progress is None else f" and step {state.progress.step} of the next"
     run.log(f"{folder}: resuming after epoch {len(state.history)}{within}")
 
 
-def _finish_epoch(state: TrainState, folder: Path, keep: int) -> None:
+def _complete_last_epoch(state: TrainState, folder: Path, keep: int) -> None:
     """Do what follows an epoch's checkpoint, in case the process was killed before it could."""
     checkpoint.delete_superseded(folder, keep)
     if state.best_epoch == len(state.history):
         checkpoint.save(folder / checkpoint.BEST_MODEL_FILE, state.model.state_dict())
 
 
-def _set_aside(folder: Path, log: Log) -> None:
+def _rename_earlier_results(folder: Path, log: Log) -> None:
     """Rename the results of an earlier run: a forgotten --resume must not cost the work of hours."""
     if not folder.exists():
         return

@@ -33,7 +33,7 @@ from quaclrs.loaders.dataset import open_dataset
 from quaclrs.system.atomic_files import make_folder
 from quaclrs.system.processes import exit_with_parent, interrupts_held
 from quaclrs.system.signals import SignalHandler
-from quaclrs.training.device import refuse_for_device, resolve_device
+from quaclrs.training.device import refuse_unsupported, resolve_device
 from quaclrs.training.distributed import World
 from quaclrs.training.launcher import set_threads_per_process
 from quaclrs.training.progress import epoch_line
@@ -58,7 +58,7 @@ def run_in_parallel(config: TrainConfig, processes: int, log: Log = print) -> di
     """
     config = dataclasses.replace(config, nproc=processes)
     to_do = list_tasks(config)
-    refuse_for_device(config, resolve_device(config.device), World())
+    refuse_unsupported(config, resolve_device(config.device), World())
     _prepare_data(config, log)
     make_folder(config.output_dir)
     with SignalHandler() as signals:

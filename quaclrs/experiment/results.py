@@ -225,7 +225,7 @@ def read_document(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable_error(path, error) from None
 
 
 def parse_fold_result(document: Mapping[str, Any], path: Path) -> FoldResult:
@@ -233,9 +233,9 @@ def parse_fold_result(document: Mapping[str, Any], path: Path) -> FoldResult:
     try:
         return FoldResult.from_json(document)
     except (KeyError, TypeError) as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable_error(path, error) from None
 
 
-def _unreadable(path: Path, error: Exception) -> TrainingError:
+def _unreadable_error(path: Path, error: Exception) -> TrainingError:
     reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
     return TrainingError(f"{path}: cannot be read ({reason}); delete it and run again")

@@ -45,7 +45,7 @@ def resolve_device(wanted: str, world: World | None = None) -> torch.device:
     return torch.device("cuda", index)
 
 
-def refuse_for_device(config: TrainConfig, device: torch.device, world: World) -> None:
+def refuse_unsupported(config: TrainConfig, device: torch.device, world: World) -> None:
     """Raise :class:`UsageError` for what torch cannot do on ``device``."""
     if config.sync_bn and device.type != "cuda":
         raise UsageError("--sync_bn: torch synchronises BatchNorm between GPUs only; leave it out on the CPU")
