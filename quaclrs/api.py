@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from quaclrs.config import PackConfig, TrainConfig, default_num_workers
+from quaclrs.config import PackConfig, TrainConfig, usable_processors
 from quaclrs.data.folds import SampleSplit, class_weights
 from quaclrs.data.sampling import epoch_order, evaluation_batches, train_batches
 from quaclrs.errors import QuaclrsError
@@ -141,7 +141,7 @@ def make_loader(
         device=pick_device(str(device)),
         dtype=dtype,
         max_batch=batch_size + 1,  # a single last sample joins its neighbour
-        num_workers=default_num_workers() if num_workers is None else num_workers,
+        num_workers=usable_processors() if num_workers is None else num_workers,
         prefetch=prefetch,
     )
     encoding = data.shards.encoding.name if data.shards else None

@@ -43,7 +43,7 @@ def _require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
-def default_num_workers() -> int:
+def usable_processors() -> int:
     """Number of processors this process may use; in a container it can be smaller than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
@@ -110,7 +110,7 @@ class PackConfig:
     shard_size: int = 256 * 2**20
     """Upper bound of one tar in bytes; a single sample may exceed it."""
     seed: int = 0
-    num_workers: int = field(default_factory=default_num_workers)
+    num_workers: int = field(default_factory=usable_processors)
     on_error: str = "stop"
     folds: tuple[int, ...] | None = None
     """Pack only these, beside other calls that pack other folds into the same folder; None packs all missing folds."""

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from quaclrs.imaging.indexed import MAX_COLOURS
 from quaclrs.imaging.layout import Layout
-from quaclrs.imaging.memory import as_batch, host_bytes
+from quaclrs.imaging.memory import allocate_batch_memory, as_batch
 from quaclrs.imaging.normalise import normalise
 from quaclrs.imaging.resample import HALF, WEIGHT_BITS, FilterWeights, cell_filter_weights, vertical_first
 
@@ -238,7 +238,7 @@ def checked_out(out: torch.Tensor | None, images: int, tables: RenderTables, dty
 
 def _new_batch(images: int, tables: RenderTables, dtype: torch.dtype) -> torch.Tensor:
     if tables.device.type == "cpu":
-        return as_batch(host_bytes(images, tables.size, dtype), images, tables.size, dtype)
+        return as_batch(allocate_batch_memory(images, tables.size, dtype), images, tables.size, dtype)
     return torch.empty((images, tables.size, tables.size, 3), dtype=dtype, device=tables.device).permute(0, 3, 1, 2)
 
 

@@ -107,7 +107,7 @@ def share_layouts(facts: Iterable[Facts]) -> SharedLayouts:
     Raises :class:`NotIndexable` if more than MAX_SHARED layouts or palettes would be needed.
     """
     distinct = set(facts)
-    seen = sorted({_EdgeSets.of(one) for one in distinct}, key=_EdgeSets.rank)
+    seen = sorted({_EdgeSets.of(one) for one in distinct}, key=_EdgeSets.image_key)
     layouts = _used_layouts(seen, _choose_layouts(seen))
     palettes = _choose_palettes({one.colours for one in distinct})
     return SharedLayouts(layouts, tuple(unpack_colours(np.array(sorted(palette), np.uint32)) for palette in palettes))
@@ -144,17 +144,17 @@ class _EdgeSets(NamedTuple):
         same_size = self[:2] == other[:2]
         return same_size and not other.rows & ~self.rows and not other.columns & ~self.columns
 
-    def rank(self) -> tuple[int, ...]:
+    def image_key(self) -> tuple[int, ...]:
         """Sort key of images: by size, then most cells first, then by the edges. A total order."""
         return self.height, self.width, -_count(self.rows) * _count(self.columns), self.rows, self.columns
 
-    def cost(self) -> tuple[int, ...]:
+    def layout_key(self) -> tuple[int, ...]:
         """Sort key of layouts: by size, then fewest cells first, then by the edges. A total order."""
         return self.height, self.width, _count(self.rows) * _count(self.columns), self.rows, self.columns
 
 
 def _choose_layouts(seen: list[_EdgeSets]) -> list[_EdgeSets]:
-    """Steps 1 to 3 of the module docstring; ``seen`` is sorted by rank."""
+    """Steps 1 to 3 of the module docstring; ``seen`` is sorted by :meth:`_EdgeSets.image_key`."""
     even: list[_EdgeSets] = []
     uneven: list[_EdgeSets] = []
     for one in seen:
@@ -179,8 +179,8 @@ def _add_uneven(layouts: list[_EdgeSets], one: _EdgeSets) -> None:
 
 
 def _used_layouts(seen: list[_EdgeSets], chosen: list[_EdgeSets]) -> tuple[Layout, ...]:
-    """The chosen layouts that are the cheapest cover of at least one image, sorted by cost."""
-    chosen = sorted(set(chosen), key=_EdgeSets.cost)
+    """The chosen layouts that are the first cover of at least one image, sorted by :meth:`_EdgeSets.layout_key`."""
+    chosen = sorted(set(chosen), key=_EdgeSets.layout_key)
     used = {next(layout for layout in chosen if layout.covers(one)) for one in seen}
     return tuple(layout.layout() for layout in chosen if layout in used)
 

@@ -216,11 +216,11 @@ def read_manifest(root: Path) -> fmt.Manifest:
     """The manifest of the shard folder ``root``. Raises as :class:`ShardSet`."""
     path = root / fmt.MANIFEST_FILE
     if not path.is_file():
-        raise ShardError(f"{path}: no such file{_unfinished(root)}; make shards with quaclrs-pack")
+        raise ShardError(f"{path}: no such file{_unfinished_hint(root)}; make shards with quaclrs-pack")
     return fmt.Manifest.from_json(_read(path), str(path), encoding_names())
 
 
-def _unfinished(root: Path) -> str:
+def _unfinished_hint(root: Path) -> str:
     """What an error says about a folder without manifest."""
     if not root.is_dir():
         return ""

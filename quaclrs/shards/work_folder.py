@@ -104,12 +104,12 @@ def claim_file(shard: str, output_dir: Path) -> Path:
     return _file_of_shard(shard, output_dir, ".claim")
 
 
-def cells_file(shard: str, output_dir: Path) -> Path:
+def arrays_file(shard: str, output_dir: Path) -> Path:
     """What the first pass of a two-pass encoding keeps of the images of the tar ``shard``."""
     return _file_of_shard(shard, output_dir, ".cells")
 
 
-def seen_file(shard: str, output_dir: Path) -> Path:
+def findings_file(shard: str, output_dir: Path) -> Path:
     """What the first pass of a two-pass encoding found in the images of the tar ``shard``."""
     return _file_of_shard(shard, output_dir, ".seen")
 
@@ -143,7 +143,7 @@ def remove_shard(shard: str, output_dir: Path) -> None:
     (output_dir / fmt.index_file(shard)).unlink(missing_ok=True)
 
 
-def remove_work(output_dir: Path) -> None:
+def remove_finished_work(output_dir: Path) -> None:
     """Delete all that a packing with other settings finished.
 
     Each shard goes before its record: after a kill in between, the record still leads to the shard.

@@ -130,14 +130,14 @@ def read_trace(events: Iterable[Event], steps: int, device: int | None) -> Trace
     inside = [event for event in events if begin <= event["ts"] < end]
     operators = [event for event in inside if event.get("cat") == "cpu_op"]
     calls = [event for event in inside if event.get("cat") in _HOST_CALLS]
-    self_us, makers = _nested(operators, calls)
+    self_us, makers = _self_times_and_makers(operators, calls)
     work = [] if device is None else _work_of(events, device, begin, end)
     launches = [call for call in calls if _LAUNCH.match(call["name"])]
     done = {_correlation(event) for event in work}
     times = self_us if device is None else _device_us(work, calls, makers)
     return Trace(
         steps=steps,
-        device_s=union([(event["ts"], event["ts"] + event["dur"]) for event in work]) / 1e6,
+        device_s=union_length([(event["ts"], event["ts"] + event["dur"]) for event in work]) / 1e6,
         launches=len(launches),
         lost_launches=sum(_correlation(call) not in done for call in launches),
         synchronisations=_synchronisations(calls, makers, {_thread(event) for event in (*operators, annotations[0])}),
@@ -145,7 +145,7 @@ def read_trace(events: Iterable[Event], steps: int, device: int | None) -> Trace
     )
 
 
-def union(intervals: Iterable[tuple[float, float]]) -> float:
+def union_length(intervals: Iterable[tuple[float, float]]) -> float:
     """Total length of the union of (begin, end) intervals."""
     length, reached = 0.0, float("-inf")
     for begin, end in sorted(intervals):
@@ -162,7 +162,9 @@ def _correlation(event: Event) -> Any:
     return event.get("args", {}).get("correlation")
 
 
-def _nested(operators: Sequence[Event], calls: Sequence[Event]) -> tuple[dict[str, float], dict[int, str]]:
+def _self_times_and_makers(
+    operators: Sequence[Event], calls: Sequence[Event]
+) -> tuple[dict[str, float], dict[int, str]]:
     """(self time in µs by operator name, name of the innermost operator around each call by the call's ``id``)."""
     threads: dict[Any, list[tuple[float, float, bool, Event]]] = defaultdict(list)
     for is_call, events in ((False, operators), (True, calls)):

@@ -203,7 +203,7 @@ def run_rank(command: Callable[[], None], program: str) -> int:
     """
     rank = int(os.environ["RANK"])
 
-    def report() -> int:
+    def run_naming_rank() -> int:
         try:
             command()
         except QuaclrsError as error:
@@ -223,7 +223,7 @@ def run_rank(command: Callable[[], None], program: str) -> int:
         return 0
 
     try:
-        code = run_command(report, program)
+        code = run_command(run_naming_rank, program)
     except Exception:
         traceback.print_exc()
         code = 1

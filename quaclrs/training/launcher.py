@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from quaclrs.config import default_num_workers
+from quaclrs.config import usable_processors
 from quaclrs.errors import SIGNAL_EXIT_CODE, QuaclrsError, UsageError
 from quaclrs.training.distributed import SHUTDOWN_S
 
@@ -38,7 +38,7 @@ def processes_wanted(nproc: int | None, device: str, flag: str) -> int:
 
 def set_threads_per_process(processes: int) -> None:
     """Set ``OMP_NUM_THREADS`` for ``processes`` child processes to their share of the processors, if it is not set."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, default_num_workers() // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_processors() // processes)))
 
 
 def launch(arguments: Sequence[str], nproc: int) -> int:

@@ -38,8 +38,8 @@ AfterStep = Callable[[], None]
 """Called between two steps, equally often on every rank. May raise to stop there."""
 
 
-def _ignore_step(batch: Batch, metrics: RunningMetrics, waited_s: float) -> None:
-    pass
+def ignore_step(batch: Batch, metrics: RunningMetrics, waited_s: float) -> None:
+    """An :data:`OnStep` that does nothing."""
 
 
 def _continue() -> None:
@@ -132,7 +132,7 @@ def train_epoch(
     state: TrainState,
     loader: Loader,
     plan: EpochPlan,
-    on_step: OnStep = _ignore_step,
+    on_step: OnStep = ignore_step,
     after_step: AfterStep = _continue,
     graphed: GraphedStep | None = None,
 ) -> TrainedEpoch:
@@ -201,7 +201,7 @@ def evaluate(
     labelled: bool = True,
     dtype: torch.dtype = torch.float32,
     world: World | None = None,
-    on_step: OnStep = _ignore_step,
+    on_step: OnStep = ignore_step,
     after_step: AfterStep = _continue,
 ) -> Evaluation:
     """Class probabilities of ``samples`` (n,) int64, and their loss and accuracy where they are ``labelled``.

@@ -252,7 +252,7 @@ class _Profiler:
         tracer = recording.stop()
         assert tracer is not None
         try:
-            self._log(self._write(recording, _events(tracer, make_folder(self._folder))))
+            self._log(self._write(recording, _write_trace(tracer, make_folder(self._folder))))
         except (
             ValueError,
             KeyError,
@@ -287,7 +287,7 @@ class _Profiler:
         return f"profile: {bottleneck.line}; see {path}"
 
 
-def _events(tracer: torch.profiler.profile, folder: Path) -> list[dict[str, Any]]:
+def _write_trace(tracer: torch.profiler.profile, folder: Path) -> list[dict[str, Any]]:
     """Write the trace of ``tracer`` into ``folder``, compressed; returns its events."""
     plain = folder / f"trace.json{TEMPORARY_SUFFIX}"
     try:

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from quaclrs.loaders.base import Batch
-from quaclrs.training.loop import OnStep
+from quaclrs.training.loop import OnStep, ignore_step
 from quaclrs.training.records import EpochRecord
 from quaclrs.training.running_metrics import RunningMetrics
 from quaclrs.training.trainer import Hooks
@@ -21,7 +21,7 @@ def console_hooks(epochs: int) -> Hooks:
     """Hooks of a :class:`~quaclrs.training.trainer.Trainer`: bars on stderr if it is a terminal, lines on stdout."""
 
     def step_meter(phase: str, epoch: int, samples: int) -> OnStep:
-        return StepMeter(phase, epoch, epochs, samples) if sys.stderr.isatty() else _no_bar
+        return StepMeter(phase, epoch, epochs, samples) if sys.stderr.isatty() else ignore_step
 
     return Hooks(step_meter=step_meter, epoch_done=lambda record: tqdm.write(epoch_line(record, epochs)))
 
@@ -34,10 +34,6 @@ def epoch_line(record: EpochRecord, epochs: int) -> str:
         f"{record.train_images_per_s:.0f} images/s, waiting for data {record.train_data_wait:.1%}; "
         f"learning rate {record.learning_rate:.2g}"
     )
-
-
-def _no_bar(batch: Batch, metrics: RunningMetrics, waited_s: float) -> None:
-    pass
 
 
 class StepMeter:

@@ -22,8 +22,8 @@ from quaclrs.training.loop import (
     Evaluation,
     OnStep,
     TrainedEpoch,
-    _ignore_step,
     evaluate,
+    ignore_step,
     plan_epoch,
     train_epoch,
 )
@@ -47,7 +47,7 @@ class FoldSamples:
 class Hooks:
     """Callbacks of a training."""
 
-    step_meter: Callable[[str, int, int], OnStep] = lambda phase, epoch, samples: _ignore_step
+    step_meter: Callable[[str, int, int], OnStep] = lambda phase, epoch, samples: ignore_step
     """``step_meter(phase, epoch, samples)`` at the start of a phase (``train``, ``validate``, ``test``) over so many
     samples of this rank; returns the callback of its steps.
     """

@@ -28,7 +28,7 @@ from quaclrs.shards.encodings.base import (
     Record,
     SharedTables,
     TwoPassEncoding,
-    png_file,
+    encode_png,
 )
 
 
@@ -109,7 +109,7 @@ class IndexedEncoding(ArrayEncoding, TwoPassEncoding):
         image = Image.fromarray(self.image(record))
         if record.fields["flags"] & fmt.FLAG_ALPHA:
             image.putalpha(255)
-        return png_file(image)
+        return encode_png(image)
 
 
 def _indexed_image(examined: ExaminedImage) -> IndexedImage:

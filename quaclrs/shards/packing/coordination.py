@@ -25,7 +25,7 @@ from quaclrs.shards.work_folder import (
     has_finished_work,
     has_manifest,
     lock_file,
-    remove_work,
+    remove_finished_work,
     settings_file,
 )
 from quaclrs.system.atomic_files import write_bytes
@@ -117,7 +117,7 @@ def _adopt(settings: PackSettings, output_dir: Path) -> None:
     if stored is None or stored.values != settings.values:
         if has_finished_work(output_dir):
             _refuse_to_differ_from_jobs(stored, settings, output_dir)
-        remove_work(output_dir)
+        remove_finished_work(output_dir)
         stored = None
     wanted = replace(settings, by_folds=settings.by_folds or bool(stored and stored.by_folds))
     if stored != wanted:
