@@ -1,5 +1,4 @@
-"""What can go wrong by the user's data, flags or machine: one root, one exit code each, formatted once in the command
-lines.
+"""Errors that the user's data, flags or machine cause: one root class, one exit code each, one function to print them.
 
 A message is one line: what is wrong, the file, row or flag with its value, and the next step.
 """
@@ -13,9 +12,9 @@ from contextlib import contextmanager
 
 
 class QuaclrsError(Exception):
-    """Root of all errors a user can cause and mend. ``str(error)`` is the line that is shown.
+    """Root of all errors that a user can cause and fix. ``str(error)`` is the line that the user sees.
 
-    ``everywhere``: every process of a training raises it alike, so that one of them need say it.
+    ``everywhere``: every rank of a training raises this error, so one rank is enough to print it.
     """
 
     exit_code = 2
@@ -30,7 +29,7 @@ class UsageError(QuaclrsError):
 
 
 class DataError(QuaclrsError):
-    """The CSV or an image is not what it has to be."""
+    """The CSV or an image is missing, damaged or of the wrong form."""
 
 
 class ShardError(QuaclrsError):
@@ -38,19 +37,19 @@ class ShardError(QuaclrsError):
 
 
 class MissingDependencyError(QuaclrsError):
-    """An optional package, or a file that it would download, is not there."""
+    """An optional package, or a file that it would download, is missing."""
 
 
 class TrainingError(QuaclrsError):
-    """Training cannot start or go on: no rows in a fold, a loss that is not finite, a checkpoint that does not fit."""
+    """Training cannot start or continue: an empty fold, a loss that is not finite, a checkpoint of another run."""
 
 
 class StorageError(QuaclrsError):
-    """The output disk is full, read-only or otherwise refuses to be written."""
+    """The output disk is full, read-only, or refuses a write for another reason."""
 
 
 class Interrupted(QuaclrsError):
-    """A signal ended the work, which has been saved; not a failure."""
+    """A signal ended the work after it was saved. Not a failure."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message, everywhere=True)
@@ -59,7 +58,7 @@ class Interrupted(QuaclrsError):
 
 @contextmanager
 def told_once() -> Iterator[None]:
-    """What the block raises, every process of a training raises alike: see :attr:`QuaclrsError.everywhere`."""
+    """Mark a :class:`QuaclrsError` of the block as one that every rank raises; see :attr:`QuaclrsError.everywhere`."""
     try:
         yield
     except QuaclrsError as error:
@@ -68,7 +67,7 @@ def told_once() -> Iterator[None]:
 
 
 SIGNAL_EXIT_CODE = 128
-"""Shells report a process ended by a signal as this and the signal's number."""
+"""Exit code of a process that signal number n ended: ``SIGNAL_EXIT_CODE + n``, as shells report it."""
 
 
 def run_command(command: Callable[[], int | None], program: str) -> int:

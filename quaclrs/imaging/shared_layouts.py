@@ -13,9 +13,9 @@ most cells says most about the true grid:
 2. Otherwise, on each axis, take the smallest n whose even edges ``floor(i·pixels/n + 0.5)`` (as matplotlib draws them)
    include the seen edges. n is at most twice the number of seen cells. Without that limit some n always fits
    (n = pixels), and with few edges a fit proves nothing.
-3. If an axis has no such n, the grid is not even, and only the images tell its edges. The seen edges are added to the
-   first such layout of the same size with which they share at least half of their inner edges on both axes. If there is
-   none, they become a layout of their own.
+3. If an axis has no such n, the grid is not even, and only the images show its edges. The seen edges join the first
+   such layout of the same size that has at least half of their inner edges on both axes. If there is none, they become
+   a layout of their own.
 
 Each image then uses the covering layout with the fewest cells (ties: by the edges), and layouts that no image uses are
 dropped. A dataset of 376-, 469- and 313-column grids gets exactly those three, however many cells are merged in however

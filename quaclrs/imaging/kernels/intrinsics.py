@@ -30,7 +30,7 @@ STREAM_ALIGNMENT = 4 * LANES
 _FLOATS = ir.VectorType(_FLOAT, LANES)
 
 BLEND_BITS = 6
-"""How many of a weight's 22 fractional bits the upper of :func:`blend`'s two factors has."""
+"""Fractional bits, of a weight's 22, in the upper of :func:`blend`'s two factors."""
 
 
 def compiled(function: Callable[..., Any]) -> Any:
