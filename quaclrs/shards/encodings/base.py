@@ -37,7 +37,7 @@ class Content(Enum):
     PNGS = "PNGs, which must be decoded"
     """A PNG file. Any image size."""
     OTHER = "images that only their encoding can decode"
-    """Anything else: :meth:`Encoding.image` is the only way in."""
+    """Anything else: only :meth:`Encoding.image` can decode it."""
 
     @property
     def is_array(self) -> bool:

@@ -1,9 +1,10 @@
 """Which processes may pack into a folder at the same time, and with which settings.
 
 A call without ``--folds`` packs alone; jobs with ``--folds`` pack side by side. ``.packing/settings.json`` holds the
-settings of all work in ``.packing/``. A call with other settings is refused while jobs with ``--folds`` are running or
-have left finished work, since other jobs may build on it. Work of any other stopped packing is deleted, and the call
-starts afresh. Images that were repaired in between do not count as other settings: only their shards are packed anew.
+settings of all work in ``.packing/``. While jobs with ``--folds`` are running or have left finished work, a call with
+other settings raises :class:`ShardError`, since other jobs may build on that work. After any other stopped packing, the
+call deletes its work and starts anew. Repaired images do not count as other settings: the call packs only their shards
+anew.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ WHAT_MUST_AGREE = {
     "seed": "another --seed",
     "shard_size": "another --shard_size",
 }
-"""The settings that shards depend on (fields of the manifest), each with the words for a difference."""
+"""The settings that shards depend on (fields of the manifest), each with the text for a difference in messages."""
 
 _JOBS_MUST_AGREE = WHAT_MUST_AGREE | {"from_shards": "another kind of source"}
 """Packing from the tree and from ``png`` shards gives the same bytes. But the plans have different fingerprints, so a

@@ -38,7 +38,7 @@ def examine_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> set[Findi
     """First pass: examine ``plan``'s images and store the result; returns their findings; one tick per image.
 
     Raises :class:`DataError` naming row and file for a bad image or one that the encoding cannot store (unless the plan
-    skips those), :class:`StorageError` for the disk.
+    skips those), :class:`StorageError` if the output disk cannot be written.
     """
     samples: list[dict[str, Any]] = []
     findings: set[Finding] = set()
@@ -59,7 +59,7 @@ def examine_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> set[Findi
 
 
 def stored_findings(plan: ShardPlan, *, output_dir: Path) -> set[Finding] | None:
-    """The findings of ``plan``'s images if a process has examined them as they are now, else None."""
+    """The findings of ``plan``'s images if a process has examined their present files, else None."""
     document = _findings_document(plan, output_dir)
     skipped = any("skipped" in sample for sample in document["samples"]) if document else False
     if document is None or (skipped and not plan.skip_bad) or not arrays_file(plan.file, output_dir).is_file():
@@ -87,7 +87,7 @@ def finished_shared_shard_record(plan: ShardPlan, *, output_dir: Path, shared: S
 
 
 def _fingerprint(plan: ShardPlan, shared: SharedTables) -> str:
-    """As :attr:`ShardPlan.fingerprint`; covers also the tables, on which a shard's bytes depend too."""
+    """As :attr:`ShardPlan.fingerprint`, over the ``shared`` tables too: the shard's bytes depend on them."""
     layouts = json.dumps([layout.to_dict() for layout in shared.layouts])
     palettes = b"".join(palette.tobytes() + b"|" for palette in shared.palettes)
     return hashlib.sha256(plan.fingerprint.encode() + layouts.encode() + palettes).hexdigest()
