@@ -1,4 +1,4 @@
-"""What bounds a training step: step times and trace events → a bottleneck, advice, a page of text. No torch here."""
+"""What bounds a training step: step times and trace events → a bottleneck, advice, a page of text. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from quaclrs.config import TrainConfig
 DEVICE_BUSY = 0.9
 """Fraction of busy time from which the device is the bottleneck: without idle time, steps would save 10 % at most."""
 DATA_WAIT = 0.2
-"""The rule for "bound by data", wherever it is said: the training thread waits for at least this fraction of the time.
+"""The one rule for "bound by data": the training thread waits for at least this fraction of the time.
 
-Below it, data at no cost would make steps a quarter faster at most: 1 / (1 - 0.2) = 1.25.
+Below it, data at no cost would make steps at most 1 / (1 - 0.2) = 1.25 times as fast.
 """
 LOST = 0.01
 """Fraction of launches whose kernels may be missing from the trace; above it, the device's time counts as unknown."""
@@ -33,7 +33,7 @@ _SYNCHRONISATIONS = {
     *("cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize"),
 }
 """CUDA calls that block the host until the device has finished some work. ``.item()`` of a tensor on the device makes
-one; ``.item()`` of a CPU tensor, which costs nothing, does not.
+such a call; ``.item()`` of a CPU tensor costs nothing and makes none.
 """
 _NAME_WIDTH = 60
 
@@ -93,7 +93,7 @@ class Bottleneck:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What was measured: for the head of the page, and so that advice does not name what is in use already."""
+    """The measured setting: for the head of the page, and for advice that names nothing already in use."""
 
     config: TrainConfig
     loader: str
@@ -228,8 +228,9 @@ def _synchronisations(
 
 
 def find_bottleneck(timed: Steps, traced: Steps, trace: Trace, on_gpu: bool) -> Bottleneck:
-    """``timed`` ran without the profiler, which slows the host: the device's share is its traced time in steps of their
-    length.
+    """Find what bounds the steps. ``timed`` ran without the profiler, which slows the host; ``traced`` ran with it.
+
+    The device's busy fraction is its traced seconds per sample × the samples per second of ``timed``.
     """
     waiting = sum(timed.waited_s) / sum(timed.wall_s)
     if not on_gpu:
@@ -237,7 +238,7 @@ def find_bottleneck(timed: Steps, traced: Steps, trace: Trace, on_gpu: bool) -> 
     busy = min(1.0, trace.device_s / sum(traced.samples) * timed.samples_per_s)
     if trace.launches == 0 or trace.lost_launches > LOST * trace.launches:
         bound = UNKNOWN
-    elif busy >= DEVICE_BUSY:  # first: while the device is busy, whatever the host waits for costs nothing
+    elif busy >= DEVICE_BUSY:  # first: while the device is busy, waiting of the host costs nothing
         bound = DEVICE
     else:
         bound = DATA if waiting >= DATA_WAIT else HOST

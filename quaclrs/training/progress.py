@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: a progress bar per phase on a terminal, and a line after each epoch."""
+"""Console output of a training: a progress bar per phase on a terminal, and a line after each epoch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class StepMeter:
             self._bar.close()
 
     def _show(self, wait: float) -> None:
-        """Show the sums copied at the refresh before, if their copy is done; ``wait`` is a fraction."""
+        """Show the sums copied at the previous refresh, if their copy is done; ``wait`` is a fraction."""
         if self._sums is not None and (self._copied is None or self._copied.query()):
             loss, denominator, correct = self._sums.tolist()
             accuracy = correct / self._sums_samples
@@ -70,7 +70,7 @@ class StepMeter:
 
 
 def _record_event(batch: Batch) -> torch.cuda.Event | None:
-    """An event on the stream of ``batch``, to ask whether the copy queued before it is done; None on the CPU."""
+    """An event on the stream of ``batch``: done once the copy queued before it is done; None on the CPU."""
     if batch.images.device.type != "cuda":
         return None
     event: torch.cuda.Event = torch.cuda.current_stream(batch.images.device).record_event()
