@@ -19,7 +19,7 @@ DEMO_DEFAULTS: dict[str, Any] = {
     "output_dir": Path("results") / "demo",
     "gradcam_per_class": 1,
 }
-"""Defaults of the command line under ``--demo``, where they differ."""
+"""Defaults of the command line that differ under ``--demo``."""
 
 PARALLEL_DEMO_DEFAULTS: dict[str, Any] = DEMO_DEFAULTS | {"fold": None, "epochs": 2, "image_size": 64}
 """The same under ``--demo --parallel folds``: all ten folds, each shorter."""
