@@ -1,4 +1,4 @@
-"""Contract of the CPU kernels' arithmetic: exact for every level and every difference, aligned or not."""
+"""Contract of the CPU kernels' arithmetic: it is exact for every level and every difference, aligned or not."""
 
 from __future__ import annotations
 
