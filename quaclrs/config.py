@@ -1,4 +1,4 @@
-"""What a user can choose, as frozen dataclasses: validated when made, saved whole with every run.
+"""What a user can choose, as frozen dataclasses: validated on creation, saved whole with every run.
 
 Each field of :class:`TrainConfig` is a :func:`~quaclrs.settings.setting`: its flag, the values that are refused, and
 whether ``--resume`` accepts another value all derive from it.
@@ -140,11 +140,11 @@ class PackConfig:
 class TrainConfig(Settings):
     """One run of ``quaclrs-train``: one model over one fold or all of them. Defaults are the original trainer's.
 
-    The fields stand in the order of ``quaclrs-train --help``.
+    The fields have the order of ``quaclrs-train --help``.
     """
 
     csv_file: Path | None = setting(None, affects_result=True, identity=("data",))
-    """None takes DEFAULT_CSV_FILE; with ``shards``, a CSV that is named must be the one they were packed from."""
+    """None takes DEFAULT_CSV_FILE; with ``shards``, a given CSV must be the one they were packed from."""
     spectrograms_dir: Path | None = setting(None, affects_result=True, identity=("data",))
     """None takes DEFAULT_SPECTROGRAMS_DIR."""
     columns: Columns = setting(default_factory=Columns, affects_result=True, identity=("data",))

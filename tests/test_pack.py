@@ -1,4 +1,4 @@
-"""Contract of packing: shards that any reader understands, the same bytes in every way to pack, and no lost work."""
+"""Contract of packing: any reader reads the shards, every way to pack gives the same bytes, and no work is lost."""
 
 from __future__ import annotations
 

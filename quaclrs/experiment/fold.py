@@ -1,4 +1,4 @@
-"""One fold: trains it from whatever state it is in, tests the best weights and writes the results."""
+"""One fold: trains it from its current state, tests the best weights and writes the results."""
 
 from __future__ import annotations
 
@@ -137,14 +137,14 @@ def _restore(run: Run, state: TrainState, folder: Path, identity: dict[str, Any]
 
 
 def _finish_epoch(state: TrainState, folder: Path, keep: int) -> None:
-    """Do what follows an epoch's checkpoint, in case the process was killed before it could."""
+    """Repeat the steps after an epoch's checkpoint, in case the process was killed before them."""
     checkpoint.delete_superseded(folder, keep)
     if state.best_epoch == len(state.history):
         checkpoint.save(folder / checkpoint.BEST_MODEL_FILE, state.model.state_dict())
 
 
 def _set_aside(folder: Path, log: Log) -> None:
-    """Rename the results of an earlier run: a forgotten --resume must not cost the work of hours."""
+    """Rename the results of an earlier run: a forgotten --resume must not delete hours of work."""
     if not folder.exists():
         return
     previous = folder.with_name(f"{folder.name}.previous")

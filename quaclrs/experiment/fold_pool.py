@@ -1,9 +1,9 @@
 """``--parallel folds``: one process per GPU, each training whole folds from one queue; nothing is exchanged between
 them.
 
-A fold that fails, or whose process dies, costs that fold alone: the others go on, a new process takes the dead one's
-place, and the end of the run names what is missing. What a process and its libraries print goes to the log of the fold
-that it was working on.
+A fold that fails, or whose process dies, does not affect the other folds: they continue, a new process replaces the
+dead one, and the end of the run names the missing folds. A process and its libraries print to the log of the fold being
+trained.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Task = tuple[str, int]
 
 
 def log_file(config: TrainConfig, fold: int) -> Path:
-    """What one fold of ``config``'s one model printed."""
+    """The log of one fold of ``config``'s one model."""
     return model_folder(config) / "logs" / f"fold_{fold}.log"
 
 
@@ -68,9 +68,7 @@ def run_in_parallel(config: TrainConfig, processes: int, log: Log = print) -> di
 
 
 def _prepare_data(config: TrainConfig, log: Log) -> None:
-    """Pack, where that is to be done, and see that the data can be opened, before there are processes that would all do
-    it.
-    """
+    """Pack the data if needed, and check that they open, before starting processes that would all do it."""
     open_dataset(config, want_shards=needs_shards(config), log=log).close()
 
 
@@ -98,11 +96,11 @@ class _Pool:
     workers: list[_Worker] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     told: bool = False
-    """Whether the processes have been told of a signal."""
+    """Whether :meth:`_pass_signals_on` has passed a signal to the processes."""
     problem: str | None = None
     """Of the last process that could not train anything."""
     untold: list[str] = field(default_factory=list)
-    """Such problems while it is open whether all processes have them."""
+    """Problems to log once some process is ready; until then, all processes may share them."""
 
     def run(self) -> None:
         self.waiting.extend(self.to_do)
@@ -140,7 +138,7 @@ class _Pool:
         process = context.Process(target=_work, args=(theirs, config), name=f"quaclrs-{device}")
         with interrupts_held():
             process.start()
-        theirs.close()  # so that its end is heard of when it dies
+        theirs.close()  # so that its death closes the connection
         self.workers.append(_Worker(process=process, connection=ours, device=device))
 
     def _pass_signals_on(self) -> None:
@@ -154,11 +152,11 @@ class _Pool:
         worker = next(
             (worker for worker in self.workers if source in (worker.connection, worker.process.sentinel)), None
         )
-        if worker is None:  # both of its sources spoke, and it was dealt with
+        if worker is None:  # both of its sources were ready, and the first one ended it
             return
         try:
             if source == worker.process.sentinel and not worker.connection.poll():
-                raise EOFError  # not to be read: processes that it forked keep the connection open for a while
+                raise EOFError  # do not read: processes that it forked keep the connection open for a while
             kind, content = worker.connection.recv()
         except (EOFError, ConnectionResetError):
             self._bury(worker)
@@ -175,13 +173,13 @@ class _Pool:
             self._finish(worker, content)
 
     def _finish(self, worker: _Worker, error: str | None) -> None:
-        """A worker has opened its workplace, or its fold is over, by ``error`` or well."""
+        """Give a worker its next fold: it has become ready, or its fold has ended, with ``error`` or without."""
         if worker.task is not None and error is not None:
             self._failed(worker.task, error)
         worker.ready = True
         self._tell_problems()
         worker.task = self.waiting.popleft() if self.waiting and self.watch.signal is None else None
-        with contextlib.suppress(OSError):  # it has died meanwhile, which its sentinel tells
+        with contextlib.suppress(OSError):  # it has died; its sentinel reports that
             worker.connection.send(worker.task)
 
     def _bury(self, worker: _Worker) -> None:
@@ -205,14 +203,14 @@ class _Pool:
             return
         if worker.task is not None:
             name, fold = worker.task
-            with contextlib.suppress(QuaclrsError):  # the disk must not cost the other folds
+            with contextlib.suppress(QuaclrsError):  # a full disk must not end the other folds
                 note(self.config.output_dir / name, fold, state="failed", error=how)
             self._failed(worker.task, how)
         if self.waiting:
             self._start(worker.device)
 
     def _tell_problems(self) -> None:
-        if any(worker.ready for worker in self.workers):  # else it is most likely a matter of all, which is an error
+        if any(worker.ready for worker in self.workers):  # else probably all have the problem, which is an error
             for problem in self.untold:
                 self.log(f"{problem}; the other processes go on")
             self.untold.clear()
@@ -228,18 +226,18 @@ class _Pool:
 
 
 def _work(connection: Connection, config: TrainConfig) -> None:
-    """Train the folds that come through ``connection`` until None comes."""
+    """Train the folds received through ``connection``, until it sends None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which tells us by SIGTERM
     exit_with_parent()
 
     def say(kind: str, content: Any) -> None:
-        with contextlib.suppress(OSError):  # the parent is gone, and so will be this process
+        with contextlib.suppress(OSError):  # the parent has ended, and this process will end too
             connection.send((kind, content))
 
     task: list[Task] = []
 
     def log(text: str) -> None:
-        if task:  # what is said about the data, the parent has said already
+        if task:  # the parent has already logged messages about the data
             print(text, flush=True)
             say("log", f"{task[0][0]}: {text}")
 
@@ -254,7 +252,7 @@ def _work(connection: Connection, config: TrainConfig) -> None:
         sys.exit(error.exit_code)
     except QuaclrsError as error:
         say("unusable", str(error))
-    except Exception as error:  # the process may be of no more use, as after an error of the GPU's
+    except Exception as error:  # the process may be unusable, as after a GPU error
         if not task:
             raise
         say("broken", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
@@ -262,7 +260,7 @@ def _work(connection: Connection, config: TrainConfig) -> None:
 
 
 def _train(place: FoldRunner, config: TrainConfig, name: str, fold: int) -> str | None:
-    """Train one fold; returns in one line what went wrong by the data or the settings, if anything did."""
+    """Train one fold; returns the message of a :class:`QuaclrsError`, or None."""
     try:
         with _printing_to(log_file(dataclasses.replace(config, model_name=name), fold)):
             try:
@@ -282,9 +280,7 @@ def _train(place: FoldRunner, config: TrainConfig, name: str, fold: int) -> str 
 
 @contextlib.contextmanager
 def _printing_to(path: Path) -> Iterator[None]:
-    """Send all that this process prints, its libraries and a crash of the interpreter included, to the
-    end of ``path``.
-    """
+    """Append all output of this process to ``path``, including its libraries' and a crash of the interpreter."""
     make_folder(path.parent)
     sys.stdout.flush()
     sys.stderr.flush()

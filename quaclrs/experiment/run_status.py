@@ -1,8 +1,8 @@
-"""Which folds of a model are running, done, failed or were interrupted: on disk, for whoever shares the output folder.
+"""Which folds of a model are running, done, failed or interrupted, for all processes that share the output folder.
 
-``run_status.json`` is for people and for the report at the end of a run; what is done is decided by each fold's
-``metrics.json``. A fold belongs to the process that holds the lock of ``.fold_{k}.lock``, which the system frees when
-that process ends, however it ends.
+``run_status.json`` is for people and for the report at the end of a run. Whether a fold is done depends on its
+``metrics.json`` alone. A fold belongs to the process that locks ``.fold_{k}.lock``; the system frees the lock when that
+process ends for any reason.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ RUN_STATUS_FILE = "run_status.json"
 
 
 def read_run_status(folder: Path) -> dict[str, dict[str, Any]]:
-    """``fold_{k}`` → its entry, for the model whose results are in ``folder``; empty where there is none that can be
-    read.
-    """
+    """``fold_{k}`` → its entry, for the model whose results are in ``folder``; empty if the file cannot be read."""
     try:
         return dict(json.loads((folder / RUN_STATUS_FILE).read_bytes()))
     except (OSError, ValueError):
@@ -34,7 +32,7 @@ def read_run_status(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def note(folder: Path, fold: int, **entry: Any) -> None:
-    """Change some values of a fold's entry. Raises :class:`StorageError` for the disk."""
+    """Change some values of a fold's entry. Raises :class:`StorageError` if the output disk cannot be written."""
     with folder_lock(folder):
         ledger = read_run_status(folder)
         ledger[f"fold_{fold}"] = ledger.get(f"fold_{fold}", {}) | entry
@@ -44,14 +42,14 @@ def note(folder: Path, fold: int, **entry: Any) -> None:
 
 
 def note_done(folder: Path, fold: int) -> None:
-    """Of a fold that is found finished: whoever finished it may have been killed before it could say so."""
+    """Record a finished fold as done: a kill may have prevented the process that finished it."""
     if read_run_status(folder).get(f"fold_{fold}", {}).get("state") != "done":
         note(folder, fold, state="done", until=_now(), error=None)
 
 
 @contextlib.contextmanager
 def claimed(folder: Path, fold: int) -> Iterator[None]:
-    """Hold a fold of the model in ``folder`` for the block, and keep the ledger.
+    """Hold a fold of the model in ``folder`` for the block, and record its state in ``run_status.json``.
 
     Raises :class:`UsageError` when another living process holds it.
     """

@@ -129,7 +129,7 @@ def heat_colours() -> npt.NDArray[np.uint8]:
 
 
 def font_path() -> Path:
-    """Path of matplotlib's own DejaVu Sans: always there, and it covers more scripts than Pillow's default font."""
+    """Path of matplotlib's own DejaVu Sans: always installed, and it covers more scripts than Pillow's default font."""
     return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
@@ -184,7 +184,7 @@ def _draw_pair(axes: Axes, history: History, quantity: str) -> None:
 
 
 def _best_epoch_index(history: History) -> int | None:
-    """Index of the first epoch with the highest validation accuracy, the one that training keeps."""
+    """Index in ``history`` of the first epoch with the highest validation accuracy, whose weights training keeps."""
     accuracies = _column(history, "val_accuracy")
     return None if np.isnan(accuracies).all() else int(np.nanargmax(accuracies))
 
