@@ -44,7 +44,7 @@ from peers.registry import KEYS
 
 from quaclrs.cli.arguments import Parser, add_dataset_arguments
 from quaclrs.cli.demo import cache_root
-from quaclrs.config import COMPILERS, ENCODINGS, default_num_workers
+from quaclrs.config import COMPILERS, ENCODINGS, usable_processors
 from quaclrs.errors import UsageError, raised_on_every_rank, run_command
 
 if TYPE_CHECKING:  # spawned workers import this file anew and must not wait for torch
@@ -149,7 +149,7 @@ def _run(options: Options) -> None:
             _refuse_in_several_processes(options, modes, world.size)
         options.world, options.log = world, functools.partial(print, flush=True) if world.is_main else _discard
         if options.num_workers is None:
-            options.num_workers = max(1, default_num_workers() // world.local_size)
+            options.num_workers = max(1, usable_processors() // world.local_size)
         temporary = world.broadcast_object(
             tempfile.mkdtemp(prefix="quaclrs-bench-") if world.is_main and not options.work_dir else ""
         )

@@ -1,7 +1,6 @@
 """quaclrs: train spectrogram classifiers, from a tree of PNGs to a cross-validated report.
 
-``import quaclrs`` loads no other library. The names below load :mod:`quaclrs.api`, and with it torch, when one of them
-is first used.
+``import quaclrs`` loads no other library. The first use of a name below loads :mod:`quaclrs.api`, and with it torch.
 """
 
 from typing import TYPE_CHECKING

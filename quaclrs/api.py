@@ -1,7 +1,7 @@
 """The public Python API; ``from quaclrs import NAME`` loads it when a name is first used.
 
-Shards are opened by :func:`open_shards`, read in batches by :func:`make_loader` and :func:`batches`, and scored by
-:func:`evaluate`; the training loop, the model and the optimizer are yours. :func:`pack` and :func:`train` run what the
+:func:`open_shards` opens shards, :func:`make_loader` and :func:`batches` read them in batches, and :func:`evaluate`
+scores a model. The training loop, the model and the optimizer are yours. :func:`pack` and :func:`train` run what the
 commands ``quaclrs-pack`` and ``quaclrs-train`` run.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from quaclrs.config import PackConfig, TrainConfig, default_num_workers
+from quaclrs.config import PackConfig, TrainConfig, usable_processors
 from quaclrs.data.folds import SampleSplit, class_weights
 from quaclrs.data.sampling import epoch_order, evaluation_batches, train_batches
 from quaclrs.errors import QuaclrsError
@@ -59,10 +59,10 @@ _log = logging.getLogger("quaclrs")
 
 
 def open_shards(folder: str | Path) -> Dataset:
-    """The samples of a shard folder that ``quaclrs-pack`` wrote: their classes, labels and folds, and where they lie.
+    """The samples of a shard folder that ``quaclrs-pack`` wrote: their classes, labels, folds and payloads.
 
     Warnings about the data (a recording in two folds, skipped rows) go to the logger ``quaclrs``. Raises
-    :class:`ShardError` naming the file when the folder is not one, is incomplete or damaged.
+    :class:`ShardError` naming the file when the folder is no shard folder, is incomplete or damaged.
     """
     return open_dataset(TrainConfig(shards=Path(folder)), want_shards=False, log=_log_data_warning)
 
@@ -128,7 +128,7 @@ def make_loader(
     """A loader of ``data`` as images of ``image_size`` × ``image_size`` pixels on ``device``.
 
     ``loader`` is ``resident``, ``mapped``, ``dali``, ``files``, or ``auto``, which chooses by encoding, device and free
-    memory as ``quaclrs-train`` does. ``device="auto"`` is the GPU where there is one; a GPU becomes torch's current
+    memory as ``quaclrs-train`` does. ``device="auto"`` is the GPU if there is one; a GPU becomes torch's current
     device. ``dtype`` is float32, float16 or bfloat16 for normalised images, uint8 for plain pixels. ``num_workers``
     processes or threads read and decode (default: one per usable processor); ``prefetch`` batches are made ahead where
     they are read from disk.
@@ -141,7 +141,7 @@ def make_loader(
         device=pick_device(str(device)),
         dtype=dtype,
         max_batch=batch_size + 1,  # a single last sample joins its neighbour
-        num_workers=default_num_workers() if num_workers is None else num_workers,
+        num_workers=usable_processors() if num_workers is None else num_workers,
         prefetch=prefetch,
     )
     encoding = data.shards.encoding.name if data.shards else None
@@ -170,8 +170,8 @@ def evaluate(
     """Loss, accuracy and class probabilities of ``model`` over ``samples`` (N,), each sample once.
 
     ``class_weights`` (classes,) weight the loss, as :func:`quaclrs.class_weights` gives them: Σ w·loss / Σ w. The model
-    computes in the loader's dtype, by autocast. It is in evaluation mode meanwhile, and afterwards in the mode it was
-    in; it must be on the loader's device. Raises ValueError when there are no samples.
+    computes in the loader's dtype, by autocast. The call sets it to evaluation mode and restores its mode afterwards.
+    It must be on the loader's device. Raises ValueError when there are no samples.
     """
     if len(samples) == 0:
         raise ValueError("no samples to evaluate")

@@ -1,4 +1,4 @@
-"""What a user can choose, as frozen dataclasses: validated when made, saved whole with every run.
+"""What a user can choose, as frozen dataclasses: validated on creation, saved whole with every run.
 
 Each field of :class:`TrainConfig` is a :func:`~quaclrs.settings.setting`: its flag, the values that are refused, and
 whether ``--resume`` accepts another value all derive from it.
@@ -43,7 +43,7 @@ def _require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
-def default_num_workers() -> int:
+def usable_processors() -> int:
     """Number of processors this process may use; in a container it can be smaller than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
@@ -110,7 +110,7 @@ class PackConfig:
     shard_size: int = 256 * 2**20
     """Upper bound of one tar in bytes; a single sample may exceed it."""
     seed: int = 0
-    num_workers: int = field(default_factory=default_num_workers)
+    num_workers: int = field(default_factory=usable_processors)
     on_error: str = "stop"
     folds: tuple[int, ...] | None = None
     """Pack only these, beside other calls that pack other folds into the same folder; None packs all missing folds."""
@@ -140,11 +140,11 @@ class PackConfig:
 class TrainConfig(Settings):
     """One run of ``quaclrs-train``: one model over one fold or all of them. Defaults are the original trainer's.
 
-    The fields stand in the order of ``quaclrs-train --help``.
+    The fields have the order of ``quaclrs-train --help``.
     """
 
     csv_file: Path | None = setting(None, affects_result=True, identity=("data",))
-    """None takes DEFAULT_CSV_FILE; with ``shards``, a CSV that is named must be the one they were packed from."""
+    """None takes DEFAULT_CSV_FILE; with ``shards``, a given CSV must be the one they were packed from."""
     spectrograms_dir: Path | None = setting(None, affects_result=True, identity=("data",))
     """None takes DEFAULT_SPECTROGRAMS_DIR."""
     columns: Columns = setting(default_factory=Columns, affects_result=True, identity=("data",))

@@ -17,7 +17,7 @@ from quaclrs.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Requirement:
-    """A condition on a setting's value, and the words in which an error message states it."""
+    """A condition on a setting's value, and its wording in error messages."""
 
     holds: Callable[[Any], bool]
     text: str
@@ -52,11 +52,12 @@ def setting(
     """A dataclass field with the metadata of one setting.
 
     ``affects_result``: whether another value can change the trained weights or the metrics. Such a setting belongs to
-    the run's identity, which ``--resume`` compares: by the field's own name and value, or, where the value that takes
-    effect is only known later, by the entries that ``identity`` names (see ``Run.identity`` in experiment/run.py).
+    the run's identity, which ``--resume`` compares. By default the identity holds the field's own name and value. Where
+    the value in effect is known only later, it holds the entries that ``identity`` names instead (see ``Run.identity``
+    in experiment/run.py).
 
-    ``group``: the heading of ``--help`` under which the flag ``--{name}`` stands; None for no flag. The flag's type is
-    the field's. ``choices`` and ``requires`` refuse values; None, meaning "not given", is always accepted.
+    ``group``: the heading of ``--help`` that lists the flag ``--{name}``; None for no flag. The flag's type is the
+    field's. ``choices`` and ``requires`` refuse values; None, meaning "not given", is always accepted.
     """
     metadata = {
         "affects_result": affects_result,
@@ -98,5 +99,5 @@ def identity_entries(settings: Settings) -> tuple[str, ...]:
 
 
 def plain_value(value: Any) -> Any:
-    """A setting's ``value`` as JSON keeps it: paths as text, tuples as lists."""
+    """A setting's ``value`` as JSON stores it: paths as text, tuples as lists."""
     return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value

@@ -1,6 +1,4 @@
-"""What the tests of the benchmark share. Import it first: like running a script of ``benchmarks/``, it puts that folder
-on ``sys.path``.
-"""
+"""Helpers of the benchmark's tests. Import it first: it adds ``benchmarks/`` to ``sys.path``, as its scripts do."""
 
 from __future__ import annotations
 

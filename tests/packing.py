@@ -1,4 +1,4 @@
-"""Packing in tests: through the library, through the tools' own ``main``, and as a process of its own."""
+"""Helpers that pack in tests: through the library, through the tools' own ``main``, or in a process of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training in a process of its own that is disturbed at a chosen moment, and says what it did.
+"""Runs a training in a process of its own, disturbs it at a chosen moment, and reports what it did.
 
 The processes are forked from a server that has imported everything already, so that one costs a tenth of a second.
 """

@@ -1,6 +1,4 @@
-"""The training process of resuming.py. Importing this makes ready what such a process would otherwise lose a second
-with.
-"""
+"""The training process of resuming.py. Importing this loads in advance what would cost such a process a second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contract of the public API: its names, and that it gives what the command lines give."""
+"""Contract of the public API: it has the names that it lists, and gives the results of the command lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark's contract: what it refuses, that limits are limits, how a bottleneck is found, and one small run."""
+"""Contract of the benchmark: it refuses bad input, its limits bound the rows, and it names each row's bottleneck."""
 
 from __future__ import annotations
 

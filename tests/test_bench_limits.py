@@ -1,4 +1,4 @@
-"""Limits of the machine: every way of writing and copying does its work, and operations are counted right."""
+"""Contract of the machine's limits: every way of writing and copying does its work, and operation counts are right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark in two real ranks: one result."""
+"""Contract of the benchmark on several ranks: two real ranks give one result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made of result files: the targets, the READMEs' tables, the figures."""
+"""Contract of result files: the targets, the READMEs' tables and the figures follow from them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Contract of ``quaclrs-train``: the original's flags and commands; bad input is one line and exit code 2; packing
-happens once.
+"""Contract of ``quaclrs-train``: it takes the original's flags and commands, answers bad input in one line with exit
+code 2, and packs once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Contract of the CPU kernels' arithmetic: exact for every level and every difference, aligned or not."""
+"""Contract of the CPU kernels' arithmetic: it is exact for every level and every difference, aligned or not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torchvision import transforms
 
 from quaclrs.imaging.layout import even_layout
-from quaclrs.imaging.memory import as_batch, host_bytes
+from quaclrs.imaging.memory import allocate_batch_memory, as_batch
 from quaclrs.imaging.normalise import IMAGENET_MEAN, IMAGENET_STD, normalise
 from quaclrs.imaging.render import Grids, RenderTables, render_reference
 from quaclrs.imaging.resample import HALF, WEIGHT_BITS
@@ -37,7 +37,7 @@ def test_every_level_of_every_channel_has_torchvisions_bits() -> None:
     """Multiplying by the reciprocal gives the rounded quotients."""
     levels = every_level(16)
     steps = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
-    out = as_batch(host_bytes(1, 16, torch.float32), 1, 16, torch.float32)
+    out = as_batch(allocate_batch_memory(1, 16, torch.float32), 1, 16, torch.float32)
     assert torch.equal(normalise_cpu.normalise_cpu(levels, out)[0], steps(levels[0].numpy()))
 
 
@@ -120,7 +120,7 @@ def test_a_batch_in_the_callers_own_memory(offset: int) -> None:
     zero = torch.zeros(1, dtype=torch.int32)
     grids = Grids(torch.from_numpy(rng.integers(0, 256, layout.cells).astype(np.uint8)), torch.tensor([0]), zero, zero)
     tables, index = RenderTables.build([layout], [palette], 32), torch.tensor([0])
-    values = torch.from_numpy(host_bytes(2, 32, torch.float32)[offset : offset + 4 * 3 * 32 * 32])
+    values = torch.from_numpy(allocate_batch_memory(2, 32, torch.float32)[offset : offset + 4 * 3 * 32 * 32])
     out = values.view(torch.float32).view(1, 32, 32, 3).permute(0, 3, 1, 2)
     assert torch.equal(
         render_cpu.render_cpu(grids, index, tables, torch.float32, out), render_reference(grids, index, tables)
@@ -129,7 +129,7 @@ def test_a_batch_in_the_callers_own_memory(offset: int) -> None:
 
 def test_memory_of_batches_begins_on_a_cache_line() -> None:
     for images, size in ((1, 7), (3, 64)):
-        batch = as_batch(host_bytes(images, size, torch.bfloat16), images, size, torch.bfloat16)
+        batch = as_batch(allocate_batch_memory(images, size, torch.bfloat16), images, size, torch.bfloat16)
         assert batch.shape == (images, 3, size, size)
         assert batch.is_contiguous(memory_format=torch.channels_last)
         assert batch.data_ptr() % 64 == 0

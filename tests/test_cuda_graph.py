@@ -1,5 +1,6 @@
-"""Contract of the fast step: captured or compiled, it learns what the plain step does; frozen layers cost nothing;
-nothing is said to be exact that is not."""
+"""Contract of the fast step: captured or compiled, it learns what the plain step does, frozen layers cost nothing, and
+only exact results are called exact.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Contract of several ranks: each sample counted once, the same steps as one process takes, decisions alike everywhere,
-and no hang.
-"""
+"""Contract of several ranks: they count each sample once, take the steps of one rank, decide alike and never hang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contract: the engine is exact. The loss history does not depend on loader or encoding, to the last digit."""
+"""Contract of exact training: the loss history does not depend on loader or encoding, to the last digit."""
 
 from __future__ import annotations
 

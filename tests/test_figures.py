@@ -1,4 +1,4 @@
-"""Contract of the READMEs: no figure about speed, memory or size that is not in a result file of the repository."""
+"""Contract of the READMEs: every figure about speed, memory or size is in a result file of the repository."""
 
 from __future__ import annotations
 

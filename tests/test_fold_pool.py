@@ -1,5 +1,5 @@
-"""Contract of ``--parallel folds`` and of sharing an output folder: the same results as one by one, and no fold costs
-another one.
+"""Contract of ``--parallel folds`` and shared output folders: the results are those of one by one, and no fold's
+failure affects another.
 """
 
 from __future__ import annotations

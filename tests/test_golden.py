@@ -1,4 +1,4 @@
-"""Contract: the losses of a fixed training are those in ``golden/losses.json``, to the last bit.
+"""Contract of golden losses: a fixed training has the losses in ``golden/losses.json``, to the last bit.
 
 So nothing about order, initial weights, images, loss, optimizer or averages changes unnoticed. After a change that is
 meant to change them: ``python tests/test_golden.py`` writes the file anew.

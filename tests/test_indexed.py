@@ -1,4 +1,6 @@
-"""Contract of indexed images: lossless, refused with a reason, and shared layouts that do not depend on the order."""
+"""Contract of indexed images: they are lossless or refused with a reason, and shared layouts do not depend on the
+order.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contract of ``--encoding indexed``: lossless for every image, shared layouts and palettes, reproducible bytes."""
+"""Contract of ``--encoding indexed``: every image is lossless, layouts and palettes are shared, bytes repeat."""
 
 from __future__ import annotations
 

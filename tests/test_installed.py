@@ -1,4 +1,4 @@
-"""Contract of the wheel: it holds the whole package, and installed from it all four commands work from any folder."""
+"""Contract of the wheel: it holds the whole package, and all four commands installed from it work from any folder."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Contract of the package's structure: imports point one way, heavy libraries are loaded only where needed, each fact
-is stated once.
+"""Contract of the package's structure: imports point one way, heavy libraries load only where needed, and each fact is
+stated once.
 """
 
 from __future__ import annotations

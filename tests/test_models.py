@@ -1,6 +1,4 @@
-"""Contract of models.py: seven networks that take our images, learn where they should and start from the
-right weights.
-"""
+"""Contract of models.py: seven networks take our images, learn where they should and start from the right weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a peer's batches are checked against Pillow's pixels before the peer is timed."""
+"""Contract of checking peers: the benchmark compares a peer's batches with Pillow's pixels before it times the peer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The environments of the benchmark's peers: made once, and again after a failure, whose reason is told."""
+"""Contract of the peers' environments: each is made once, and again after a failure, whose reason is reported."""
 
 from __future__ import annotations
 

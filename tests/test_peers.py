@@ -1,4 +1,4 @@
-"""The peers of the benchmark: how they are started, checked and tuned, and that none of them can spoil a run."""
+"""Contract of the benchmark's peers: each is started, checked and tuned, and none of them can spoil a run."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from quaclrs.experiment import fold
 from quaclrs.experiment.cross_validation import run_cross_validation
 from quaclrs.loaders.base import Batch
 from quaclrs.training import profiler
-from quaclrs.training.bottleneck import Setting, Steps, Trace, advice, find_bottleneck, page, read_trace, union
+from quaclrs.training.bottleneck import Setting, Steps, Trace, advice, find_bottleneck, page, read_trace, union_length
 from quaclrs.training.distributed import World
 from quaclrs.training.loop import OnStep
 from quaclrs.training.profiler import schedule_steps, with_profile
@@ -462,7 +462,7 @@ def test_a_trace_that_nobody_understands_costs_no_training(
     events: list[Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Bench(tmp_path)
-    monkeypatch.setattr(profiler, "_events", lambda *_: events)
+    monkeypatch.setattr(profiler, "_write_trace", lambda *_: events)
     with bench.profile() as hooks:
         bench.epoch(hooks, 1, 12)
         bench.epoch(hooks, 2, 12)
@@ -565,7 +565,7 @@ def test_what_a_gpu_trace_says() -> None:
     ],
 )
 def test_union(intervals: list[tuple[float, float]], length: float) -> None:
-    assert union(intervals) == length
+    assert union_length(intervals) == length
 
 
 def steps_of(wall_ms: float, waited_ms: float = 0.0, samples: int = 32, count: int = 20) -> Steps:

@@ -1,4 +1,4 @@
-"""Contract of report/: true numbers, images that open, and Grad-CAM for every network, trained in whatever way."""
+"""Contract of report/: metrics are correct, images open, and Grad-CAM works for every network, trained in any way."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Contract of ``--resume``, ``--checkpoint_minutes`` and signals: whatever ends a training, going on leaves no trace in
-its results.
+"""Contract of ``--resume``, ``--checkpoint_minutes`` and signals: however a training was ended, resuming it gives the
+same results.
 """
 
 from __future__ import annotations

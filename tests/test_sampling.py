@@ -1,4 +1,4 @@
-"""Contract of data/sampling.py and data/folds.py: sample order, checked for every small world_size, and fold splits."""
+"""Contract of data/sampling.py and data/folds.py: sample order and fold splits are right for every small world_size."""
 
 from __future__ import annotations
 

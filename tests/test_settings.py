@@ -1,4 +1,4 @@
-"""Contract of settings.py and of what derives from it: the identity of a run, the flags, the refused values."""
+"""Contract of settings.py: a run's identity, its flags and the values it refuses derive from the declared settings."""
 
 from __future__ import annotations
 

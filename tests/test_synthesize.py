@@ -1,4 +1,6 @@
-"""Contract of the synthetic dataset: matplotlib's pixels, real geometry and pitfalls, the same bytes in every run."""
+"""Contract of the synthetic dataset: it has matplotlib's pixels, real geometry and pitfalls, and the same bytes in
+every run.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contract of training: the original's protocol and result tree, the same numbers as a hand-written loop, and resuming
+"""Contract of training: it follows the original's protocol and result tree, equals a hand-written loop, and resumes
 without a trace.
 """
 

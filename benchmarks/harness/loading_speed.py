@@ -21,7 +21,7 @@ from harness.measure import refuse_to_run, repeat_run
 from harness.peer_contender import Setting, open_peer
 from harness.processes import list_own_pids, read_peak_bytes, read_resident_bytes, reset_peaks
 from harness.tables import race_and_print
-from quaclrs.config import ENCODINGS, default_num_workers
+from quaclrs.config import ENCODINGS, usable_processors
 from quaclrs.data.sampling import epoch_order, evaluation_batches
 from quaclrs.loaders import Choice, build_loader
 from quaclrs.loaders.base import Loader, LoaderConfig
@@ -114,7 +114,7 @@ def _open_group(kind: str, dtype: str, sources: _Sources, opener: _LoaderOpener,
         batch_size=options.batch_size,
         dtype=dtype,
         device=str(opener.config.device),
-        cores=default_num_workers(),
+        cores=usable_processors(),
         environments=options.peers,
     )
     entries = [entry for entry in PEERS if entry.group == kind and dtype in entry.dtypes and _is_wanted(entry, options)]
@@ -149,7 +149,7 @@ def _add_limits(
     limited = [*(peer for key, peer in peers.items() if key != _LOSSY), *ours]
     if kind == DECODING:
         assert sources.tree.paths is not None
-        limits = [make_inflate_limit(sources.tree.paths, default_num_workers() // opener.world.local_size or 1)]
+        limits = [make_inflate_limit(sources.tree.paths, usable_processors() // opener.world.local_size or 1)]
     else:
         batches = _rank_batches(len(sources.tree), config, opener.world)
         limits = [make_writing_limit(config.max_batch, len(batches), config.image_size, config.dtype, config.device)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from harness.bottleneck import find_bottleneck
 from harness.contender import Contender, Pass, PeerError
 from harness.processes import read_cpu_seconds
-from quaclrs.config import default_num_workers
+from quaclrs.config import usable_processors
 
 if TYPE_CHECKING:  # spawned workers import these modules anew and must not wait for torch
     from quaclrs.training.distributed import World
@@ -35,7 +35,7 @@ def race(contenders: Sequence[Contender], repeats: int, world: World | None = No
 
 
 def _run_timed(contender: Contender, world: World | None) -> None:
-    cores = default_num_workers() / (1 if world is None else world.local_size)
+    cores = usable_processors() / (1 if world is None else world.local_size)
     busy_s = read_cpu_seconds(contender.list_pids())
     _gather(None, world)  # a barrier: all ranks start together
     started = time.perf_counter()

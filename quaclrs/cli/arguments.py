@@ -1,4 +1,4 @@
-"""What all command lines share: flags that take hyphens for underscores, and flags that appear in several of them."""
+"""What all command lines share: a parser that reads hyphens as underscores, and flags that several of them have."""
 
 from __future__ import annotations
 

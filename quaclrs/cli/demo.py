@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, Columns, TrainConfig, default_num_workers
+from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, Columns, TrainConfig, usable_processors
 from quaclrs.errors import UsageError
 from quaclrs.synthesize import SynthesisConfig, synthesize_dataset
 
@@ -15,11 +15,11 @@ DEMO_DEFAULTS: dict[str, Any] = {
     "fold": 1,
     "epochs": 4,
     "image_size": 96,
-    "num_workers": default_num_workers(),
+    "num_workers": usable_processors(),
     "output_dir": Path("results") / "demo",
     "gradcam_per_class": 1,
 }
-"""Defaults of the command line under ``--demo``, where they differ."""
+"""Defaults of the command line that differ under ``--demo``."""
 
 PARALLEL_DEMO_DEFAULTS: dict[str, Any] = DEMO_DEFAULTS | {"fold": None, "epochs": 2, "image_size": 64}
 """The same under ``--demo --parallel folds``: all ten folds, each shorter."""

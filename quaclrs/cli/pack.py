@@ -12,10 +12,10 @@ from quaclrs.config import (
     ENCODINGS,
     ON_ERROR,
     PackConfig,
-    default_num_workers,
     folds_text,
     parse_bytes,
     parse_folds,
+    usable_processors,
 )
 from quaclrs.errors import run_command
 
@@ -46,7 +46,7 @@ def build_parser(program: str = PROGRAM) -> Parser:
     parser.add_argument("--image_size", type=int, default=DEFAULT_IMAGE_SIZE, help="pixels, for --encoding rgb")
     parser.add_argument("--shard_size", default="256MiB", help="upper bound of one tar")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffling inside each fold")
-    parser.add_argument("--num_workers", type=int, default=default_num_workers(), help="processes")
+    parser.add_argument("--num_workers", type=int, default=usable_processors(), help="processes")
     parser.add_argument("--on_error", default="stop", metavar="|".join(ON_ERROR), help="what to do about a bad image")
     parser.add_argument(
         "--folds", metavar="1-3,7", help="pack only these; other calls, at the same time or later, pack the others"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quaclrs.cli.arguments import Parser, add_version_argument
-from quaclrs.config import default_num_workers
+from quaclrs.config import usable_processors
 from quaclrs.errors import run_command
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def build_parser(program: str = PROGRAM) -> Parser:
     )
     parser.add_argument("--folds", type=int, default=10, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--num_workers", type=int, default=default_num_workers(), metavar="N", help="processes")
+    parser.add_argument("--num_workers", type=int, default=usable_processors(), metavar="N", help="processes")
     return parser
 
 

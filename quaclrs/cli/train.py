@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the flags. ``--demo`` changes some defaults; flags given beside it still count."""
+    """Parse the flags. ``--demo`` changes some defaults; explicit flags override them."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.demo:

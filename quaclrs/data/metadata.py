@@ -42,7 +42,7 @@ class Audit:
 
 @dataclass(frozen=True, eq=False)
 class Metadata:
-    """A checked CSV. Row ``i`` is the i-th row below the header, from 0; messages count from 1."""
+    """A checked CSV. Row ``i`` is the i-th row below the header, counted from 0; messages count from 1."""
 
     csv_file: Path
     fingerprint: str

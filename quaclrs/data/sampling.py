@@ -41,9 +41,10 @@ def stable_permutation(n: int, *entropy: int) -> Numbers:
 
 
 def storage_order(fold: Numbers, seed: int) -> Numbers:
-    """(N,) int64: the row of each sample number, given each row's ``fold``. Folds ascend and are shuffled inside.
+    """(N,) int64: the row of each sample number, given each row's ``fold``.
 
-    The order of a fold depends only on its own rows, so folds can be packed separately.
+    Folds ascend; the rows of each fold are shuffled. The order of a fold depends only on its own rows, so folds can be
+    packed separately.
     """
     parts = []
     for k in np.unique(fold):

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from quaclrs.config import TrainConfig, default_num_workers
+from quaclrs.config import TrainConfig, usable_processors
 from quaclrs.errors import UsageError, raised_on_every_rank
 from quaclrs.experiment.fold import run_fold
 from quaclrs.experiment.results import FoldResult, Summary
@@ -206,7 +206,7 @@ class FoldRunner:
             dtype=amp_dtype(self._device, config),
             max_batch=largest + 1,  # a last batch of one sample joins the batch before it
             # more workers than processors only slow each other down
-            num_workers=min(config.num_workers, max(1, default_num_workers() // self._local_processes)),
+            num_workers=min(config.num_workers, max(1, usable_processors() // self._local_processes)),
             prefetch=config.prefetch,
             part=(self._world.rank, parts) if parts > 1 else (0, 1),
         )

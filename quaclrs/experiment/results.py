@@ -1,4 +1,4 @@
-"""What a fold and a model's folds came to, and the documents ``metrics.json`` and ``summary.json`` that hold it.
+"""The results of a fold and of all folds of a model, and their documents ``metrics.json`` and ``summary.json``.
 
 Accuracies and other shares are fractions, times are seconds, epochs count from 1.
 """

@@ -1,4 +1,4 @@
-"""One model's run: what all its folds share, where its files lie, and what a resume must agree with."""
+"""One model's run: what all its folds share, the paths of its files, and the identity that a resume must match."""
 
 from __future__ import annotations
 

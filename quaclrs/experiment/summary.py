@@ -1,4 +1,4 @@
-"""``summary.json`` of a model: over all folds with results in its folder, those of other processes included."""
+"""``summary.json`` of a model: over all folds with results in its folder, including those of other processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quaclrs.system.file_locks import folder_lock
 
 
 def write_summary(run: Run, result: FoldResult) -> Summary:
-    """Write ``summary.json`` and ``original_summary.json`` after a fold came to ``result``."""
+    """Write ``summary.json`` and ``original_summary.json`` after a fold ended with ``result``."""
     with folder_lock(run.folder):  # several processes may finish a fold at the same time
         results = _results(run, result)
         summary = Summary(

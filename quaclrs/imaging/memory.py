@@ -22,8 +22,8 @@ def batch_bytes(images: int, size: int, dtype: torch.dtype) -> int:
     return images * size * size * 3 * dtype.itemsize + _ALIGNMENT
 
 
-def host_bytes(images: int, size: int, dtype: torch.dtype) -> NDArray[np.uint8]:
-    """Uninitialised memory for one batch, to be passed to :func:`as_batch`."""
+def allocate_batch_memory(images: int, size: int, dtype: torch.dtype) -> NDArray[np.uint8]:
+    """Uninitialised memory for one batch; pass it to :func:`as_batch`."""
     return np.empty(batch_bytes(images, size, dtype), np.uint8)
 
 

@@ -1,8 +1,8 @@
 """PNG bytes → RGB pixels, or a :class:`DataError` that says what is wrong with the file.
 
 Pillow decodes, and its errors say what is wrong. :mod:`quaclrs.imaging.png_check` can prove without decoding that a
-file is good, in a third of Pillow's time. It cannot say what is wrong with any other file; Pillow then decides. Files
-that Pillow accepts although pixels are missing are refused here.
+file is good, in a third of Pillow's time. It cannot say what is wrong with any other file; Pillow then decides. This
+module refuses files that Pillow accepts although pixels are missing.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ Usually the inner axis is horizontal: the outer cells are the rows of the grid, 
 Where Pillow resizes vertically first (:func:`quaclrs.imaging.resample.vertical_first`), the inner axis is vertical. The
 render then reads the grid column by column and transposes its result.
 
-This file is written to be read. :mod:`~quaclrs.imaging.kernels.render_cpu` and
+This file puts clarity before speed. :mod:`~quaclrs.imaging.kernels.render_cpu` and
 :mod:`~quaclrs.imaging.kernels.render_triton` compute the same bits faster and are tested against it;
 :mod:`~quaclrs.imaging.kernels.dispatch` picks one of the three.
 """
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from quaclrs.imaging.indexed import MAX_COLOURS
 from quaclrs.imaging.layout import Layout
-from quaclrs.imaging.memory import as_batch, host_bytes
+from quaclrs.imaging.memory import allocate_batch_memory, as_batch
 from quaclrs.imaging.normalise import normalise
 from quaclrs.imaging.resample import HALF, WEIGHT_BITS, FilterWeights, cell_filter_weights, vertical_first
 
@@ -42,7 +42,7 @@ RENDER_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 class Grids:
     """N indexed images in one flat buffer, all tensors on one device. Widths, layouts and palettes mix freely.
 
-    ``flat`` may lie in a memory map. Map it with ``mode="c"`` (copy on write), because torch warns about read-only
+    ``flat`` may be part of a memory map. Map it with ``mode="c"`` (copy on write), because torch warns about read-only
     memory. Raises ``ValueError`` for a wrong shape, dtype or device.
     """
 
@@ -210,8 +210,8 @@ def render_reference(
     """Render the images ``index`` (B,) int64 of ``grids``: (B, 3, S, S) ``dtype``, channels_last, on their device.
 
     float32 values are bit-identical to torchvision's ToTensor + Normalize of Pillow's ``resize((S, S), BILINEAR)``.
-    float16 and bfloat16 are the float32 values, rounded. uint8 are Pillow's levels. ``out``, if given, is such a batch
-    to write to.
+    float16 and bfloat16 are the float32 values, rounded. uint8 are Pillow's levels. ``out``, if given, is a batch of
+    this shape, dtype and memory format to write to.
     """
     check_grids(grids, tables)
     out = checked_out(out, len(index), tables, dtype)
@@ -238,7 +238,7 @@ def checked_out(out: torch.Tensor | None, images: int, tables: RenderTables, dty
 
 def _new_batch(images: int, tables: RenderTables, dtype: torch.dtype) -> torch.Tensor:
     if tables.device.type == "cpu":
-        return as_batch(host_bytes(images, tables.size, dtype), images, tables.size, dtype)
+        return as_batch(allocate_batch_memory(images, tables.size, dtype), images, tables.size, dtype)
     return torch.empty((images, tables.size, tables.size, 3), dtype=dtype, device=tables.device).permute(0, 3, 1, 2)
 
 

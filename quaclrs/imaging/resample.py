@@ -36,7 +36,7 @@ HALF = 1 << (WEIGHT_BITS - 1)
 """Added before the shift, so that the shift rounds to nearest."""
 
 MAX_SIDE = 16384
-"""Longest side of a source in pixels. With it no render clips, and every sum fits an int32.
+"""Longest side of a source in pixels. Up to this side no render needs to clip, and every sum fits an int32.
 
 Rounding lets the weights of one output value sum to 2^22 + e, where e is at most half the number of pixels. A value
 needs Pillow's clip to 255 only if 255·e ≥ 2^21, that is e > 8224. A side of 16384 pixels gives e ≤ 8192.
@@ -57,7 +57,7 @@ def vertical_first(height: int, width: int, size: int) -> bool:
 
 @dataclass(frozen=True)
 class FilterWeights:
-    """For each of S output values along an axis: the neighbouring sources it is a weighted sum of.
+    """S weighted sums of neighbouring sources, one for each output value along an axis.
 
     Output i is the sum of ``weights[i, k] · source[first[i] + k]`` over k. An output with fewer than K sources has 0
     for its last weights, and ``first + k`` may lie beyond the last source.

@@ -13,9 +13,9 @@ most cells says most about the true grid:
 2. Otherwise, on each axis, take the smallest n whose even edges ``floor(i·pixels/n + 0.5)`` (as matplotlib draws them)
    include the seen edges. n is at most twice the number of seen cells. Without that limit some n always fits
    (n = pixels), and with few edges a fit proves nothing.
-3. If an axis has no such n, the grid is not even, and only the images tell its edges. The seen edges are added to the
-   first such layout of the same size with which they share at least half of their inner edges on both axes. If there is
-   none, they become a layout of their own.
+3. If an axis has no such n, the grid is not even, and only the images show its edges. The seen edges join the first
+   such layout of the same size that has at least half of their inner edges on both axes. If there is none, they become
+   a layout of their own.
 
 Each image then uses the covering layout with the fewest cells (ties: by the edges), and layouts that no image uses are
 dropped. A dataset of 376-, 469- and 313-column grids gets exactly those three, however many cells are merged in however
@@ -107,7 +107,7 @@ def share_layouts(facts: Iterable[Facts]) -> SharedLayouts:
     Raises :class:`NotIndexable` if more than MAX_SHARED layouts or palettes would be needed.
     """
     distinct = set(facts)
-    seen = sorted({_EdgeSets.of(one) for one in distinct}, key=_EdgeSets.rank)
+    seen = sorted({_EdgeSets.of(one) for one in distinct}, key=_EdgeSets.image_key)
     layouts = _used_layouts(seen, _choose_layouts(seen))
     palettes = _choose_palettes({one.colours for one in distinct})
     return SharedLayouts(layouts, tuple(unpack_colours(np.array(sorted(palette), np.uint32)) for palette in palettes))
@@ -144,17 +144,17 @@ class _EdgeSets(NamedTuple):
         same_size = self[:2] == other[:2]
         return same_size and not other.rows & ~self.rows and not other.columns & ~self.columns
 
-    def rank(self) -> tuple[int, ...]:
+    def image_key(self) -> tuple[int, ...]:
         """Sort key of images: by size, then most cells first, then by the edges. A total order."""
         return self.height, self.width, -_count(self.rows) * _count(self.columns), self.rows, self.columns
 
-    def cost(self) -> tuple[int, ...]:
+    def layout_key(self) -> tuple[int, ...]:
         """Sort key of layouts: by size, then fewest cells first, then by the edges. A total order."""
         return self.height, self.width, _count(self.rows) * _count(self.columns), self.rows, self.columns
 
 
 def _choose_layouts(seen: list[_EdgeSets]) -> list[_EdgeSets]:
-    """Steps 1 to 3 of the module docstring; ``seen`` is sorted by rank."""
+    """Steps 1 to 3 of the module docstring; ``seen`` is sorted by :meth:`_EdgeSets.image_key`."""
     even: list[_EdgeSets] = []
     uneven: list[_EdgeSets] = []
     for one in seen:
@@ -179,8 +179,8 @@ def _add_uneven(layouts: list[_EdgeSets], one: _EdgeSets) -> None:
 
 
 def _used_layouts(seen: list[_EdgeSets], chosen: list[_EdgeSets]) -> tuple[Layout, ...]:
-    """The chosen layouts that are the cheapest cover of at least one image, sorted by cost."""
-    chosen = sorted(set(chosen), key=_EdgeSets.cost)
+    """The chosen layouts that are the first cover of at least one image, sorted by :meth:`_EdgeSets.layout_key`."""
+    chosen = sorted(set(chosen), key=_EdgeSets.layout_key)
     used = {next(layout for layout in chosen if layout.covers(one)) for one in seen}
     return tuple(layout.layout() for layout in chosen if layout in used)
 

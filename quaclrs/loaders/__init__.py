@@ -58,17 +58,18 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Registration:
-    """What :func:`choose_loader` and :func:`build_loader` know of a loader."""
+    """What :func:`choose_loader` and :func:`build_loader` must know about a loader."""
 
     make: Callable[[Dataset, LoaderConfig], Loader]
     reads: frozenset[Content]
     """The shards it can read, by what their payloads hold."""
     auto: Callable[[Content, MemoryEstimate | None], Choice | None]
-    """``auto`` takes the first loader whose ``auto`` returns a choice, for payloads and the memory they would take."""
+    """For payloads and the memory they would take: the choice of this loader, or None. ``auto`` takes the first choice.
+    """
     require: Callable[[], None] = lambda: None
     """Raises :class:`MissingDependencyError` where the loader cannot run."""
     reads_tree: bool = False
-    """Reads the PNG tree itself, so that nothing must be packed."""
+    """Reads the PNG tree itself, so a run packs nothing."""
     from_disk: bool = True
     """Reads batch by batch, so that messages can suggest it when memory is short."""
 
@@ -82,9 +83,9 @@ _ARRAYS = frozenset(content for content in Content if content.is_array)
 def choose_loader(wanted: str, encoding: str | None, resident: MemoryEstimate | None = None) -> Choice:
     """The loader for shards of ``encoding``, or for a PNG tree (None); ``wanted`` is ``auto`` or a name of LOADERS.
 
-    ``resident`` compares the data with the free device memory; None means that they must not be kept there. Raises
-    :class:`UsageError` for an unknown name or a loader that cannot decode the payloads,
-    :class:`MissingDependencyError` for ``dali`` where it is not installed.
+    ``resident`` compares the data with the free device memory; with None, ``auto`` does not keep them there. Raises
+    :class:`UsageError` for an unknown name or a loader that cannot decode the payloads, :class:`MissingDependencyError`
+    for ``dali`` where it is not installed.
     """
     content = Content.PNGS if encoding is None else get_encoding(encoding).content
     if wanted == "auto":

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from quaclrs.imaging.memory import as_batch, batch_bytes, host_bytes
+from quaclrs.imaging.memory import allocate_batch_memory, as_batch, batch_bytes
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class BatchMemory:
             array = self._arrays[large_enough[0]]
         else:
             self._arrays = [array for i, array in enumerate(self._arrays) if i not in free]
-            array = host_bytes(images, self._size, self._dtype)
+            array = allocate_batch_memory(images, self._size, self._dtype)
             if len(self._arrays) < _MOST_KEPT:
                 self._arrays.append(array)
         return as_batch(array, images, self._size, self._dtype)

@@ -134,7 +134,7 @@ class DaliLoader:
                 while True:
                     self._pipeline.run()
             self._pipeline.reset()
-        except RuntimeError:  # a damaged image in a batch that is no longer wanted
+        except RuntimeError:  # a damaged image in a batch that nothing will use
             self._pipeline = _build_pipeline(self._config, self._reader.next_batch)
 
 

@@ -60,8 +60,8 @@ class Dataset:
     def split(self, test_fold: int, num_folds: int | None = None) -> SampleSplit:
         """Sample numbers for training, validation and test by the protocol: the fold before ``test_fold`` validates.
 
-        ``num_folds`` defaults to the highest fold of the data. Raises :class:`UsageError` for a fold that there is not,
-        :class:`TrainingError` when one of the three has no samples.
+        ``num_folds`` defaults to the highest fold of the data. Raises :class:`UsageError` for a fold that does not
+        exist, :class:`TrainingError` when one of the three has no samples.
         """
         return select(self.fold, split_for(test_fold, int(self.fold.max()) if num_folds is None else num_folds))
 
@@ -154,7 +154,10 @@ def _dataset(
 
 
 def _refuse_other_csv(metadata: Metadata, shards: Path, csv_file: Path, columns: Columns) -> None:
-    """Raise :class:`ShardError` unless ``csv_file`` is the CSV of the shards; parse it, for its own errors, if not."""
+    """Raise :class:`ShardError` unless ``csv_file`` is the CSV of the shards.
+
+    A CSV that cannot be read or is not valid raises its own :class:`DataError` first.
+    """
     if columns == metadata.columns and csv_file.is_file() and csv_file.read_bytes() == metadata.raw:
         return
     given = read_metadata(csv_file, columns).fingerprint

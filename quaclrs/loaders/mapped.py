@@ -34,7 +34,7 @@ class _Buffer:
     memory: torch.Tensor
     """(bytes,) uint8, pinned for a GPU."""
     copied: torch.cuda.Event | None = None
-    """Ends the copy to the device; the memory must not be written before."""
+    """Marks the end of the copy to the device; do not write to the memory before it."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 The host sends only sample numbers. ``indexed`` shards are kept as grids (2.8 GB for 57,918 spectrograms), ``rgb``
 shards as pixels. Payloads that must be decoded, such as ``png``, are decoded once by another loader and kept as pixels
-of one size. Several ranks can divide the data: each then keeps a part of its own.
+of one size. Several ranks can divide the data: each rank then keeps its own part.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ FREE_SHARE = 0.9
 
 
 class ResidentLoader:
-    """Batches from device memory, bit for bit as Pillow's path (with a ``decoder``: as its batches).
+    """Batches from device memory, with the bits of Pillow's path; with a ``decoder``, with the bits of its batches.
 
-    ``decoder`` makes the uint8 batches of shards whose payloads are no arrays; it is used while loading, and closed.
+    ``decoder`` makes the uint8 batches of shards whose payloads are no arrays; the loader reads it once and closes it.
     Raises :class:`UsageError` when the data do not fit in the device's free memory, :class:`ShardError` when a shard
     does not match the manifest.
     """
@@ -82,7 +82,7 @@ class ResidentLoader:
     def close(self) -> None:
         """As :class:`~quaclrs.loaders.base.Loader`."""
         if self._config.device.type == "cuda":
-            torch.cuda.synchronize(self._config.device)  # a prefetched batch that nobody took may still read the data
+            torch.cuda.synchronize(self._config.device)  # an unused prefetched batch may still read the data
         self._grids = self._decoded = self._renderer = None
 
     def _load_grids(self, shards: ShardSet, held: NDArray[np.int64]) -> None:
@@ -96,7 +96,7 @@ class ResidentLoader:
         check_grids(self._grids, self._renderer.tables)  # once here instead of in every batch
 
     def resize(self, config: LoaderConfig) -> bool:
-        """Make images of ``config.image_size`` from now on, from the data already loaded; False if they are pixels.
+        """Switch to images of ``config.image_size`` without reloading; returns False if the loaded data are pixels.
 
         The rest of ``config`` must be unchanged. No iterator of the old size may be in use.
         """

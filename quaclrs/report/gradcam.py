@@ -26,7 +26,7 @@ CHUNK = 16
 """Images in one pass through the network: 16 at 224 pixels need about 1 GB in VGG16."""
 
 MIN_PANEL = 224
-"""Side in pixels below which images are enlarged, so that the title has room."""
+"""Least side of a panel in pixels: smaller images are enlarged, so that the title has room."""
 
 _GAP = 8
 _FONT_SIZE = 13

@@ -129,7 +129,7 @@ def heat_colours() -> npt.NDArray[np.uint8]:
 
 
 def font_path() -> Path:
-    """Path of matplotlib's own DejaVu Sans: always there, and it covers more scripts than Pillow's default font."""
+    """Path of matplotlib's own DejaVu Sans: always installed, and it covers more scripts than Pillow's default font."""
     return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
@@ -175,7 +175,7 @@ def _draw_pair(axes: Axes, history: History, quantity: str) -> None:
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
-    best = _best_epoch(history)
+    best = _best_epoch_index(history)
     if best is not None:
         value = f"{validation[best]:.1%}" if quantity == "accuracy" else f"{validation[best]:.3f}"
         axes.axvline(epochs[best], color=VALIDATION_COLOUR, linewidth=1, linestyle="--", alpha=0.6)
@@ -183,8 +183,8 @@ def _draw_pair(axes: Axes, history: History, quantity: str) -> None:
         axes.plot(epochs[best], validation[best], "*", color=VALIDATION_COLOUR, ms=14, mec="white", label=label)
 
 
-def _best_epoch(history: History) -> int | None:
-    """Index of the first epoch with the highest validation accuracy, the one that training keeps."""
+def _best_epoch_index(history: History) -> int | None:
+    """Index in ``history`` of the first epoch with the highest validation accuracy, whose weights training keeps."""
     accuracies = _column(history, "val_accuracy")
     return None if np.isnan(accuracies).all() else int(np.nanargmax(accuracies))
 

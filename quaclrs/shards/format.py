@@ -37,7 +37,7 @@ METADATA_FILE = "metadata.csv"
 SAMPLES_FILE = "samples.npy"
 
 FLAG_NOT_PLAIN = 1
-"""The image is not 8-bit RGB or RGBA (but palette, grey or 16 bit): only Pillow converts it as the contract says."""
+"""The image is not 8-bit RGB or RGBA but palette, grey or 16 bit. Only Pillow's conversion to RGB is the reference."""
 FLAG_TRANSPARENT = 2
 """Some pixel is not opaque; training drops alpha."""
 FLAG_ALPHA = 4
@@ -100,7 +100,7 @@ class SkippedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The content of manifest.json. It does not depend on the time, the place or the number of workers of a packing."""
+    """The content of manifest.json. It does not depend on time, place or number of workers of the packing."""
 
     encoding: str
     image_size: int | None

@@ -89,7 +89,7 @@ class ShardSet:
 
     @cached_property
     def layouts(self) -> tuple[Layout, ...]:
-        """``indexed``: where cells lie, by the ``layout`` field of :attr:`samples`."""
+        """``indexed``: the layouts, by the ``layout`` field of :attr:`samples`."""
         try:
             return tuple(Layout.from_dict(layout) for layout in self.manifest.layouts)
         except ValueError as error:
@@ -147,7 +147,7 @@ class ShardSet:
         return parse_metadata(raw, path, columns)
 
     def close(self) -> None:
-        """Close all files and maps. Arrays handed out earlier stay valid: they keep their map alive."""
+        """Close all files and maps. Arrays returned earlier stay valid: they keep their map alive."""
         for mapped in self._maps.values():
             with contextlib.suppress(BufferError):  # an array still uses it; the map is freed together with the array
                 mapped.close()
@@ -216,12 +216,12 @@ def read_manifest(root: Path) -> fmt.Manifest:
     """The manifest of the shard folder ``root``. Raises as :class:`ShardSet`."""
     path = root / fmt.MANIFEST_FILE
     if not path.is_file():
-        raise ShardError(f"{path}: no such file{_unfinished(root)}; make shards with quaclrs-pack")
+        raise ShardError(f"{path}: no such file{_unfinished_hint(root)}; make shards with quaclrs-pack")
     return fmt.Manifest.from_json(_read(path), str(path), encoding_names())
 
 
-def _unfinished(root: Path) -> str:
-    """What an error says about a folder without manifest."""
+def _unfinished_hint(root: Path) -> str:
+    """The part of an error message about a folder without manifest."""
     if not root.is_dir():
         return ""
     folds = folds_not_packed(root)

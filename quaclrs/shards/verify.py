@@ -1,4 +1,4 @@
-"""Check every promise of the format from the bytes on disk; and export shards to files again."""
+"""Checks a shard folder against every promise of the format, from the bytes on disk; exports it to files."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def export(root: Path, output_dir: Path, *, progress: bool = False) -> int:
 
 
 def _restore(path: Path, content: bytes) -> bool:
-    """Write ``content`` to ``path``; returns False where the file is there already."""
+    """Write ``content`` to ``path``; returns False if the file exists already."""
     if path.exists():
         if path.read_bytes() == content:
             return False

@@ -61,14 +61,14 @@ class ShardRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class PackSettings:
-    """Everything that all processes which pack into one folder must agree on."""
+    """The settings that all processes packing into one folder must share."""
 
     values: dict[str, Any]
     """Name to value of each setting; see :func:`quaclrs.shards.packing.coordination.settings_of`."""
     by_folds: bool
     """Whether a job with ``--folds`` has packed here."""
     shards: list[str]
-    """Every shard's file, to tell which are missing. Not a setting: it also depends on the images' sizes."""
+    """Every shard's file, to find the missing ones. Not a setting: it also depends on the images' sizes."""
 
     @classmethod
     def load(cls, output_dir: Path) -> PackSettings | None:
@@ -104,12 +104,12 @@ def claim_file(shard: str, output_dir: Path) -> Path:
     return _file_of_shard(shard, output_dir, ".claim")
 
 
-def cells_file(shard: str, output_dir: Path) -> Path:
+def arrays_file(shard: str, output_dir: Path) -> Path:
     """What the first pass of a two-pass encoding keeps of the images of the tar ``shard``."""
     return _file_of_shard(shard, output_dir, ".cells")
 
 
-def seen_file(shard: str, output_dir: Path) -> Path:
+def findings_file(shard: str, output_dir: Path) -> Path:
     """What the first pass of a two-pass encoding found in the images of the tar ``shard``."""
     return _file_of_shard(shard, output_dir, ".seen")
 
@@ -128,7 +128,7 @@ def folds_not_packed(output_dir: Path) -> tuple[int, ...]:
 
 
 def shard_record_files(output_dir: Path) -> list[Path]:
-    """The files of all :class:`ShardRecord` in ``.packing/``, those of earlier packings included."""
+    """The files of all :class:`ShardRecord` in ``.packing/``, including those of earlier packings."""
     return list((output_dir / PACKING_FOLDER).glob("fold*.json"))
 
 
@@ -143,10 +143,10 @@ def remove_shard(shard: str, output_dir: Path) -> None:
     (output_dir / fmt.index_file(shard)).unlink(missing_ok=True)
 
 
-def remove_work(output_dir: Path) -> None:
-    """Delete all that a packing with other settings finished.
+def remove_finished_work(output_dir: Path) -> None:
+    """Delete all shards and first passes that a packing with other settings finished.
 
-    Each shard goes before its record: after a kill in between, the record still leads to the shard.
+    It deletes each shard before its record, so that after a kill in between the record still names the shard.
     """
     for path in shard_record_files(output_dir):
         record = ShardRecord.load(path)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import quaclrs
-from quaclrs.config import default_num_workers
+from quaclrs.config import usable_processors
 
 _PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "numpy", "pillow", "scikit-learn", "webdataset")
 
@@ -24,7 +24,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
-        "cpus_usable": default_num_workers(),
+        "cpus_usable": usable_processors(),
         "torch_threads": torch.get_num_threads(),
         "device": str(device),
         "packages": {name: _version(name) for name in _PACKAGES},

@@ -30,9 +30,9 @@ _POLL_S = 0.05
 def locked(path: Path, *, shared: bool = False, on_wait: Callable[[], object] | None = None) -> Iterator[bool]:
     """Hold the lock ``path``, exclusive or ``shared``, for the block, and yield True.
 
-    Without ``on_wait``, do not wait: yield False if another process holds the lock. ``on_wait`` is called once, before
-    a wait of more than half a second; it may raise. Raises :class:`StorageError` if the file cannot be created or the
-    file system has no locks.
+    Without ``on_wait``, do not wait: yield False if another process holds the lock. With it, call ``on_wait`` once,
+    before a wait of more than half a second; it may raise. Raises :class:`StorageError` if the file cannot be created
+    or the file system has no locks.
     """
     while True:
         with _opened(path) as file:
@@ -50,7 +50,7 @@ def locked(path: Path, *, shared: bool = False, on_wait: Callable[[], object] | 
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time run the block, among all that lock the same folder. Leaves an empty ``.lock`` in it."""
+    """Let one process at a time run the block, of all that lock ``folder``. Leaves an empty ``.lock`` in it."""
     with locked(folder / ".lock", on_wait=lambda: None):
         yield
 

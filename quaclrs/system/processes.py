@@ -61,7 +61,7 @@ def run_tasks(
             _wait_for_all(futures, counter, on_progress)
         except BaseException as error:
             stop.value = 1
-            if isinstance(error, BrokenProcessPool):  # a worker that is just starting would never hear of the stop
+            if isinstance(error, BrokenProcessPool):  # a worker that is just starting would not see the stop flag
                 for process in list(pool._processes.values()):
                     process.kill()
             pool.shutdown(wait=True, cancel_futures=True)

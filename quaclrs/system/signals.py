@@ -1,7 +1,7 @@
 """Requests to save or stop a training before its end: SIGTERM, SIGINT and the clock of ``--checkpoint_minutes``.
 
-A signal handler only records the signal. The training loop asks after each step what to do
-(:meth:`SignalHandler.requested_action`), so that it always stops between two steps.
+A signal handler only records the signal. After each step the training loop calls
+:meth:`SignalHandler.requested_action`, so that it always stops between two steps.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class StopRequest(IntEnum):
 class SignalHandler:
     """Within the block, SIGTERM and SIGINT do not end the process; :meth:`requested_action` reports them.
 
-    A second signal, two seconds or more after the first, has its usual effect. With ``checkpoint_minutes``, a
-    checkpoint is requested each time that much time has passed.
+    A second signal, two seconds or more after the first, has its usual effect. With ``checkpoint_minutes``, the handler
+    also requests a checkpoint each time that many minutes have passed.
     """
 
     def __init__(self, checkpoint_minutes: float | None = None) -> None:

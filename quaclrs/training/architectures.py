@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """One row of the table: what this project has to know about a model."""
+    """One row of the table: the properties of a model that this project needs."""
 
     constructor: str | Callable[..., nn.Module]
     """The name of a builder in torchvision.models, or any function that takes its arguments."""

@@ -1,4 +1,4 @@
-"""What bounds a training step: step times and trace events → a bottleneck, advice, a page of text. No torch here."""
+"""What bounds a training step: step times and trace events → a bottleneck, advice, a page of text. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from quaclrs.config import TrainConfig
 DEVICE_BUSY = 0.9
 """Fraction of busy time from which the device is the bottleneck: without idle time, steps would save 10 % at most."""
 DATA_WAIT = 0.2
-"""The rule for "bound by data", wherever it is said: the training thread waits for at least this fraction of the time.
+"""The one rule for "bound by data": the training thread waits for at least this fraction of the time.
 
-Below it, data at no cost would make steps a quarter faster at most: 1 / (1 - 0.2) = 1.25.
+Below it, data at no cost would make steps at most 1 / (1 - 0.2) = 1.25 times as fast.
 """
 LOST = 0.01
 """Fraction of launches whose kernels may be missing from the trace; above it, the device's time counts as unknown."""
@@ -33,7 +33,7 @@ _SYNCHRONISATIONS = {
     *("cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize"),
 }
 """CUDA calls that block the host until the device has finished some work. ``.item()`` of a tensor on the device makes
-one; ``.item()`` of a CPU tensor, which costs nothing, does not.
+such a call; ``.item()`` of a CPU tensor costs nothing and makes none.
 """
 _NAME_WIDTH = 60
 
@@ -93,7 +93,7 @@ class Bottleneck:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What was measured: for the head of the page, and so that advice does not name what is in use already."""
+    """The measured setting: for the head of the page, and for advice that names nothing already in use."""
 
     config: TrainConfig
     loader: str
@@ -130,14 +130,14 @@ def read_trace(events: Iterable[Event], steps: int, device: int | None) -> Trace
     inside = [event for event in events if begin <= event["ts"] < end]
     operators = [event for event in inside if event.get("cat") == "cpu_op"]
     calls = [event for event in inside if event.get("cat") in _HOST_CALLS]
-    self_us, makers = _nested(operators, calls)
+    self_us, makers = _self_times_and_makers(operators, calls)
     work = [] if device is None else _work_of(events, device, begin, end)
     launches = [call for call in calls if _LAUNCH.match(call["name"])]
     done = {_correlation(event) for event in work}
     times = self_us if device is None else _device_us(work, calls, makers)
     return Trace(
         steps=steps,
-        device_s=union([(event["ts"], event["ts"] + event["dur"]) for event in work]) / 1e6,
+        device_s=union_length([(event["ts"], event["ts"] + event["dur"]) for event in work]) / 1e6,
         launches=len(launches),
         lost_launches=sum(_correlation(call) not in done for call in launches),
         synchronisations=_synchronisations(calls, makers, {_thread(event) for event in (*operators, annotations[0])}),
@@ -145,7 +145,7 @@ def read_trace(events: Iterable[Event], steps: int, device: int | None) -> Trace
     )
 
 
-def union(intervals: Iterable[tuple[float, float]]) -> float:
+def union_length(intervals: Iterable[tuple[float, float]]) -> float:
     """Total length of the union of (begin, end) intervals."""
     length, reached = 0.0, float("-inf")
     for begin, end in sorted(intervals):
@@ -162,7 +162,9 @@ def _correlation(event: Event) -> Any:
     return event.get("args", {}).get("correlation")
 
 
-def _nested(operators: Sequence[Event], calls: Sequence[Event]) -> tuple[dict[str, float], dict[int, str]]:
+def _self_times_and_makers(
+    operators: Sequence[Event], calls: Sequence[Event]
+) -> tuple[dict[str, float], dict[int, str]]:
     """(self time in µs by operator name, name of the innermost operator around each call by the call's ``id``)."""
     threads: dict[Any, list[tuple[float, float, bool, Event]]] = defaultdict(list)
     for is_call, events in ((False, operators), (True, calls)):
@@ -226,8 +228,9 @@ def _synchronisations(
 
 
 def find_bottleneck(timed: Steps, traced: Steps, trace: Trace, on_gpu: bool) -> Bottleneck:
-    """``timed`` ran without the profiler, which slows the host: the device's share is its traced time in steps of their
-    length.
+    """Find what bounds the steps. ``timed`` ran without the profiler, which slows the host; ``traced`` ran with it.
+
+    The device's busy fraction is its traced seconds per sample × the samples per second of ``timed``.
     """
     waiting = sum(timed.waited_s) / sum(timed.wall_s)
     if not on_gpu:
@@ -235,7 +238,7 @@ def find_bottleneck(timed: Steps, traced: Steps, trace: Trace, on_gpu: bool) -> 
     busy = min(1.0, trace.device_s / sum(traced.samples) * timed.samples_per_s)
     if trace.launches == 0 or trace.lost_launches > LOST * trace.launches:
         bound = UNKNOWN
-    elif busy >= DEVICE_BUSY:  # first: while the device is busy, whatever the host waits for costs nothing
+    elif busy >= DEVICE_BUSY:  # first: while the device is busy, waiting of the host costs nothing
         bound = DEVICE
     else:
         bound = DATA if waiting >= DATA_WAIT else HOST

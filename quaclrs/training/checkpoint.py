@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, versioned, loaded without running code, refused when they belong to another run.
+"""Checkpoints: versioned, written atomically, loaded without running code. Those of another run are refused.
 
 ``checkpoint_epoch_{epoch}.pth`` after each epoch; ``checkpoint_within_epoch.pth`` after a signal, or with
 ``--checkpoint_minutes``.
@@ -43,7 +43,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any], identity: dict[str, Any], keep: int) -> None:
     """Write the checkpoint of ``epoch``, then delete all but the last ``keep``.
 
-    ``identity`` is stored with it; :func:`load_checkpoint` refuses another one.
+    The checkpoint stores ``identity``; :func:`load_checkpoint` refuses another one.
     """
     save(checkpoint_file(folder, epoch), _content(epoch, state, identity))
     delete_superseded(folder, keep)
@@ -56,7 +56,7 @@ def delete_superseded(folder: Path, keep: int) -> None:
 
 
 def save_within_epoch(folder: Path, epoch: int, state: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Write the state between two steps of ``epoch``; superseded by the epoch's own checkpoint."""
+    """Write the state between two steps of ``epoch``; the epoch's own checkpoint supersedes it."""
     save(folder / WITHIN_EPOCH_FILE, _content(epoch, state, identity))
 
 
@@ -88,9 +88,7 @@ def _load_checked(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what :func:`save` wrote, to the CPU. Raises :class:`TrainingError` naming the file when it
-    cannot be read.
-    """
+    """Read what :func:`save` wrote, to the CPU. Raises :class:`TrainingError` naming a file that cannot be read."""
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything

@@ -17,8 +17,8 @@ from quaclrs.loaders.base import Batch, DeviceLoader, to_device
 from quaclrs.training.state import TrainState
 
 _WARM_UP_STEPS = 3
-"""Training steps before the capture, as torch's documentation advises: optimizer states must exist, kernels be
-compiled and cuDNN's algorithms be chosen by then.
+"""Training steps before the capture, as torch's documentation advises: they create the optimizer's state, compile
+kernels and let cuDNN choose its algorithms.
 """
 
 StepOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -79,7 +79,7 @@ class GraphedStep:
         current.wait_stream(self._stream)
 
     def _capture(self) -> Callable[[], None]:
-        """Capture a step; returns what replays it."""
+        """Capture a step; returns the function that replays it."""
         if self._stream is None:
             return self._run_on_own_tensors
         graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""Choosing the device to train on, and refusing what torch cannot do there."""
+"""Chooses the device to train on, and refuses what torch cannot do there."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def pick_device(wanted: str, world: World | None = None) -> torch.device:
 
 
 def resolve_device(wanted: str, world: World | None = None) -> torch.device:
-    """Return the device of ``--device``: ``auto`` is the GPU where there is one; on several ranks each has its own.
+    """Return the device of ``--device``: ``auto`` is the GPU if there is one; each of several ranks has its own GPU.
 
-    Raises :class:`UsageError` for a device that is not there.
+    Raises :class:`UsageError` for a device that does not exist.
     """
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,8 +3,8 @@
 The only module that reads ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``.
 
 There are two process groups. The default group carries tensors on their device (NCCL on GPUs, gloo on the CPU). A
-second one, always gloo, carries host values. A rank that ends breaks its gloo connections, so every other rank learns
-of it at its next step.
+second one, always gloo, carries host values. A rank that ends breaks its gloo connections, so every other rank notices
+at its own next step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from quaclrs.errors import QuaclrsError, UsageError, run_command
 Value = TypeVar("Value")
 
 _COLLECTIVE_TIMEOUT = timedelta(hours=24)
-"""Longest wait for a rank that is alive, which may be packing the dataset. Dead ranks are noticed at once."""
+"""Longest wait for a rank that is alive, which may be packing the dataset. A rank notices a dead one at once."""
 SHUTDOWN_S = 25
 """Seconds from the first failure or signal to the end of the last rank: time to write a checkpoint."""
 _REPORT_DELAY_S = 2
@@ -90,7 +90,7 @@ class World:
     def main_process_first(self) -> Iterator[None]:
         """Run the block on rank 0 first, then on local rank 0 of every other machine, then on all other ranks.
 
-        What the first rank prepares (a packed dataset, a download), the others find. Collective.
+        The other ranks then find what rank 0 has prepared (a packed dataset, a download). Collective.
         """
         turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
         for now in range(3):
@@ -124,7 +124,7 @@ class AsyncConsensus:
         return agreed
 
     def settle(self) -> int:
-        """The result of the last :meth:`exchange`, for when no further one follows; 0 if there is none."""
+        """The result of the last :meth:`exchange`, 0 if there is none. Call it when no further exchange follows."""
         if self._pending is None:
             return 0
         tensor, work = self._pending
@@ -157,8 +157,8 @@ def is_rank() -> bool:
 def joined_world(device: str) -> Iterator[World]:
     """Join the process group for the block, if this process is a rank; yields its :class:`World`. Collective.
 
-    ``device`` is ``--device``. If the block raises, the groups are abandoned without waiting: the other ranks may never
-    arrive. Raises :class:`UsageError` for more ranks than GPUs.
+    ``device`` is ``--device``. If the block raises, this rank abandons the groups without waiting: the other ranks may
+    never arrive. Raises :class:`UsageError` for more ranks than GPUs.
     """
     if not is_rank():
         yield World()
@@ -196,14 +196,14 @@ def _wait_for_main_to_end(hosts: distributed.ProcessGroup) -> None:
 
 
 def run_rank(command: Callable[[], None], program: str) -> int:
-    """As :func:`quaclrs.errors.run_command`, for one rank: messages name it, and errors of all ranks are printed once.
+    """As :func:`quaclrs.errors.run_command`, for one rank: messages name it. Rank 0 alone prints errors of all ranks.
 
     After a failure the process exits here, without running exit handlers: threads of libraries may wait for other ranks
-    for ever.
+    forever.
     """
     rank = int(os.environ["RANK"])
 
-    def report() -> int:
+    def run_naming_rank() -> int:
         try:
             command()
         except QuaclrsError as error:
@@ -223,7 +223,7 @@ def run_rank(command: Callable[[], None], program: str) -> int:
         return 0
 
     try:
-        code = run_command(report, program)
+        code = run_command(run_naming_rank, program)
     except Exception:
         traceback.print_exc()
         code = 1

@@ -1,4 +1,4 @@
-"""Starts the ranks of ``--distributed`` on this machine, with torch's own launcher, and decides how many."""
+"""Decides how many ranks ``--distributed`` starts on this machine, and starts them with torch's own launcher."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from quaclrs.config import default_num_workers
+from quaclrs.config import usable_processors
 from quaclrs.errors import SIGNAL_EXIT_CODE, QuaclrsError, UsageError
 from quaclrs.training.distributed import SHUTDOWN_S
 
@@ -38,13 +38,13 @@ def processes_wanted(nproc: int | None, device: str, flag: str) -> int:
 
 def set_threads_per_process(processes: int) -> None:
     """Set ``OMP_NUM_THREADS`` for ``processes`` child processes to their share of the processors, if it is not set."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, default_num_workers() // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_processors() // processes)))
 
 
 def launch(arguments: Sequence[str], nproc: int) -> int:
     """Run ``quaclrs-train`` with ``arguments`` as ``nproc`` ranks on this machine; returns the exit code.
 
-    When a rank fails, the others are ended. Signals are forwarded to all ranks, which then write their checkpoint.
+    When a rank fails, the launcher ends the others. It forwards signals to all ranks; rank 0 then writes a checkpoint.
     Raises :class:`QuaclrsError` for a rank that was killed, since it could not report anything itself.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -56,7 +56,7 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     set_threads_per_process(nproc)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_S))
     if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here, whatever the host name resolves to
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here, but the host name may resolve elsewhere
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

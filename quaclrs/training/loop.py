@@ -1,7 +1,7 @@
 """One epoch of training, and one pass of evaluation.
 
-One code path with and without AMP, on one rank and on many. Nothing is read back from the device within an epoch. The
-functions neither print nor parse: progress goes through callbacks, errors are exceptions.
+One code path serves training with and without AMP, on one rank and on many. It reads nothing back from the device
+within an epoch. The functions neither print nor parse: progress goes through callbacks, errors are exceptions.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from quaclrs.training.state import TrainState, autocast
 OnStep = Callable[[Batch, RunningMetrics, float], None]
 """``on_step(batch, metrics, waited_s)`` after each step: the rank's sums so far, and its seconds without a batch."""
 AfterStep = Callable[[], None]
-"""Called between two steps, equally often on every rank. May raise to stop there."""
+"""Called between two steps, equally often on every rank. It may raise, to stop there."""
 
 
-def _ignore_step(batch: Batch, metrics: RunningMetrics, waited_s: float) -> None:
-    pass
+def ignore_step(batch: Batch, metrics: RunningMetrics, waited_s: float) -> None:
+    """An :data:`OnStep` that does nothing."""
 
 
 def _continue() -> None:
@@ -86,11 +86,11 @@ class TrainedEpoch:
     """Figures of one epoch of training, over all ranks."""
 
     loss: float
-    """Mean over samples of the loss that was minimised, the auxiliary loss included."""
+    """Mean over samples of the minimised loss, including the auxiliary loss."""
     accuracy: float
     """Fraction."""
     samples: int
-    """More than the fold has where the last batch wraps round to divide among the ranks."""
+    """More than the training folds have if the last batch wraps around, so that it divides among the ranks."""
     seconds: float
     waited_s: float
     """Seconds without a batch, of the rank that waited longest."""
@@ -132,13 +132,13 @@ def train_epoch(
     state: TrainState,
     loader: Loader,
     plan: EpochPlan,
-    on_step: OnStep = _ignore_step,
+    on_step: OnStep = ignore_step,
     after_step: AfterStep = _continue,
     graphed: GraphedStep | None = None,
 ) -> TrainedEpoch:
     """Run the steps of ``plan`` that ``state.progress`` has not done yet.
 
-    With ``graphed`` each step is a replay of its CUDA graph over its own loader's data; ``loader`` is then not used.
+    With ``graphed``, each step replays its CUDA graph on its own loader's data; ``loader`` is then unused.
     """
     state.model.train()
     progress = state.progress = state.progress or EpochProgress(metrics=RunningMetrics(state.device))
@@ -176,10 +176,10 @@ def _eager_steps(
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One pass over some samples without learning. Equal on every rank but for the times."""
+    """Results of one pass over some samples without learning. All ranks have equal values except for the times."""
 
     loss: float
-    """Σ w·loss / Σ w over all samples, whatever the batches; NaN without labels."""
+    """Σ w·loss / Σ w over all samples, for any batch size; NaN without labels."""
     accuracy: float
     """Fraction; NaN without labels."""
     index: np.ndarray
@@ -201,7 +201,7 @@ def evaluate(
     labelled: bool = True,
     dtype: torch.dtype = torch.float32,
     world: World | None = None,
-    on_step: OnStep = _ignore_step,
+    on_step: OnStep = ignore_step,
     after_step: AfterStep = _continue,
 ) -> Evaluation:
     """Class probabilities of ``samples`` (n,) int64, and their loss and accuracy where they are ``labelled``.

@@ -1,4 +1,4 @@
-"""The optimizer and the learning-rate schedule of the original protocol, and how they are stored in checkpoints."""
+"""The optimizer and the learning-rate schedule of the original protocol, and how a checkpoint restores them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build_optimizer(
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> Scheduler | None:
-    """The schedule that ``--scheduler`` names; None for ``none``. It is stepped once an epoch, after validation."""
+    """The schedule that ``--scheduler`` names; None for ``none``. It steps once an epoch, after validation."""
     if config.scheduler == "plateau":
         return ReduceLROnPlateau(optimizer, mode="max", factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE)
     if config.scheduler == "cosine":
@@ -45,7 +45,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> Sc
 
 
 def step_scheduler(scheduler: Scheduler | None, val_accuracy: float) -> None:
-    """End an epoch whose validation accuracy was ``val_accuracy``."""
+    """Step ``scheduler`` at the end of an epoch with validation accuracy ``val_accuracy``."""
     if isinstance(scheduler, ReduceLROnPlateau):
         scheduler.step(val_accuracy)
     elif scheduler is not None:
@@ -53,7 +53,7 @@ def step_scheduler(scheduler: Scheduler | None, val_accuracy: float) -> None:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Load ``saved``, which may come from another device: hyperparameters are taken, implementations are not."""
+    """Load the state and hyperparameters of ``saved``, possibly from another device; keep ``optimizer``'s kernels."""
     groups = []
     for own, group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         implementation = {name: own[name] for name in ("fused", "foreach", "capturable")}

@@ -1,6 +1,6 @@
 """``--profile``: torch's profiler over some steps of an epoch, and a page that says what bounds them.
 
-It wraps the trainer's hooks. Some steps are timed without the profiler, the next ones traced: the profiler slows the
+It wraps the trainer's hooks. It times some steps without the profiler and traces the next ones: the profiler slows the
 host, so its own times would blame the host too often. The computed values stay the same, bit for bit.
 """
 
@@ -30,7 +30,7 @@ from quaclrs.training.trainer import Hooks
 
 FOLDER, TRACE_FILE, BOTTLENECK_FILE = "profile", "trace.json.gz", "bottleneck.txt"
 WARM_UP = 5
-"""Steps before the first measured one, in which memory is allocated, algorithms are chosen and queues fill."""
+"""Steps before the first measured one: they allocate memory, choose algorithms and fill queues."""
 MEASURED = 20
 """Steps to time, and as many to trace: enough for a median, few enough that a browser can show the trace."""
 FEWEST = 3
@@ -43,10 +43,10 @@ Log = Callable[[str], None]
 def with_profile(
     hooks: Hooks, config: TrainConfig, state: TrainState, loader: str, folder: Path, log: Log
 ) -> Iterator[Hooks]:
-    """Yield hooks that also profile the first epoch of the block that is long enough, into ``folder/profile``.
+    """Yield hooks that also profile the block's first epoch of enough steps, into ``folder/profile``.
 
-    Without ``--profile``, and on ranks other than 0, these are ``hooks`` themselves. After an exception no profiler is
-    left running.
+    Without ``--profile``, and on ranks other than 0, these are ``hooks`` themselves. An exception also stops the
+    profiler.
     """
     if not config.profile or not state.world.is_main:
         yield hooks
@@ -145,7 +145,7 @@ class _Recording:
     def after_step(self, batch: Batch, metrics: RunningMetrics, waited_s: float) -> bool:
         """Record a step; returns whether the schedule is complete."""
         self.done += 1
-        # Only after the first step are the batch size and the samples done before an interruption known.
+        # The batch size and the samples done before an interruption are known only after the first step.
         if self.done == 1:
             self._schedule = schedule_steps(1 + -(-max(self._samples - metrics.samples, 0) // len(batch)))
         schedule, done = self._schedule, self.done
@@ -232,7 +232,7 @@ class _Profiler:
             )
 
     def stop(self) -> None:
-        """Stop torch's profiler, whatever has happened. A recording that an exception cut off is not written."""
+        """Stop torch's profiler, also after an exception. A recording that an exception cut off is not written."""
         if self._recording is not None:
             self._recording.stop()
 
@@ -252,12 +252,12 @@ class _Profiler:
         tracer = recording.stop()
         assert tracer is not None
         try:
-            self._log(self._write(recording, _events(tracer, make_folder(self._folder))))
+            self._log(self._write(recording, _write_trace(tracer, make_folder(self._folder))))
         except (
             ValueError,
             KeyError,
             TypeError,
-        ) as error:  # the trace format is torch's; a training must not fail over it
+        ) as error:  # the trace format is torch's; a change of it must not end a training
             self._log(
                 "profile: no bottleneck found, since torch's trace cannot be understood "
                 f"({type(error).__name__}: {error})"
@@ -287,7 +287,7 @@ class _Profiler:
         return f"profile: {bottleneck.line}; see {path}"
 
 
-def _events(tracer: torch.profiler.profile, folder: Path) -> list[dict[str, Any]]:
+def _write_trace(tracer: torch.profiler.profile, folder: Path) -> list[dict[str, Any]]:
     """Write the trace of ``tracer`` into ``folder``, compressed; returns its events."""
     plain = folder / f"trace.json{TEMPORARY_SUFFIX}"
     try:

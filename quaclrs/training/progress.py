@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: a progress bar per phase on a terminal, and a line after each epoch."""
+"""Console output of a training: a progress bar per phase on a terminal, and a line after each epoch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from quaclrs.loaders.base import Batch
-from quaclrs.training.loop import OnStep
+from quaclrs.training.loop import OnStep, ignore_step
 from quaclrs.training.records import EpochRecord
 from quaclrs.training.running_metrics import RunningMetrics
 from quaclrs.training.trainer import Hooks
@@ -21,7 +21,7 @@ def console_hooks(epochs: int) -> Hooks:
     """Hooks of a :class:`~quaclrs.training.trainer.Trainer`: bars on stderr if it is a terminal, lines on stdout."""
 
     def step_meter(phase: str, epoch: int, samples: int) -> OnStep:
-        return StepMeter(phase, epoch, epochs, samples) if sys.stderr.isatty() else _no_bar
+        return StepMeter(phase, epoch, epochs, samples) if sys.stderr.isatty() else ignore_step
 
     return Hooks(step_meter=step_meter, epoch_done=lambda record: tqdm.write(epoch_line(record, epochs)))
 
@@ -34,10 +34,6 @@ def epoch_line(record: EpochRecord, epochs: int) -> str:
         f"{record.train_images_per_s:.0f} images/s, waiting for data {record.train_data_wait:.1%}; "
         f"learning rate {record.learning_rate:.2g}"
     )
-
-
-def _no_bar(batch: Batch, metrics: RunningMetrics, waited_s: float) -> None:
-    pass
 
 
 class StepMeter:
@@ -64,7 +60,7 @@ class StepMeter:
             self._bar.close()
 
     def _show(self, wait: float) -> None:
-        """Show the sums copied at the refresh before, if their copy is done; ``wait`` is a fraction."""
+        """Show the sums copied at the previous refresh, if their copy is done; ``wait`` is a fraction."""
         if self._sums is not None and (self._copied is None or self._copied.query()):
             loss, denominator, correct = self._sums.tolist()
             accuracy = correct / self._sums_samples
@@ -74,7 +70,7 @@ class StepMeter:
 
 
 def _record_event(batch: Batch) -> torch.cuda.Event | None:
-    """An event on the stream of ``batch``, to ask whether the copy queued before it is done; None on the CPU."""
+    """An event on the stream of ``batch``: done once the copy queued before it is done; None on the CPU."""
     if batch.images.device.type != "cuda":
         return None
     event: torch.cuda.Event = torch.cuda.current_stream(batch.images.device).record_event()

@@ -1,4 +1,4 @@
-"""What one epoch was: a line of the history, as it stands in checkpoints and in ``metrics.json``. No torch here."""
+"""The figures of one epoch: an entry of the history in checkpoints and in ``metrics.json``. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class EpochRecord:
     epoch: int
     """From 1."""
     learning_rate: float
-    """That the epoch was trained with."""
+    """In effect during the epoch."""
     train_loss: float
-    """Mean over samples of the loss that was minimised, the auxiliary loss included."""
+    """Mean over samples of the minimised loss, including the auxiliary loss."""
     train_accuracy: float
     """Fraction."""
     val_loss: float
@@ -41,6 +41,6 @@ class EpochRecord:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> EpochRecord:
-        """The reverse of :meth:`to_json`: None becomes NaN. Raises TypeError for missing or unknown keys."""
+        """The inverse of :meth:`to_json`: None becomes NaN. Raises TypeError for missing or unknown keys."""
         values: dict[str, Any] = {name: math.nan if value is None else value for name, value in document.items()}
         return cls(**values)

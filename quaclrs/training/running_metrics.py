@@ -24,7 +24,7 @@ class RunningMetrics:
         self.samples = 0
 
     def add(self, loss: torch.Tensor, denominator: torch.Tensor, correct: torch.Tensor, samples: int) -> None:
-        """Add one batch: its summed loss, what to divide that by, its correct predictions. Scalars on the device."""
+        """Add one batch: its summed loss, that sum's denominator, its correct predictions. Scalars on the device."""
         self.sums += torch.stack([loss.double(), denominator.double(), correct.double()])
         self.samples += samples
 
@@ -38,7 +38,7 @@ class RunningMetrics:
         return loss / denominator if denominator else math.nan, correct / max(samples, 1), int(samples)
 
     def copy_to_host(self) -> torch.Tensor:
-        """:attr:`sums` as of now, copied to the host without waiting for the copy. Later additions do not change it."""
+        """A copy of the present :attr:`sums` on the host, without waiting for it. Later additions do not change it."""
         return self.sums.clone().to("cpu", non_blocking=True)
 
 
@@ -66,7 +66,7 @@ class EpochProgress:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], world: World, device: torch.device) -> EpochProgress:
-        """The reverse of :meth:`state_dict`. If the number of ranks has changed, rank 0 takes all sums."""
+        """The inverse of :meth:`state_dict`. If the number of ranks has changed, rank 0 takes all sums."""
         metrics, ranks = RunningMetrics(device), state["ranks"]
         own = ranks[world.rank : world.rank + 1] if len(ranks) == world.size else ranks if world.is_main else []
         for sums, samples in own:

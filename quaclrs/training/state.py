@@ -114,8 +114,8 @@ class TrainState:
 
         ``images`` (B, 3, S, S) and ``labels`` (B,) int64 are this rank's part of the global batch. ``loss_scale`` is a
         float32 scalar on the device, one of :meth:`loss_scales`: the loss is ``loss_scale × Σ w·loss`` over the rank's
-        samples, so that its mean over the ranks, which DDP takes of the gradients, is the class-weighted mean over the
-        global batch.
+        samples. DDP averages gradients over the ranks, and the mean of this loss over the ranks is the class-weighted
+        mean over the global batch.
         """
         if self.world.size > 2 and not self._gradient_buckets_settled:  # a sum of two has one order
             self._settle_gradient_buckets(images)
@@ -183,9 +183,9 @@ class TrainState:
     def _settle_gradient_buckets(self, images: torch.Tensor) -> None:
         """Run one backward pass so that DDP fixes the layout of its gradient buckets before the first step.
 
-        DDP would do so after its first step. The layout decides in which order the ranks' gradients are summed, and so
-        the last digit: a resumed training would end at other weights. Buffers and random state are restored; gradients
-        are discarded by the step that follows.
+        Otherwise DDP fixes it after the first step. The layout determines the order in which DDP sums the ranks'
+        gradients, and so the last digit: a resumed training would end at other weights. This method restores buffers
+        and random state; the step that follows discards the gradients.
         """
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):

@@ -1,4 +1,4 @@
-"""``Trainer``: one fold's training from its current state to its test, with its checkpoints, signals and early stop."""
+"""``Trainer``: one fold's training from its current state to its test, with checkpoints, signals and early stopping."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from quaclrs.training.loop import (
     Evaluation,
     OnStep,
     TrainedEpoch,
-    _ignore_step,
     evaluate,
+    ignore_step,
     plan_epoch,
     train_epoch,
 )
@@ -47,19 +47,19 @@ class FoldSamples:
 class Hooks:
     """Callbacks of a training."""
 
-    step_meter: Callable[[str, int, int], OnStep] = lambda phase, epoch, samples: _ignore_step
-    """``step_meter(phase, epoch, samples)`` at the start of a phase (``train``, ``validate``, ``test``) over so many
-    samples of this rank; returns the callback of its steps.
+    step_meter: Callable[[str, int, int], OnStep] = lambda phase, epoch, samples: ignore_step
+    """``step_meter(phase, epoch, samples)`` at the start of a phase (``train``, ``validate``, ``test``), with the
+    number of this rank's samples; returns the callback of the phase's steps.
     """
     epoch_done: Callable[[EpochRecord], None] = lambda record: None
 
 
 class Trainer:
-    """Trains one fold, from whatever state it is in to its end, and tests it.
+    """Trains one fold from its current state to the end, and tests it.
 
     After each epoch ``folder`` holds the epoch's checkpoint, and in ``best_model.pth`` the weights of the best
-    validation accuracy so far. Only rank 0 writes. ``identity`` is stored in each checkpoint: what a resume must agree
-    with.
+    validation accuracy so far. Only rank 0 writes. Each checkpoint stores ``identity``, the values that a resumed
+    training must match.
     """
 
     def __init__(
@@ -152,8 +152,8 @@ class Trainer:
     def _save_epoch(self, epoch: int, improved: bool) -> None:
         """Write the epoch's checkpoint, then the best weights.
 
-        In this order, since :func:`quaclrs.experiment.fold` can make ``best_model.pth`` again from the checkpoint. The
-        reverse order could leave best weights of an epoch that has no checkpoint.
+        In this order :mod:`quaclrs.experiment.fold` can write ``best_model.pth`` again from the checkpoint. The reverse
+        order could leave best weights of an epoch that has no checkpoint.
         """
         saved = self._state.state_dict()
         if self._state.world.is_main:
@@ -168,7 +168,7 @@ class Trainer:
         self._checkpoint_if_agreed(self._consensus.exchange(self._signals.requested_action()))
 
     def _checkpoint_if_stop_requested(self) -> None:
-        """In validation, where the epoch's own checkpoint is near, a timed checkpoint waits for that one."""
+        """For validation: ignore requests of the checkpoint clock, because the epoch's own checkpoint follows soon."""
         request = self._signals.requested_action()
         self._checkpoint_if_agreed(
             self._consensus.exchange(request if request == StopRequest.STOP else StopRequest.GO_ON)
@@ -187,7 +187,7 @@ class Trainer:
         self._stop_if_agreed(agreed, f"epoch {epoch}, after step {step}")
 
     def _stop_if_requested(self) -> None:
-        """In the test there is nothing to save."""
+        """For the test, which has nothing to save."""
         self._stop_if_agreed(self._consensus.exchange(self._signals.requested_action()), "its test")
 
     def _stop_if_agreed(self, agreed: int, where: str) -> None:

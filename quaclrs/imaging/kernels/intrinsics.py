@@ -30,7 +30,7 @@ STREAM_ALIGNMENT = 4 * LANES
 _FLOATS = ir.VectorType(_FLOAT, LANES)
 
 BLEND_BITS = 6
-"""How many of a weight's 22 fractional bits the upper of :func:`blend`'s two factors has."""
+"""Fractional bits, of a weight's 22, in the upper of :func:`blend`'s two factors."""
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -69,21 +69,21 @@ def stream_normalised(typing_context, levels, source, factors, column, width, by
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         _, source, _, column, width, by_255, _, target = arguments
 
-        def place(array, position, kind):  # type: ignore[no-untyped-def]
+        def pointer(array, position, kind):  # type: ignore[no-untyped-def]
             data = context.make_array(signature.args[array])(context, builder, arguments[array]).data
             return builder.bitcast(builder.gep(data, [position]), kind.as_pointer())
 
         def factor(number):  # type: ignore[no-untyped-def]
             position = builder.add(column, builder.mul(width, ir.Constant(width.type, number)))
-            return builder.load(place(2, position, _FLOATS), align=4)
+            return builder.load(pointer(2, position, _FLOATS), align=4)
 
         head, tail = (_in_all_lanes(builder, builder.extract_value(by_255, part)) for part in (0, 1))
-        level = builder.load(place(0, source, ir.VectorType(_INT8, LANES)), align=1)
+        level = builder.load(pointer(0, source, ir.VectorType(_INT8, LANES)), align=1)
         level = builder.uitofp(builder.zext(level, ir.VectorType(_INT32, LANES)), _FLOATS)
         scaled = _fma(builder, "llvm.fma.v8f32", level, head, builder.fmul(level, tail))
         shifted = builder.fsub(scaled, factor(0))
         value = _fma(builder, "llvm.fma.v8f32", shifted, factor(1), builder.fmul(shifted, factor(2)))
-        store = builder.store(value, place(6, target, _FLOATS), align=STREAM_ALIGNMENT)
+        store = builder.store(value, pointer(6, target, _FLOATS), align=STREAM_ALIGNMENT)
         store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_INT32, 1)]))
         return context.get_dummy_value()
 
@@ -123,7 +123,7 @@ def load_four_bytes(typing_context, array, position):  # type: ignore[no-untyped
     """
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.load(_place(context, builder, signature, arguments, _INT32), align=1)
+        return builder.load(_element_pointer(context, builder, signature, arguments, _INT32), align=1)
 
     return types.uint32(array, types.uintp), generate
 
@@ -136,13 +136,13 @@ def store_eight_bytes(typing_context, array, position, value):  # type: ignore[n
     """
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        builder.store(arguments[2], _place(context, builder, signature, arguments, _INT64), align=1)
+        builder.store(arguments[2], _element_pointer(context, builder, signature, arguments, _INT64), align=1)
         return context.get_dummy_value()
 
     return types.void(array, types.uintp, types.uint64), generate
 
 
-def _place(context, builder, signature, arguments, kind):  # type: ignore[no-untyped-def]
+def _element_pointer(context, builder, signature, arguments, kind):  # type: ignore[no-untyped-def]
     """Pointer to a ``kind`` at the position arguments[1] of the array arguments[0]."""
     data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
     return builder.bitcast(builder.gep(data, [arguments[1]]), kind.as_pointer())

@@ -1,7 +1,7 @@
 """Normalisation on the CPU: the bits of :func:`quaclrs.imaging.normalise.normalise`, at the speed of memory.
 
-float32 values are computed in vector instructions. torchvision divides twice: by 255 and by std. Here each quotient
-x / d takes two instructions. 1 / d is kept as two floats, head = float(1 / d) and tail = float(1 / d − head), and
+float32 values are computed in vector instructions. torchvision divides twice: by 255 and by std. Here a quotient x / d
+takes two instructions. The kernel keeps 1 / d as two floats, head = float(1 / d) and tail = float(1 / d − head), and
 ``fma(x, head, x · tail)`` is the rounded quotient for every level and channel (the tests compare all 768). A look-up
 table would need two loads and a store per value and take 2.5 times as long.
 

@@ -1,19 +1,19 @@
 """The render on the CPU: the bits of :func:`quaclrs.imaging.render.render_reference`, in vector instructions.
 
 The steps below say how each part works and why, with the time per 128×376 grid at 224 pixels on one core of an AMD EPYC
-at 2.45 GHz. Inner and outer axis are explained in :mod:`quaclrs.imaging.render`.
+at 2.45 GHz. :mod:`quaclrs.imaging.render` explains inner and outer axis.
 
-1. *Look-up* (18 µs). Each cell's colour is looked up once and stored transposed: ``colours[inner cell, outer cell]``.
-   Four neighbouring cells take one load of their indices, then a load and a store each.
+1. *Look-up* (18 µs). Look up each cell's colour once and store it transposed: ``colours[inner cell, outer cell]``. Four
+   neighbouring cells take one load of their indices, then a load and a store each.
 2. *First pass* (21 µs). Because ``colours`` is transposed, a filter weight multiplies a run of 128 outer cells, which
    the compiler turns into vector instructions. Nothing has to be gathered. The result is one integer per pixel, still
    transposed.
-3. *Transpose* (9 µs). Two pixels at a time are stored to their place in ``resized[outer cell, 3 · column + channel]``:
-   eight bytes, of which six count. That takes a sixth of the stores that single channels would need.
+3. *Transpose* (9 µs). Store two pixels at a time to ``resized[outer cell, 3 · column + channel]``: eight bytes, of
+   which six count. That takes a sixth of the stores that single channels would need.
 4. *Second pass* (14 µs). Filter weights multiply whole rows of 3·S bytes, again in vector instructions. A sum of two
    rows, the usual case, uses 16-bit arithmetic where that is proven to give the same bits
    (:func:`quaclrs.imaging.kernels.render_cpu_tables.blends_exactly`).
-5. *Normalise* (30 µs). float32 values are computed and written past the caches, row by row. 16-bit values come from a
+5. *Normalise* (30 µs). Compute float32 values and write them past the caches, row by row. Take 16-bit values from a
    table. See :mod:`quaclrs.imaging.kernels.normalise_cpu`.
 
 Python threads divide a batch among them, because the kernel releases the GIL. numba's own threads would outlive the

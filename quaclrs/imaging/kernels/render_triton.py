@@ -1,17 +1,18 @@
 """The render as one fused Triton kernel: palette indices in, normalised channels_last batch out.
 
-Nothing in between is written to device memory. One program renders one tile of one image
-(:mod:`quaclrs.imaging.kernels.triton_tiles`), so layouts and palettes mix freely in a batch. Inner and outer axis are
-explained in :mod:`quaclrs.imaging.render`. Each program runs three steps:
+The kernel writes no intermediate result to device memory. One program renders one tile of one image
+(:mod:`quaclrs.imaging.kernels.triton_tiles`), so layouts and palettes mix freely in a batch.
+:mod:`quaclrs.imaging.render` explains inner and outer axis. Each program runs three steps:
 
 1. *First pass*, for the tile's output columns and the outer cells that its output rows are made of. For each filter
    weight, a lane loads one byte (neighbouring lanes read neighbouring cells) and looks its colour up in a copy of the
-   palette in shared memory, three channels in one integer. Outer cells at the upper and lower edge of a tile are
-   computed by both tiles that need them, which is cheaper than passing them through device memory.
+   palette in shared memory, three channels in one integer. Two neighbouring tiles both compute the outer cells at their
+   common edge, which is cheaper than passing them through device memory.
 2. *Second pass*. The results of step 1 belong to other lanes, so this is again a look-up in shared memory.
 3. *Output*. One lane writes one value, so that a warp writes whole lines of memory although a pixel is three values
-   wide. fp16 and bf16 are computed as ``level · scale + shift`` if that gives the table's bits for all 768 levels, with
-   and without fused multiply-add (:func:`_affine` tests it). It does not for float32, which comes from the table.
+   wide. The kernel computes fp16 and bf16 as ``level · scale + shift`` if that gives the table's bits for all 768
+   levels, with and without fused multiply-add (:func:`_affine` tests it). For float32 it does not, so float32 values
+   come from the table.
 
 Where the inner axis is vertical, the kernel reads the grid along columns and writes its output transposed. Those
 accesses are strided: slower, with the same bits.
@@ -58,7 +59,7 @@ def render_triton(
 ) -> torch.Tensor:
     """As :func:`quaclrs.imaging.render.render_reference`, in one kernel on the current stream.
 
-    The call does not synchronise with the device, so it checks nothing that lies there: call
+    The call does not synchronise with the device, so it checks nothing in device memory: call
     :func:`quaclrs.imaging.render.check_grids` once per set of grids, and keep ``index`` within them. ``tile`` is for
     tuning; the default is :func:`~quaclrs.imaging.kernels.triton_tiles.choose_tile`.
     """
@@ -205,7 +206,8 @@ def _render_tile(  # type: ignore[no-untyped-def]
     palette = tl.load(colours + tl.load(palettes + image) * 256 + tl.arange(0, 256))
     top_outer = tl.load(outer_first + layout * SIZE + top)  # the first outer cell that this tile needs
 
-    # First pass. Lanes beyond the image repeat its edge. That is cheaper than masking each load, and no one reads them.
+    # First pass. Lanes beyond the image repeat its edge. That is cheaper than masking each load, and nothing reads
+    # them.
     lane = tl.arange(0, SOURCE_LANES)
     x = tl.minimum(left + lane % TILE_COLUMNS, SIZE - 1)
     outer = grid + tl.minimum(top_outer + lane // TILE_COLUMNS, last_outer) * outer_stride

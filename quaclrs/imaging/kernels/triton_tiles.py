@@ -1,9 +1,9 @@
 """Chooses the tile size of the Triton render: the part of an image that one program renders.
 
-A tile's output rows and columns are free; its lanes are padded to a power of two. Outer cells at the upper and lower
-edge of a tile are computed again by the neighbouring tile. :func:`choose_tile` therefore weighs padding against
-recomputation, with an estimate of the work and no measurement. Pure arithmetic: needs neither Triton nor a GPU. Inner
-and outer axis are explained in :mod:`quaclrs.imaging.render`.
+A tile may have any number of output rows and columns; padding rounds its lanes up to a power of two. The neighbouring
+tiles compute the outer cells at a tile's upper and lower edge again. :func:`choose_tile` therefore weighs padding
+against recomputation, with an estimate of the work and no measurement. Pure arithmetic: needs neither Triton nor a GPU.
+:mod:`quaclrs.imaging.render` explains inner and outer axis.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _choose_tile(
 
     candidates = []
     row_choices = [rows] if rows else sorted({min(side, size) for side in (1, 2, *range(4, 257, 4))})
-    # At least 32 columns, so that a row of a tile is whole sectors of memory.
+    # at least 32 columns, so that a row of a tile fills whole sectors of memory
     column_choices = [columns] if columns else sorted({min(side, size) for side in (32, 48, 56, 64, 96, 112, 128)})
     for one_rows in row_choices:
         outer_cells = max(_most_outer_cells(axis, size, one_rows) for axis in axes)

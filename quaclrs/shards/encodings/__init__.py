@@ -1,4 +1,4 @@
-"""The registry of encodings. An encoding decides what a shard record holds of an image, and how it is read again."""
+"""The registry of encodings. An encoding defines the payload of an image, and how to read the image from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def register_encoding(encoding: AnyEncoding) -> AnyEncoding:
     """Make ``encoding`` known by its name; returns it.
 
     Call it at the top level of the module that defines the class: a spawned worker process imports that module when it
-    unpickles the encoding. Raises ``ValueError`` for a name that an encoding of another class has.
+    unpickles the encoding. Raises ``ValueError`` if an encoding of another class has the name already.
     """
     known = _REGISTRY.setdefault(encoding.name, encoding)
     if type(known).__qualname__ != type(encoding).__qualname__:

@@ -37,7 +37,7 @@ class Content(Enum):
     PNGS = "PNGs, which must be decoded"
     """A PNG file. Any image size."""
     OTHER = "images that only their encoding can decode"
-    """Anything else: :meth:`Encoding.image` is the only way in."""
+    """Anything else: only :meth:`Encoding.image` can decode it."""
 
     @property
     def is_array(self) -> bool:
@@ -148,7 +148,7 @@ class Encoding(ABC):
 
     def export(self, record: Record) -> bytes:
         """The image file that ``export`` writes: by default :meth:`image` as PNG."""
-        return png_file(Image.fromarray(self.image(record)))
+        return encode_png(Image.fromarray(self.image(record)))
 
     def advice(self, records: Sequence[Record], total_bytes: int, folder: Path) -> str | None:
         """A hint to the user after packing ``folder``, from a few of its ``records``; None by default.
@@ -230,7 +230,7 @@ class TwoPassEncoding(Encoding):
         return self.encode_shared(examined, self.share({examined.finding}))
 
 
-def png_file(image: Image.Image) -> bytes:
+def encode_png(image: Image.Image) -> bytes:
     """``image`` as the bytes of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

@@ -1,7 +1,7 @@
 """``indexed``: grids of palette indices, without loss. Layouts and palettes are shared by the whole dataset.
 
-The encoding is proven lossless twice for every image: it is rendered from its own grid and compared with its pixels,
-and again from its final grid on the shared layout and palette.
+Packing proves twice that an image is lossless: it compares the image's pixels with a rendering of its own grid, and
+again with one of its final grid on the shared layout and palette.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from quaclrs.shards.encodings.base import (
     Record,
     SharedTables,
     TwoPassEncoding,
-    png_file,
+    encode_png,
 )
 
 
@@ -109,7 +109,7 @@ class IndexedEncoding(ArrayEncoding, TwoPassEncoding):
         image = Image.fromarray(self.image(record))
         if record.fields["flags"] & fmt.FLAG_ALPHA:
             image.putalpha(255)
-        return png_file(image)
+        return encode_png(image)
 
 
 def _indexed_image(examined: ExaminedImage) -> IndexedImage:

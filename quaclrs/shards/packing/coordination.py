@@ -1,9 +1,10 @@
 """Which processes may pack into a folder at the same time, and with which settings.
 
 A call without ``--folds`` packs alone; jobs with ``--folds`` pack side by side. ``.packing/settings.json`` holds the
-settings of all work in ``.packing/``. A call with other settings is refused while jobs with ``--folds`` are running or
-have left finished work, since other jobs may build on it. Work of any other stopped packing is deleted, and the call
-starts afresh. Images that were repaired in between do not count as other settings: only their shards are packed anew.
+settings of all work in ``.packing/``. While jobs with ``--folds`` are running or have left finished work, a call with
+other settings raises :class:`ShardError`, since other jobs may build on that work. After any other stopped packing, the
+call deletes its work and starts anew. Repaired images do not count as other settings: the call packs only their shards
+anew.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from quaclrs.shards.work_folder import (
     has_finished_work,
     has_manifest,
     lock_file,
-    remove_work,
+    remove_finished_work,
     settings_file,
 )
 from quaclrs.system.atomic_files import write_bytes
@@ -39,7 +40,7 @@ WHAT_MUST_AGREE = {
     "seed": "another --seed",
     "shard_size": "another --shard_size",
 }
-"""The settings that shards depend on (fields of the manifest), each with the words for a difference."""
+"""The settings that shards depend on (fields of the manifest), each with the text for a difference in messages."""
 
 _JOBS_MUST_AGREE = WHAT_MUST_AGREE | {"from_shards": "another kind of source"}
 """Packing from the tree and from ``png`` shards gives the same bytes. But the plans have different fingerprints, so a
@@ -117,7 +118,7 @@ def _adopt(settings: PackSettings, output_dir: Path) -> None:
     if stored is None or stored.values != settings.values:
         if has_finished_work(output_dir):
             _refuse_to_differ_from_jobs(stored, settings, output_dir)
-        remove_work(output_dir)
+        remove_finished_work(output_dir)
         stored = None
     wanted = replace(settings, by_folds=settings.by_folds or bool(stored and stored.by_folds))
     if stored != wanted:

@@ -1,4 +1,4 @@
-"""From the records of finished shards to a finished folder: sample table, CSV, and the manifest last."""
+"""Turns the records of finished shards into a finished folder: sample table, CSV, and the manifest last."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def finalize(
     """Write everything but the tars, from the ``records`` of all shards; returns the finished manifest.
 
     The manifest is written last: only a folder with a manifest is a shard folder. The caller holds the folder
-    exclusively. Raises :class:`DataError` where every row was skipped, :class:`StorageError` for the disk.
+    exclusively. Raises :class:`DataError` where every row was skipped, :class:`StorageError` if the output disk cannot
+    be written.
     """
     remove_other_shards((record.entry.file for record in records), output_dir)
     finished, samples_bytes = describe(manifest, records, shared)

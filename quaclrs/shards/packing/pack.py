@@ -46,7 +46,7 @@ class PackSummary:
     """What a call of :func:`pack` did."""
 
     manifest: fmt.Manifest
-    """With ``missing_folds``: of the packed folds only, and not on disk."""
+    """With ``missing_folds``: it covers the packed folds only, and is not on disk."""
     audit: Audit
     seconds: float
     images_packed: int
@@ -66,7 +66,7 @@ class _Job:
     plans: list[ShardPlan]
     """Of the whole dataset."""
     manifest: fmt.Manifest
-    """Not filled in yet."""
+    """The shards, counts and hashes are still empty."""
     settings: PackSettings
     progress: bool
 
@@ -97,10 +97,10 @@ class _Packed:
 def pack(config: PackConfig, *, progress: bool = False, metadata: Metadata | None = None) -> PackSummary:
     """Pack ``config``'s PNG tree; returns at once when the output folder already holds exactly that.
 
-    ``metadata`` is the CSV where the caller has parsed it already (with ``config.columns``). Raises :class:`DataError`
-    for the CSV or an image (finished shards stay), :class:`ShardError` when the output folder holds shards of other
-    data or settings, :class:`StorageError` for the disk, :class:`UsageError` for an unknown encoding or for folds that
-    the CSV does not have.
+    ``metadata`` is the parsed CSV, if the caller has it already (parsed with ``config.columns``). Raises
+    :class:`DataError` for the CSV or an image (finished shards stay), :class:`ShardError` when the output folder holds
+    shards of other data or settings, :class:`StorageError` if the output disk cannot be written, :class:`UsageError`
+    for an unknown encoding or for folds that the CSV does not have.
     """
     started = time.monotonic()
     job = _plan_job(config, progress, metadata)
@@ -247,7 +247,7 @@ def _pack_shards(job: _Job) -> _Packed:
 def _examine_all(job: _Job) -> set[Finding]:
     """The findings of all images of the dataset.
 
-    The images of other jobs are examined by those jobs, or here where none of them is running.
+    Other jobs examine their own images; if none of them is running, this call examines those images too.
     """
     find = functools.partial(stored_findings, output_dir=job.config.output_dir)
     work = functools.partial(examine_shard, output_dir=job.config.output_dir)

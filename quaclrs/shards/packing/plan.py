@@ -24,7 +24,7 @@ class ImageLocation:
 
     path: Path
     size: int
-    """Bytes; -1 where there is no image and the row is to be skipped."""
+    """Bytes; -1 if there is no image and packing skips the row."""
     mtime_ns: int = 0
     offset: int = 0
 
@@ -46,7 +46,7 @@ class Source:
 def open_source(config: PackConfig, metadata: Metadata | None = None) -> Source:
     """The CSV of ``config``, and where its images are: in the PNG tree, or in ``png`` shards.
 
-    ``metadata`` is the CSV where the caller has parsed it already.
+    ``metadata`` is the parsed CSV, if the caller has it already.
     """
     if config.from_shards is not None:
         with ShardSet(config.from_shards) as shards:
@@ -109,7 +109,7 @@ def _shard_finder(shards: ShardSet, config: PackConfig) -> ImageFinder:
 def plan_shards(source: Source, config: PackConfig) -> tuple[list[ShardPlan], str]:
     """All shards to be written, and the source fingerprint; reads only names and sizes of the images.
 
-    Raises :class:`DataError` naming the first row whose image is missing, unless bad images are to be skipped.
+    Raises :class:`DataError` naming the first row whose image is missing, unless packing skips bad images.
     """
     metadata, encoding = source.metadata, get_encoding(config.encoding)
     plans: list[ShardPlan] = []

@@ -42,8 +42,8 @@ def work_through(
 ) -> tuple[list[Result], int]:
     """Call ``work`` for each plan without a stored result: first for ``own``, then for unclaimed plans of ``others``.
 
-    ``find`` returns a plan's stored result or None. A shard that another living process has claimed is waited for, and
-    taken over if that process dies. Returns all results, ``own`` first, and the number of images that this call
+    ``find`` returns a plan's stored result or None. The call waits for a shard that another living process has claimed,
+    and takes it over if that process dies. Returns all results, ``own`` first, and the number of images that this call
     processed. ``bar_name`` heads a progress bar of those images; None shows no bar.
     """
     results: dict[str, Result] = {}

@@ -60,9 +60,10 @@ class ShardPlan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over everything that the shard's bytes depend on; of image files, size and time stand for content.
+        """SHA-256 over everything that the shard's bytes depend on.
 
-        Leaves out ``skip_bad``, which does not change good images, and ``path``, which jobs may spell differently.
+        The size and time of an image file stand for its content. Leaves out ``skip_bad``, which does not change good
+        images, and ``path``, which jobs may spell differently.
         """
         digest = hashlib.sha256(repr((self.file, self.encoding.name, self.image_size)).encode())
         for source in self.sources:
@@ -93,7 +94,7 @@ def write_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> ShardRecord
     """Write ``plan``'s tar, index and record below ``output_dir``, reading each image once; one tick per image.
 
     Raises :class:`DataError` naming row and file for a bad image (unless the plan skips those), :class:`StorageError`
-    for the disk.
+    if the output disk cannot be written.
     """
     encoded = ((source, skip_if_bad(source, plan, _encode)) for source in plan.sources)
     return write_encoded(plan, encoded, tick, output_dir=output_dir, fingerprint=plan.fingerprint)
@@ -147,7 +148,7 @@ def skip_if_bad(
     except DataError as error:
         if not plan.skip_bad:
             raise
-        reason = str(error).removeprefix(f"{source.name}: ")  # the manifest must not depend on where the tree lies
+        reason = str(error).removeprefix(f"{source.name}: ")  # the manifest must not depend on the tree's folder
         return fmt.SkippedRow(row=source.row, file=source.file, reason=reason)
 
 

@@ -29,7 +29,7 @@ from quaclrs.shards.packing.write_shard import (
     skip_if_bad,
     write_encoded,
 )
-from quaclrs.shards.work_folder import ShardRecord, cells_file, seen_file
+from quaclrs.shards.work_folder import ShardRecord, arrays_file, findings_file
 from quaclrs.system.atomic_files import atomic_writer, write_bytes
 from quaclrs.system.processes import Tick
 
@@ -38,11 +38,11 @@ def examine_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> set[Findi
     """First pass: examine ``plan``'s images and store the result; returns their findings; one tick per image.
 
     Raises :class:`DataError` naming row and file for a bad image or one that the encoding cannot store (unless the plan
-    skips those), :class:`StorageError` for the disk.
+    skips those), :class:`StorageError` if the output disk cannot be written.
     """
     samples: list[dict[str, Any]] = []
     findings: set[Finding] = set()
-    with atomic_writer(cells_file(plan.file, output_dir)) as file:
+    with atomic_writer(arrays_file(plan.file, output_dir)) as file:
         for source in plan.sources:
             examined = skip_if_bad(source, plan, _examine)
             if isinstance(examined, fmt.SkippedRow):
@@ -54,15 +54,15 @@ def examine_shard(plan: ShardPlan, tick: Tick, *, output_dir: Path) -> set[Findi
                 findings.add(examined.finding)
             tick()
     document = {"plan": plan.fingerprint, "samples": samples, "told": [_to_json(finding) for finding in findings]}
-    write_bytes(seen_file(plan.file, output_dir), json.dumps(document).encode())
+    write_bytes(findings_file(plan.file, output_dir), json.dumps(document).encode())
     return findings
 
 
 def stored_findings(plan: ShardPlan, *, output_dir: Path) -> set[Finding] | None:
-    """The findings of ``plan``'s images if a process has examined them as they are now, else None."""
-    document = _seen_document(plan, output_dir)
+    """The findings of ``plan``'s images if a process has examined their present files, else None."""
+    document = _findings_document(plan, output_dir)
     skipped = any("skipped" in sample for sample in document["samples"]) if document else False
-    if document is None or (skipped and not plan.skip_bad) or not cells_file(plan.file, output_dir).is_file():
+    if document is None or (skipped and not plan.skip_bad) or not arrays_file(plan.file, output_dir).is_file():
         return None
     return {_from_json(finding) for finding in document["told"]}
 
@@ -87,7 +87,7 @@ def finished_shared_shard_record(plan: ShardPlan, *, output_dir: Path, shared: S
 
 
 def _fingerprint(plan: ShardPlan, shared: SharedTables) -> str:
-    """As :attr:`ShardPlan.fingerprint`; covers also the tables, on which a shard's bytes depend too."""
+    """As :attr:`ShardPlan.fingerprint`, over the ``shared`` tables too: the shard's bytes depend on them."""
     layouts = json.dumps([layout.to_dict() for layout in shared.layouts])
     palettes = b"".join(palette.tobytes() + b"|" for palette in shared.palettes)
     return hashlib.sha256(plan.fingerprint.encode() + layouts.encode() + palettes).hexdigest()
@@ -102,9 +102,9 @@ def _examine(source: SampleSource, plan: ShardPlan) -> ExaminedImage:
     return _two_pass(plan).examine(read_source(source), source.name)
 
 
-def _seen_document(plan: ShardPlan, output_dir: Path) -> dict[str, Any] | None:
+def _findings_document(plan: ShardPlan, output_dir: Path) -> dict[str, Any] | None:
     try:
-        document: dict[str, Any] = json.loads(seen_file(plan.file, output_dir).read_bytes())
+        document: dict[str, Any] = json.loads(findings_file(plan.file, output_dir).read_bytes())
     except (OSError, ValueError):
         return None
     return document if document["plan"] == plan.fingerprint else None
@@ -112,14 +112,14 @@ def _seen_document(plan: ShardPlan, output_dir: Path) -> dict[str, Any] | None:
 
 def _read_examined(plan: ShardPlan, output_dir: Path) -> Iterator[tuple[SampleSource, ExaminedImage | fmt.SkippedRow]]:
     """What the first pass stored of each image."""
-    document = _seen_document(plan, output_dir)
+    document = _findings_document(plan, output_dir)
     if document is None:  # another job, begun earlier or later, has examined other images of the tree
         raise ShardError(
             f"{output_dir}: another job looked at other images for {plan.file}: some changed while jobs were running; "
             "run the same command again when the others are done"
         )
     kept = _two_pass(plan).arrays_kept
-    with cells_file(plan.file, output_dir).open("rb") as file:
+    with arrays_file(plan.file, output_dir).open("rb") as file:
         for source, sample in zip(plan.sources, document["samples"], strict=True):
             if "skipped" in sample:
                 yield source, fmt.SkippedRow(**sample["skipped"])
