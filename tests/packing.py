@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -11,28 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from png_trees import PngTree
 
 from quaclrs.config import PackConfig
+from quaclrs.errors import QuaclrsError
 from quaclrs.shards.packing.pack import PackSummary, pack
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 TIMEOUT_S = 60
+_FSYNC = os.fsync
 
 
 def pack_tree(tree: PngTree, output_dir: Path, **options: Any) -> PackSummary:
-    """Pack in this process. One worker, the default, starts no other process."""
+    """Pack in this process. One worker, the default, starts no other process. Does not wait for the disk (fsync)."""
     defaults: dict[str, Any] = {"num_workers": 1, "shard_size": 32 * 1024}
-    return pack(
-        PackConfig(
-            csv_file=tree.csv_file,
-            spectrograms_dir=tree.spectrograms_dir,
-            output_dir=output_dir,
-            **(defaults | options),
-        )
+    config = PackConfig(
+        csv_file=tree.csv_file, spectrograms_dir=tree.spectrograms_dir, output_dir=output_dir, **(defaults | options)
     )
+    with pytest.MonkeyPatch.context() as patch:
+        if os.fsync is _FSYNC:  # else the test has replaced it
+            patch.setattr(os, "fsync", lambda descriptor: None)
+        return pack(config)
 
 
 def pack_flags(tree: PngTree, output_dir: Path, **flags: object) -> list[str]:
@@ -83,6 +86,30 @@ def samples_of(shards: Path) -> NDArray[np.void]:
     """(N,) records of samples.npy, read with NumPy alone."""
     samples: NDArray[np.void] = np.load(shards / "samples.npy")
     return samples
+
+
+def tars(shards: Path) -> list[Path]:
+    """All tars, in the order of the manifest."""
+    return [shards / entry["file"] for entry in manifest_of(shards)["shards"]]
+
+
+def identities(folder: Path) -> dict[str, tuple[int, int]]:
+    """Inode and modification time of every file: both change when it is written anew."""
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def packing_error(tree: PngTree, output_dir: Path, **options: object) -> str:
+    """The message of a packing that must fail: one line, exit code 2, and no manifest."""
+    with pytest.raises(QuaclrsError) as caught:
+        pack_tree(tree, output_dir, **options)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    assert not (output_dir / "manifest.json").exists()
+    return str(caught.value)
 
 
 def resized_by_pillow(path: Path, size: int) -> NDArray[np.uint8]:

@@ -36,7 +36,7 @@ from quaclrs.shards.packing.pack import pack
 from quaclrs.shards.reader import ShardSet
 from quaclrs.shards.verify import verify
 
-SMALL = 8 * 1024
+SMALL = 32 * 1024
 """Shard size in bytes, so small that each fold has several shards."""
 
 
@@ -135,13 +135,13 @@ FIRST_PASS, SECOND_PASS = ".packing/fold*.seen", "fold*/fold*.tar"
 @pytest.mark.parametrize(
     "moments",
     [
-        [(FIRST_PASS, 5), (SECOND_PASS, 3)],
+        [(SECOND_PASS, 3)],
         pytest.param(
-            [(FIRST_PASS, 0), (FIRST_PASS, 1), (FIRST_PASS, 60), (SECOND_PASS, 1), (SECOND_PASS, 60)],
+            [(FIRST_PASS, 0), (FIRST_PASS, 1), (FIRST_PASS, 20), (SECOND_PASS, 1), (SECOND_PASS, 20)],
             marks=pytest.mark.exhaustive,
         ),
     ],
-    ids=["twice", "often"],
+    ids=["once", "often"],
 )
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     moments: list[tuple[str, int]], indexed_shards: Path, png_tree: PngTree, tmp_path: Path

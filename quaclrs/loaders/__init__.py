@@ -68,7 +68,7 @@ class Registration:
     require: Callable[[], None] = lambda: None
     """Raises :class:`MissingDependencyError` where the loader cannot run."""
     reads_tree: bool = False
-    """Reads the PNG tree itself, so nothing need be packed."""
+    """Reads the PNG tree itself, so that nothing must be packed."""
     from_disk: bool = True
     """Reads batch by batch, so that messages can suggest it when memory is short."""
 

@@ -130,10 +130,10 @@ def prefetch_to_device(
     start_next()
     while ready:
         start_next()
-        begun = ready.popleft()
-        if isinstance(begun, Exception):
-            raise begun
-        batch, made = begun
+        result = ready.popleft()
+        if isinstance(result, Exception):
+            raise result
+        batch, made = result
         current = torch.cuda.current_stream(device)
         current.wait_event(made)  # the device waits, the host does not
         for tensor in (batch.images, batch.labels):

@@ -105,12 +105,13 @@ class DaliLoader:
             failure = self._reader.failure
         except RuntimeError as error:  # DALI's pipeline is unusable after such an error
             self._pipeline = None
+            damaged = self._name_damaged(numbers)
             failure = ShardError(
-                f"{self._damaged(numbers)}: DALI cannot decode it ({_gist(error)}); check with quaclrs-inspect verify"
+                f"{damaged}: DALI cannot decode it ({_gist(error)}); check with quaclrs-inspect verify"
             )
         raise failure  # outside `except`: as its context, DALI's error would keep the pipeline and its threads alive
 
-    def _damaged(self, numbers: NDArray[np.int64]) -> str:
+    def _name_damaged(self, numbers: NDArray[np.int64]) -> str:
         """The damaged sample of a batch, for messages: DALI's own error does not say which it is."""
         for number in numbers:
             name = self._shards.name(int(number))
@@ -183,9 +184,9 @@ class _ReadAhead:
             self._reading.append(self._threads.submit(self._read, numbers))
 
     def _read(self, numbers: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        return [self._read_one(int(number)) for number in numbers]
+        return [self._read_payload(int(number)) for number in numbers]
 
-    def _read_one(self, number: int) -> NDArray[np.uint8]:
+    def _read_payload(self, number: int) -> NDArray[np.uint8]:
         payload = self._shards.payload(number)
         if self._shards.samples["flags"][number] & FLAG_NOT_PLAIN:
             return _as_plain_png(payload.tobytes(), self._shards.name(number))

@@ -110,7 +110,7 @@ class ShardSet:
         ``ends[i]`` is the position in ``buffer`` where the i-th array ends. Unlike :meth:`array` this maps nothing, so
         memory does not grow with the data read. Several threads may call it at the same time.
         """
-        shard_of, array_end = self._places
+        shard_of, array_end = self._shards_and_ends
         start = 0
         for number, end in zip(numbers, ends, strict=True):
             shard, size = shard_of[number], end - start
@@ -120,7 +120,7 @@ class ShardSet:
             start = end
 
     @cached_property
-    def _places(self) -> tuple[list[int], list[int]]:
+    def _shards_and_ends(self) -> tuple[list[int], list[int]]:
         """Each sample's shard, and the end of its payload (and so of its array) in the tar.
 
         Lists, because indexing a NumPy record takes longer than reading one from the page cache.
