@@ -1,4 +1,4 @@
-"""Runs a training in a process of its own, disturbs it at a chosen moment, and reports what it did.
+"""Runs ``quaclrs-train`` in a process that is disturbed at a chosen moment and records its steps.
 
 The processes are forked from a server that has imported everything already, so that one costs a tenth of a second.
 """
@@ -23,7 +23,7 @@ KILLED = -signal.SIGKILL
 
 
 class TinyNetwork(nn.Module):
-    """All that makes a resume difficult, in 700 weights: running statistics, and dropout; ``plain`` has neither."""
+    """700 weights with all that makes resuming difficult: running statistics and dropout; ``plain`` has neither."""
 
     def __init__(self, weights: None = None, plain: bool = False) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class TinyNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class Moment:
-    """After a step: the how-manieth it is that this process has done in this phase, over all epochs."""
+    """After the ``step``-th step that this process does in this phase, counted over all epochs."""
 
     phase: str
     step: int = 1
@@ -52,18 +52,18 @@ class Moment:
 
 @dataclass(frozen=True, kw_only=True)
 class Disturbance:
-    """What happens to the process; nothing by default."""
+    """What happens to the process; by default nothing."""
 
     signals: dict[Moment, list[tuple[float, int]]] = field(default_factory=dict)
-    """At each moment, signals after so many seconds."""
+    """At each moment, signals, each after a delay in seconds."""
     signal_at_event: tuple[str, int] | None = None
-    """A signal before the first event that begins with these words."""
+    """(prefix, signal): the signal is sent before the first event that begins with the prefix."""
     killed_at_a_new_event: Path | None = None
-    """SIGKILL before the first event that is not in this file, which it is then written to."""
+    """SIGKILL before the first event that is not in this file; the event is then added to the file."""
     one_in: int = 1
-    """Of those events, only so many, chosen by a checksum of their text."""
+    """Consider only one in so many of those events, chosen by a checksum of their text."""
     killed_in_save: int | None = None
-    """SIGKILL when that call of torch.save has written half of its file."""
+    """SIGKILL when the call of torch.save with this number, counted from 1, has written half of its file."""
     plots: bool = False
     """Draw real plots, which takes longer than the training."""
 
@@ -104,8 +104,8 @@ class Result:
 
 
 def start_server() -> None:
-    """Have the server import what the processes will need; it lives until the tests end."""
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # another test file's, which has not imported all of it
+    """Start the fork server, which imports what the processes need and lives until the tests end."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # one that another test file started has not imported everything
     multiprocessing.set_forkserver_preload(PRELOADED)
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
@@ -127,7 +127,7 @@ class Job:
         disturbance: Disturbance = UNDISTURBED,
         rank: tuple[int, int, int] | None = None,
     ) -> None:
-        """What it says goes to files in ``folder``; ``rank``: which, of how many, meeting at what port."""
+        """Its output goes to files in ``folder``; ``rank``: (rank, world_size, port of the meeting point)."""
         folder.mkdir(parents=True, exist_ok=True)
         self._files = [folder / f"{name}.{rank[0] if rank else 0}" for name in ("out", "err", "steps")]
         for file in self._files:
@@ -139,7 +139,7 @@ class Job:
         self.process.start()
 
     def has_begun(self) -> bool:
-        """Whether it says anything at all, or is over."""
+        """Whether it has written any output, or has ended."""
         return self._files[0].exists() or not self.process.is_alive()
 
     def kill_after(self, seconds: float) -> None:
@@ -147,7 +147,7 @@ class Job:
         self.process.kill()
 
     def steps(self) -> list[Step]:
-        """Those done so far."""
+        """The steps recorded so far."""
         lines = self._files[2].read_text().splitlines() if self._files[2].exists() else []
         return [eval(line) for line in lines]  # our own repr
 

@@ -1,4 +1,4 @@
-"""The training process of resuming.py. Importing this loads in advance what would cost such a process a second."""
+"""The training process of resuming.py. Importing this module does at once what would cost each process a second."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def work(arguments: list[str], files: list[Path], disturbance: Disturbance, rank
     )  # from Python 3.12
     tqdm.set_lock(
         threading.RLock()
-    )  # its own is shared by processes, and would be complained of when this one is killed
+    )  # tqdm's own lock is shared by processes, and causes a warning when this one is killed
     torch.set_num_threads(1)
     _Patched(disturbance, files[2], rank[0] if rank else 0).install()
     sys.exit(main(arguments))
@@ -111,7 +111,7 @@ class _Patched:
                 sums=sums,
             )
             os.write(self._journal, f"{step!r}\n".encode())
-            self._now = f"{phase} {epoch}, {totals.samples}"  # events of the next fold are not new ones
+            self._now = f"{phase} {epoch}, {totals.samples}"  # without the fold: events of the next fold are not new
             done = self._moments[phase, self._fold] = self._moments.get((phase, self._fold), 0) + 1
             for after_s, number in self._disturbance.signals.get(Moment(phase, done, self._fold), []):
                 time.sleep(after_s)

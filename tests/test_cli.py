@@ -1,6 +1,4 @@
-"""Contract of ``quaclrs-train``: it takes the original's flags and commands, answers bad input in one line with exit
-code 2, and packs once.
-"""
+"""Contract of ``quaclrs-train``: the original commands; bad input is one line and exit code 2; one packing."""
 
 from __future__ import annotations
 
@@ -162,7 +160,7 @@ def training_flags(tree: PngTree) -> list[str]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    """The one line that ``flags`` are refused with."""
+    """The one line on stderr that refuses ``flags``."""
     capsys.readouterr()
     try:
         code: str | int | None = main(flags)
@@ -260,7 +258,7 @@ def test_a_missing_image(loader: str, own_tree: PngTree, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("loader", ["files", "dali"])
 def test_a_damaged_image(loader: str, own_tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
-    """Found while training (files) or packing (dali); named either way."""
+    """Found in training (files) or in packing (dali); the message names the file."""
     path = own_tree.path(5)
     path.write_bytes(path.read_bytes()[:-40])
     line = refused(capsys, *training_flags(own_tree), "--loader", loader)
@@ -269,7 +267,7 @@ def test_a_damaged_image(loader: str, own_tree: PngTree, capsys: pytest.CaptureF
 
 
 def rewrite(tree: PngTree, rows: list[dict[str, str]]) -> PngTree:
-    """``tree`` with other rows in its CSV."""
+    """``tree`` with ``rows`` in its CSV."""
     write_csv(tree.csv_file, rows)
     return PngTree(tree.csv_file, tree.spectrograms_dir, rows)
 
@@ -310,7 +308,7 @@ def test_more_folds_than_the_protocol_has(own_tree: PngTree, capsys: pytest.Capt
 
 
 def test_fewer_folds_than_ten(tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only the folds that lack something are refused: with folds 1 to 3, fold 1 (validation 10) and all from 4 on."""
+    """Only folds with an empty part are refused: of folds 1 to 3, fold 1 (validation fold 10) and all from 4 on."""
     flags = [*training_flags(tree), "--num_folds", "10"]
     assert "--fold 1: its validation fold(s) 10 have no rows (folds with rows: 1, 2, 3)" in refused(
         capsys, *flags, "--fold", "1"
@@ -395,7 +393,7 @@ def test_errors_of_the_real_command(flags: str, expected: str) -> None:
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    """Files below ``folder`` with size and time of their last change."""
+    """Size and modification time of the files below ``folder``."""
     return {
         str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
         for path in folder.rglob("*")
@@ -404,7 +402,7 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_packs_once_beside_the_csv(own_tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
-    """The second run, of another fold and model settings, takes the same shards; another CSV gets its own."""
+    """A second run with another fold and other settings reuses the shards; another CSV gets its own."""
     flags = [*data_flags(own_tree), *QUICK.split(), "--num_folds", "3"]
     assert main([*flags, "--fold", "1"]) == 0
     (cache,) = (own_tree.csv_file.parent / "quaclrs_shards").iterdir()
@@ -434,7 +432,7 @@ def test_packs_once_beside_the_csv(own_tree: PngTree, capsys: pytest.CaptureFixt
 def test_in_a_folder_that_holds_the_data(
     as_a_process: bool, own_tree: PngTree, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As the original: no paths at all."""
+    """Like the original trainer, without any path."""
     root, flags = own_tree.csv_file.parent, [*QUICK.split(), "--fold", "2"]
     monkeypatch.chdir(root)
     if as_a_process:
@@ -455,7 +453,7 @@ def test_in_a_folder_that_holds_the_data(
 
 
 def test_training_tells_what_packing_found(own_tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows that share an image, and a recording in two folds, which leaks training data into the test."""
+    """Rows that share an image, and a recording in two folds, which leaks training data into the test, are reported."""
     rows = [dict(row) for row in own_tree.rows]
     rows[0]["fsID"] = next(row["fsID"] for row in rows if row["fold"] != rows[0]["fold"])
     write_csv(own_tree.csv_file, [*rows, rows[1]])

@@ -1,6 +1,4 @@
-"""Contract of ``--parallel folds`` and shared output folders: the results are those of one by one, and no fold's
-failure affects another.
-"""
+"""Contract of ``--parallel folds`` and of a shared output folder: the results of one process, failures of one fold."""
 
 from __future__ import annotations
 
@@ -43,12 +41,12 @@ from quaclrs.training.trainer import Hooks
 
 CLASSES = ("dog_bark", "drilling", "traffic")
 DEADLINE_S = 120
-"""Of every wait, so that a hang is a failure."""
+"""Limit of every wait, so that a hang is a failure."""
 EPOCHS = 3
 PARALLEL = ("--parallel", "folds", "--nproc", 2)
 ROOT = Path(__file__).parents[1]
 MACHINE = {"config", "environment", "processes"}
-"""In a result, what may differ between ways of making it; and times."""
+"""Keys of a result that may differ between ways of making it, beside times."""
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["pytest", "sklearn.metrics", "quaclrs.cli.train", "quaclrs.experiment.fold_pool"])
@@ -69,7 +67,7 @@ def tidy(tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def one_thread_in_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As conftest has it for this process: sums of floats depend on how they are shared out."""
+    """One torch thread, as in this process (conftest.py): sums of floats depend on the number of threads."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -149,7 +147,7 @@ def last_weights(fold_folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_results(ours: Path, theirs: Path, *models: str) -> None:
-    """To the last digit, but for the times."""
+    """Equal to the last digit, except for times."""
     for name in models:
         assert without_times(read_json(ours / name / "summary.json")) == without_times(
             read_json(theirs / name / "summary.json")
@@ -171,13 +169,13 @@ def states(model_folder: Path) -> dict[str, str]:
     return {name: entry["state"] for name, entry in read_run_status(model_folder).items()}
 
 
-# --- the work of several processes ---
+# --- several processes ---
 
 
 def test_results_are_those_of_one_process(
     tree: PngTree, one_by_one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", site_with("sabotage({})", tmp_path / "site"))  # for no plots
+    monkeypatch.setenv("PYTHONPATH", site_with("sabotage({})", tmp_path / "site"))  # draws no plots
     assert main(flags(tree, tmp_path, *PARALLEL, "--model_name", "mobilenet,resnet18")) == 0
     assert_same_results(tmp_path, one_by_one, "mobilenet", "resnet18")
     log = capsys.readouterr().out
@@ -185,7 +183,7 @@ def test_results_are_those_of_one_process(
     assert trained == Counter(
         dict.fromkeys(((name, str(k)) for name in ("mobilenet", "resnet18") for k in (1, 2, 3)), 1)
     )
-    assert 1 <= log.count("loader: files on cpu") <= 2  # one of each process, although it has trained two models
+    assert 1 <= log.count("loader: files on cpu") <= 2  # one per process, although it has trained two models
     assert log.count("note: 6 rows share their image") == 1
     for name in ("mobilenet", "resnet18"):
         assert states(tmp_path / name) == {"fold_1": "done", "fold_2": "done", "fold_3": "done"}
@@ -197,7 +195,7 @@ def test_results_are_those_of_one_process(
 
 
 def test_one_dataset_and_a_loader_for_each_size(tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models of one image size come one after the other, so that the loader is made anew only between sizes."""
+    """Models of one image size follow each other, so a new loader is made only between sizes."""
     opened: list[TrainConfig] = []
 
     def counted(config: TrainConfig, **options: Any) -> Any:
@@ -225,7 +223,7 @@ def test_one_dataset_and_a_loader_for_each_size(tree: PngTree, tmp_path: Path, m
 
 
 def test_all_models() -> None:
-    """Every architecture, those of one size together; each once."""
+    """Every architecture once, those of one image size together."""
     everything = list_tasks(TrainConfig(model_name="all"))
     assert Counter(everything) == Counter({(name, number): 1 for name in ARCHITECTURES for number in range(1, 11)})
     assert everything[-10:] == [("inception", number) for number in range(1, 11)]
@@ -241,9 +239,9 @@ def test_all_models() -> None:
 
 
 def sabotage(where: dict[str, str]) -> None:
-    """In this process from now on: what happens in which fold, at its second step or before.
+    """Make folds of this process fail or wait: ``where`` maps a fold to ``bug``, ``killed`` or ``slow``.
 
-    Also one torch thread, as the other runs have, and no plots, since matplotlib takes longer than the training.
+    Also sets one torch thread, as in the other runs, and draws no plots: they take longer than the training.
     """
     import torch
 
@@ -252,7 +250,7 @@ def sabotage(where: dict[str, str]) -> None:
     from quaclrs.training.state import TrainState
 
     def wait_for_company() -> None:
-        """Until a second process trains, so that no fold is done before, however slow the machine is."""
+        """Wait until a second process trains, so that no fold ends before that, however slow the machine is."""
         if "COMPANY" in os.environ:
             open(os.path.join(os.environ["COMPANY"], str(os.getpid())), "w").close()  # noqa: PTH118, PTH123
             while len(os.listdir(os.environ["COMPANY"])) < 2:  # noqa: PTH208 - no pathlib where this is copied to
@@ -297,8 +295,9 @@ def site_with(code: str, folder: Path) -> str:
 
 @pytest.fixture
 def forked_workers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Call it, and the pool's workers are forked from a server that has imported everything, which takes a tenth of the
-    time. Each worker calls the given function first.
+    """Call it to fork the pool's workers from a server that has imported everything: ten times as fast.
+
+    Each worker calls the given function first.
     """
 
     def with_first(first: Callable[..., None], *arguments: object) -> None:
@@ -318,13 +317,13 @@ def _work_after(first: Callable[..., None], arguments: tuple[object, ...], *rest
 def test_a_fold_that_fails_costs_itself_only(
     tree: PngTree, tmp_path: Path, capsys: pytest.CaptureFixture[str], forked_workers: Callable[..., None]
 ) -> None:
-    """And --resume trains that one only, in any number of processes."""
+    """Afterwards, --resume trains that fold only, in any number of processes."""
     forked_workers(sabotage, {})
 
     def stop(record: EpochRecord) -> None:
         raise RuntimeError("enough")
 
-    with pytest.raises(RuntimeError, match="enough"):  # another run's checkpoint is in the way of fold 2
+    with pytest.raises(RuntimeError, match="enough"):  # leaves a checkpoint of another run in fold 2's folder
         run_cross_validation(
             config_for(tree, tmp_path, fold=2, learning_rate=0.5), lambda text: None, Hooks(epoch_done=stop)
         )
@@ -361,7 +360,7 @@ def test_a_process_that_dies_costs_its_fold_only(
     capsys: pytest.CaptureFixture[str],
     forked_workers: Callable[..., None],
 ) -> None:
-    """By a signal, or by a bug, after which it is not used again: new processes train the folds that are left."""
+    """Killed by a signal, or ended by a bug: new processes train the remaining folds."""
     forked_workers(sabotage, {"1": "bug", "2": "killed"})
     assert main(flags(tree, tmp_path, *PARALLEL)) == 2
     root, printed = tmp_path / "mobilenet", capsys.readouterr()
@@ -379,7 +378,7 @@ def test_a_process_that_dies_costs_its_fold_only(
 
 
 def _die_unless(marker: Path | None) -> None:
-    """Exit before doing anything, with ``marker`` only the first process that comes."""
+    """Exit at once; with ``marker``, only in the first process that calls this."""
     if marker is None:
         os._exit(3)
     with contextlib.suppress(FileExistsError), marker.open("x"):
@@ -412,7 +411,7 @@ def test_processes_that_cannot_start(
 
 
 def in_session(arguments: list[str], folder: Path) -> None:
-    """``quaclrs-train`` as a terminal starts it: with a process group of its own."""
+    """Run ``quaclrs-train`` in a process group of its own, as a terminal does."""
     os.setsid()
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -445,8 +444,9 @@ def eventually(condition: Callable[[], bool], seconds: float = DEADLINE_S) -> bo
 
 
 def interrupt(arguments: list[str], site: str, folder: Path, number: signal.Signals) -> int | None:
-    """Send ``number`` once two folds are being trained, for SIGKILL have a checkpoint; returns the exit code, when no
-    process is left.
+    """Send ``number`` when two folds are training (for SIGKILL, when both have a checkpoint).
+
+    Returns the exit code once no process is left.
     """
     folder.mkdir()
     process = _processes.Process(target=_train_with_site, args=(site, arguments, folder))
@@ -465,7 +465,7 @@ def interrupt(arguments: list[str], site: str, folder: Path, number: signal.Sign
         else:
             os.kill(process.pid, number)
         process.join(DEADLINE_S)
-        # the workers of a process that was killed find out by themselves
+        # the workers of a killed process notice its death themselves
         assert eventually(lambda: not members(process.pid or 0), 20 if number == signal.SIGKILL else 1)
     finally:
         for left in members(process.pid):
@@ -508,7 +508,7 @@ def test_signals_save_every_fold_and_leave_no_process(
             folder / "stderr"
         ).read_text() == f"quaclrs-train: {what}; the same command with --resume goes on from there\n"
         assert states(root) == {"fold_1": "interrupted", "fold_2": "interrupted"}
-        # in an epoch, or in the test after the last one, where on a slow machine the first fold may already be
+        # within an epoch, or, on a slow machine, in the test after the last epoch
         saved = ("checkpoint_within_epoch.pth", f"checkpoint_epoch_{EPOCHS}.pth")
         assert all(any((root / name / file).exists() for file in saved) for name in states(root))
     assert main(flags(tree, output_dir, "--resume")) == 0
@@ -528,9 +528,7 @@ def _train_slowly(arguments: list[str], folder: Path) -> None:
 def test_a_fold_belongs_to_one_process(
     tree: PngTree, one_by_one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two on different folds at the same time, as a SLURM array has them, do not disturb each other; a third is
-    refused.
-    """
+    """Two processes on different folds do not disturb each other; a third on the same fold is refused."""
     root, running = tmp_path / "mobilenet", []
     for number in (1, 2):
         arguments = flags(tree, tmp_path, "--fold", number)
@@ -587,7 +585,7 @@ def test_the_status_says_how_a_fold_ended(
 
 
 def test_a_stale_entry_does_not_block(tmp_path: Path) -> None:
-    """Whoever held the fold is dead, and could not say so; a status file that cannot be read is ignored."""
+    """The process that held the fold was killed before it could note its end; an unreadable status file is ignored."""
     update_status(tmp_path, 1, state="running", pid=1, host="elsewhere")
     with hold_fold(tmp_path, 1):
         assert read_run_status(tmp_path)["fold_1"]["pid"] == os.getpid()
@@ -599,7 +597,7 @@ def test_a_stale_entry_does_not_block(tmp_path: Path) -> None:
 
 
 def test_a_fold_is_free_again_although_a_child_goes_on(tmp_path: Path) -> None:
-    """A forked process, such as a DataLoader's worker that lives as long as the run, has the lock's file open too."""
+    """A forked process, such as a DataLoader worker that outlives the fold, has the lock's file open too."""
     script = (
         "import os, sys, time\nfrom pathlib import Path\nfrom quaclrs.experiment.run_status import hold_fold\n"
         "with hold_fold(Path(sys.argv[1]), 1):\n    child = os.fork()\n    child or time.sleep(60)\n"

@@ -1,4 +1,4 @@
-"""Contract of report/: metrics are correct, images open, and Grad-CAM works for every network, trained in any way."""
+"""Contract of report/: correct numbers, images that open, and Grad-CAM for every architecture, frozen or not."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def test_images_come_back_exactly() -> None:
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """All that Grad-CAM must leave alone."""
+    """Everything that Grad-CAM must not change."""
     return {
         "training": [module.training for module in model.modules()],
         "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
@@ -241,7 +241,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 
 SLOW = ("vgg16", "convnext")
-"""Left to the exhaustive run; as alexnet and efficientnet are built, but larger."""
+"""Only in the exhaustive run: built like alexnet and efficientnet, but larger."""
 
 
 @pytest.fixture(

@@ -1,5 +1,5 @@
-"""Contract of ``--resume``, ``--checkpoint_minutes`` and signals: however a training was ended, resuming it gives the
-same results.
+"""Contract of ``--resume``, ``--checkpoint_minutes`` and signals: however a training ended, resuming it gives the same
+results as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FREE = {
     *("pid", "since", "until", "datetime", "output_dir", "paths", "csv_file", "spectrograms_dir", "shards"),
     "checkpoint_minutes",
 }
-"""What may differ between two runs of one training, beside times."""
+"""Keys that may differ between two runs of one training, beside times."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,7 +48,7 @@ def server() -> None:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> PngTree:
-    """Three classes, three folds of six rows. Read only, its cache of shards too."""
+    """Three classes, three folds of six rows. Read only, like the shards packed from it."""
     return make_tree(tmp_path_factory.mktemp("tree"))
 
 
@@ -63,7 +63,7 @@ def make_tree(folder: Path) -> PngTree:
 
 
 def flags(tree: PngTree, output_dir: Path, *more: object) -> list[object]:
-    """Training that packs first, then decodes all images into memory; resumed where there is something to resume."""
+    """Flags of a training that packs, decodes all images into memory, and resumes if there is a checkpoint."""
     paths = ["--csv_file", tree.csv_file, "--spectrograms_dir", tree.spectrograms_dir, "--output_dir", output_dir]
     network = ["--model_name", "tiny", "--image_size", 32, "--batch_size", 3, "--epochs", 2, "--learning_rate", 0.01]
     rest = ["--loader", "resident", "--num_workers", 0, "--num_folds", 3, "--gradcam_per_class", 0, "--resume"]
@@ -74,7 +74,7 @@ def flags(tree: PngTree, output_dir: Path, *more: object) -> list[object]:
 
 
 def what_counts(value: Any) -> Any:
-    """``value`` without times and places, tensors as their bits."""
+    """``value`` without times and paths; tensors as bytes."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     if isinstance(value, dict):
@@ -89,7 +89,7 @@ def what_counts(value: Any) -> Any:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """Every file below, by what counts in it."""
+    """The content of every file below ``folder``, reduced by :func:`what_counts`."""
     found: dict[str, Any] = {}
     for name, content in content_of(folder).items():
         if name.endswith(".pth"):
@@ -109,7 +109,7 @@ def assert_same_results(folder: Path, expected: dict[str, Any]) -> None:
 
 
 def assert_same_steps(steps: Sequence[Step], expected: Sequence[Step]) -> None:
-    """Each step, done once or again, had the same samples in the same order and the same sums, to the last bit."""
+    """Each step, done once or twice, had the same samples in the same order and the same sums, to the last bit."""
     promised = {step.where: step for step in expected}
     for step in steps:
         assert step == promised.get(step.where)
@@ -123,7 +123,7 @@ def finish(folder: Path, arguments: Sequence[object], disturbance: Disturbance =
 
 
 class Whole:
-    """A training that nothing disturbed."""
+    """An undisturbed training."""
 
     def __init__(self, folder: Path, tree: PngTree, *more: object, plots: bool = False) -> None:
         self.steps = finish(folder / "said", flags(tree, folder / "results", *more), Disturbance(plots=plots)).steps
@@ -144,7 +144,7 @@ def whole(tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 
 def train_until_done(next_job: Callable[[int], Job]) -> tuple[int, list[Step]]:
-    """Start blindly again what was killed; returns how often it was, and all steps of all processes."""
+    """Start jobs until one is not killed; returns the number of kills, and all steps of all processes."""
     steps: list[Step] = []
     for kills in range(1000):
         result = next_job(kills).result()
@@ -158,7 +158,7 @@ def train_until_done(next_job: Callable[[int], Job]) -> tuple[int, list[Step]]:
 
 @pytest.mark.parametrize("one_in", [6, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_killed_at_every_flush_rename_and_deletion(one_in: int, whole: Whole, tmp_path: Path) -> None:
-    """One job, killed at each of them in turn, from the first shard to the summary; by default at every sixth or so."""
+    """One job, killed at each event in turn, from the first shard to the summary; by default at one event in six."""
     tree, known = make_tree(tmp_path / "tree"), tmp_path / "known"
     known.touch()
     arguments = flags(tree, tmp_path / "results", *EVERY_STEP)
@@ -178,7 +178,7 @@ def test_killed_at_every_flush_rename_and_deletion(one_in: int, whole: Whole, tm
 
 
 def assert_every_kind_of(events: list[str]) -> None:
-    """So that no file is forgotten."""
+    """The files of a run all occur among the events."""
     in_fold = ("best_model.pth", "checkpoint_within_epoch.pth", "checkpoint_epoch_2.pth", "metrics.json", "run.json")
     in_model = ("run_status.json", "summary.json", "original_summary.json")
     for name in ("fold01-000000.tar", "manifest.json", *in_model, *in_fold, "original_metrics.json"):
@@ -207,9 +207,9 @@ def test_killed_in_the_middle_of_a_file(call: int, whole: Whole, tree: PngTree, 
     assert Job(tmp_path / "said", arguments, Disturbance(killed_in_save=call)).result().code == KILLED
     (torn,) = (tmp_path / "results").rglob("*.tmp")
     assert not zipfile.is_zipfile(torn)
-    # what is done again may on another device come out otherwise, so nothing may outlive the epoch that it is from
+    # on another device the repeated epoch may give other weights, so no file may survive the epoch that it is from
     assert not (torn.parent / "best_model.pth").exists()
-    finish(tmp_path / "said", flags(tree, tmp_path / "results"))  # which does not write all of these files again
+    finish(tmp_path / "said", flags(tree, tmp_path / "results"))  # without a checkpoint at every step
     assert_same_results(tmp_path / "results", whole.results)
 
 
@@ -227,7 +227,7 @@ MOBILENET = ("--model_name", "mobilenet", "--fold", 2, "--gradcam_per_class", 1,
 def test_killed_at_random_moments(
     more: Sequence[object], plots: bool, seconds: float, moments: int, tree: PngTree, tmp_path: Path
 ) -> None:
-    """MobileNetV2 has dropout too, and its checkpoints take a while to write."""
+    """MobileNetV2 has dropout too, and its checkpoints take longer to write."""
     whole = Whole(tmp_path / "whole", tree, *more, plots=plots)
     assert len([name for name in whole.results if name.endswith(".png")]) == (4 + 3 if plots else 3 * 2)
     seed, kills = 1, 0
@@ -289,7 +289,7 @@ def stopped(number: int, where: str) -> str:
 def test_a_signal_saves_at_the_next_step(
     moment: Moment, number: int, code: int, whole: Whole, tree: PngTree, tmp_path: Path
 ) -> None:
-    """Without --checkpoint_minutes too. Nothing is lost but the evaluation: no training step is done twice."""
+    """Also without --checkpoint_minutes. No training step is done twice; only an evaluation is repeated."""
     arguments = flags(tree, tmp_path / "results")
     first = Job(tmp_path / "said", arguments, Disturbance(signals={moment: [(0, number)]})).result()
     assert (first.code, first.err) == (code, stopped(number, WHERE[moment]))
@@ -337,7 +337,7 @@ AT_ONCE = {signal.SIGTERM: (-15, ""), signal.SIGINT: (130, "quaclrs-train: inter
 def test_what_has_nothing_to_save_ends_at_once(
     event: str, number: signal.Signals, whole: Whole, tmp_path: Path
 ) -> None:
-    """While packing, and while loading."""
+    """During packing and during loading."""
     tree = make_tree(tmp_path / "tree")
     arguments = flags(tree, tmp_path / "results")
     result = Job(tmp_path / "said", arguments, Disturbance(signal_at_event=(event, number))).result()
@@ -373,7 +373,19 @@ def test_a_second_signal_ends_at_once(whole: Whole, tree: PngTree, tmp_path: Pat
 
 # --- the command itself ---
 
-COMMAND = ("--model_name", "mobilenet", "--fold", 1, "--epochs", 6, "--loader", "files", "--device", "cpu")
+COMMAND = (
+    "--model_name",
+    "mobilenet",
+    "--freeze_features",
+    "--fold",
+    1,
+    "--epochs",
+    6,
+    "--loader",
+    "files",
+    "--device",
+    "cpu",
+)
 
 
 def start(arguments: Sequence[object]) -> subprocess.Popen[str]:
@@ -396,7 +408,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 def stop_after_an_epoch(output_dir: Path, arguments: Sequence[object], number: signal.Signals, group: bool) -> None:
-    """Run the command, send ``number`` to it, or to its whole process group, and see that it says so and has saved."""
+    """Run the command, send it (``group``: its process group) ``number``, and check its message and exit code."""
     with start(arguments) as process:
         try:
             wait_for(output_dir / "mobilenet" / "fold_1" / "checkpoint_epoch_1.pth", process)
@@ -415,7 +427,7 @@ def stop_after_an_epoch(output_dir: Path, arguments: Sequence[object], number: s
 
 
 def test_the_command_and_ctrl_c(tree: PngTree, tmp_path: Path) -> None:
-    """Which a terminal sends to the workers of the loader too."""
+    """A terminal sends the signal to the loader's workers too."""
     arguments = flags(tree, tmp_path / "results", *COMMAND, "--num_workers", 2)
     stop_after_an_epoch(tmp_path / "results", arguments, signal.SIGINT, group=True)
     whole = finish(tmp_path / "said", flags(tree, tmp_path / "whole", *COMMAND))
@@ -427,7 +439,7 @@ def test_the_command_and_ctrl_c(tree: PngTree, tmp_path: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_the_command_with_ranks_and_sigterm(tree: PngTree, tmp_path: Path) -> None:
-    """As a scheduler sends it, to torchrun's parent only; one process goes on with the batches of both ranks."""
+    """A scheduler signals the launcher only; afterwards one process goes on with the global batch of both ranks."""
     arguments = flags(tree, tmp_path / "results", *COMMAND, "--distributed", "--nproc", 2)
     stop_after_an_epoch(tmp_path / "results", arguments, signal.SIGTERM, group=False)
     alone = finish(tmp_path / "said", flags(tree, tmp_path / "results", *COMMAND))
@@ -439,7 +451,7 @@ def test_the_command_with_ranks_and_sigterm(tree: PngTree, tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def even_tree(tmp_path_factory: pytest.TempPathFactory) -> PngTree:
-    """Four folds of eight rows: batches that nothing has to be added to."""
+    """Four folds of eight rows: divisible by all batch sizes used here."""
     return write_tree(tmp_path_factory.mktemp("even"), make_rows(CLASSES[:4], (1, 2, 3, 4)))
 
 
@@ -452,7 +464,7 @@ def shared_flags(tree: PngTree, output_dir: Path, batch_size: int, *more: object
 def together(
     folder: Path, arguments: Sequence[object], processes: int, disturbed: dict[int, Disturbance] | None = None
 ) -> list[Result]:
-    """What each of ``processes`` ranks said and did, by rank; ``disturbed`` by rank too."""
+    """Run ``processes`` ranks, disturbed as ``disturbed`` says by rank; returns their results by rank."""
     disturbed = disturbed or {}
     if processes == 1:
         return [Job(folder, arguments, disturbed.get(0, UNDISTURBED)).result()]
@@ -465,7 +477,7 @@ def together(
 
 
 def global_batches(runs: Sequence[Sequence[Result]]) -> list[tuple[int, ...]]:
-    """The samples of each optimizer step, those of all ranks together."""
+    """The samples of each optimizer step over all ranks."""
     batches = []
     for run in runs:
         of_ranks = [[step.index for step in result.steps if step.phase == "train"] for result in run]
@@ -474,7 +486,7 @@ def global_batches(runs: Sequence[Sequence[Result]]) -> list[tuple[int, ...]]:
 
 
 ONE, TWO = (1, 4), (2, 2)
-"""Processes and --batch_size, of one global batch."""
+"""Processes and --batch_size; the global batch is the same."""
 
 
 InWorlds = Callable[[str, tuple[int, int]], tuple[list[Result], Path]]
@@ -482,7 +494,7 @@ InWorlds = Callable[[str, tuple[int, int]], tuple[list[Result], Path]]
 
 @pytest.fixture(scope="module")
 def in_worlds(even_tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> InWorlds:
-    """What a model in one process or two did, undisturbed, and where; made once."""
+    """Results and output folder of an undisturbed training of a model in one process or two; made once."""
 
     @functools.cache
     def run(model: str, world: tuple[int, int]) -> tuple[list[Result], Path]:
@@ -509,7 +521,7 @@ def in_worlds(even_tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> I
 def test_as_many_processes_leave_no_trace(
     moment: Moment, rank: int, even_tree: PngTree, in_worlds: InWorlds, tmp_path: Path
 ) -> None:
-    """Whichever rank the signal reached."""
+    """The signal may reach either rank."""
     arguments = shared_flags(even_tree, tmp_path / "results", 2)
     first = together(tmp_path / "said", arguments, 2, {rank: Disturbance(signals={moment: [(0, signal.SIGTERM)]})})
     assert [result.code for result in first] == [143, 143]
@@ -529,7 +541,7 @@ def test_as_many_processes_leave_no_trace(
 def test_another_number_of_processes_keeps_the_global_batches(
     step: int, before: tuple[int, int], after: int, even_tree: PngTree, in_worlds: InWorlds, tmp_path: Path
 ) -> None:
-    """A model without BatchNorm and dropout, which see a rank's part of a batch only, learns the same from them."""
+    """Without BatchNorm and dropout, which see only a rank's part of a batch, equal batches give equal weights."""
     processes, batch_size = before
     arguments = shared_flags(even_tree, tmp_path / "results", batch_size, "--model_name", "plain")
     stop = {0: Disturbance(signals={Moment("train", step, 3): [(0, signal.SIGTERM)]})}
@@ -572,7 +584,7 @@ def test_a_number_that_does_not_divide_the_global_batch(even_tree: PngTree, tmp_
 
 
 def test_what_was_set_aside_does_not_count(even_tree: PngTree, tmp_path: Path) -> None:
-    """An earlier run on more processes, set aside by one without --resume."""
+    """An earlier run on more processes, renamed by a run without --resume."""
     arguments = shared_flags(even_tree, tmp_path / "results", 4)
     assert {result.code for result in together(tmp_path / "said", arguments, 2)} == {0}
     fresh = [part for part in arguments if part != "--resume"]
@@ -587,7 +599,7 @@ def test_what_was_set_aside_does_not_count(even_tree: PngTree, tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def begun(even_tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training in float32 that was stopped within its first epoch. Copy it."""
+    """A training in float32 that was stopped within its first epoch. Copy it before use."""
     folder = tmp_path_factory.mktemp("begun")
     stop = Disturbance(signals={Moment("train", 2, 3): [(0, signal.SIGTERM)]})
     assert Job(folder / "said", shared_flags(even_tree, folder / "results", 4), stop).result().code == 143
@@ -619,7 +631,7 @@ def begun(even_tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_another_training_is_refused(
     more: list[object], difference: str, even_tree: PngTree, begun: Path, tmp_path: Path
 ) -> None:
-    """Naming the difference; and nothing of what is there is touched."""
+    """The message names the difference, and no file changes."""
     shutil.copytree(begun, tmp_path / "results")
     result = Job(tmp_path / "said", shared_flags(even_tree, tmp_path / "results", 4, *more)).result()
     assert result.code == 2
@@ -645,9 +657,7 @@ def test_another_kind_of_amp_is_refused(even_tree: PngTree, tmp_path: Path) -> N
 
 
 def test_how_it_is_done_may_change(even_tree: PngTree, tmp_path: Path) -> None:
-    """Who reads the images, and how often it is saved: each time the training goes on another way, to
-    the same weights.
-    """
+    """Loader, workers, prefetch and checkpoints may change at each resume; the weights are the same."""
     pack_tree(even_tree, tmp_path / "shards", encoding="indexed")
     data: list[object] = ["--shards", tmp_path / "shards", "--csv_file", even_tree.csv_file]
     rest: list[object] = ["--num_folds", 4, "--fold", 3, "--batch_size", 4]
@@ -712,7 +722,7 @@ def stopped_twice(stopped_once: Path, tmp_path: Path) -> tuple[Path, Path]:
 def test_an_older_state_within_an_epoch_is_ignored(
     stopped_twice: tuple[Path, Path], whole: Whole, tree: PngTree, tmp_path: Path
 ) -> None:
-    """As it is left by a process that was killed between writing an epoch's checkpoint and deleting this one."""
+    """A process that was killed after writing an epoch's checkpoint and before deleting this file leaves it behind."""
     folder, older = stopped_twice
     assert (folder / "checkpoint_epoch_1.pth").is_file()
     shutil.copy(older, folder / "checkpoint_within_epoch.pth")
@@ -735,7 +745,7 @@ def test_an_older_state_within_an_epoch_is_ignored(
 def test_a_damaged_checkpoint_is_named(
     name: str, length: int, stopped_twice: tuple[Path, Path], tree: PngTree, tmp_path: Path
 ) -> None:
-    """Not by us, who rename what is whole: by a disk."""
+    """quaclrs renames complete files only; a disk can still damage one."""
     damaged = stopped_twice[0] / name
     damaged.write_bytes(damaged.read_bytes()[:length])
     result = Job(tmp_path / "said", flags(tree, tmp_path / "results")).result()

@@ -1,5 +1,5 @@
-"""Contract of training: it follows the original's protocol and result tree, equals a hand-written loop, and resumes
-without a trace.
+"""Contract of training: the original's protocol and result tree, the same numbers as a hand-written loop, and the same
+results after resuming.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def config_for(tree: PngTree, output_dir: Path, **options: Any) -> TrainConfig:
 
 
 def train(config: TrainConfig, hooks: Hooks | None = None) -> tuple[dict[str, Any], list[str]]:
-    """Run, and return fold 1's metrics as they lie on disk, and the log."""
+    """Train; returns fold 1's metrics.json and the log."""
     log: list[str] = []
     run_cross_validation(config, log.append, hooks)
     return read_json(config.output_dir / config.model_name / f"fold_{config.fold}" / "metrics.json"), log
@@ -149,7 +149,7 @@ def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def files_below(folder: Path) -> set[str]:
-    """Without the locks of those who share the folder."""
+    """Relative paths of all files, without the locks."""
     return {
         str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")
     }
@@ -302,7 +302,7 @@ def test_results_survive_their_documents(tree: PngTree, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_plots")
 def test_folds_run_one_by_one_make_the_same_summary(tree: PngTree, tmp_path: Path) -> None:
-    """A fold's result does not depend on what else ran; a fold of another setting is not mixed in."""
+    """A fold's result does not depend on what ran before; a fold with other settings is left out of the summary."""
     common = ["--epochs", 1, "--gradcam_per_class", 0]
     assert main(flags(tree, tmp_path / "together", *common)) == 0
     for fold in (3, 1, 2):
@@ -439,7 +439,7 @@ def test_training_is_what_a_hand_written_loop_does(tree: PngTree, tmp_path: Path
 
 
 class _TwoHeads(nn.Module):
-    """As InceptionV3: an auxiliary head while training."""
+    """Like InceptionV3, a model with an auxiliary head in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -495,7 +495,7 @@ def test_the_auxiliary_loss_counts_two_fifths_in_training_only() -> None:
 
 
 def plateau_rates(first: float, accuracies: list[float]) -> list[float]:
-    """Halved once more than three epochs in a row have not been better than the best by one in ten thousand."""
+    """The rate is halved after more than three epochs in a row without an improvement of one in ten thousand."""
     rates, best, bad, rate = [], -math.inf, 0, first
     for accuracy in accuracies:
         rates.append(rate)
@@ -571,7 +571,7 @@ def final_weights(output_dir: Path) -> Weights:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Bit for bit, but for the times."""
+    """Equal bit for bit, except for times."""
     ours, theirs = (read_json(folder / "tiny" / "fold_1" / "metrics.json") for folder in (one, other))
     assert without_times(ours["history"]) == without_times(theirs["history"])
     for name in ("test_loss", "test_accuracy", "macro_f1", "confusion_matrix", "best_epoch", "stopped_early"):
@@ -613,7 +613,7 @@ def interrupt_after_epoch(epoch: int) -> Hooks:
 
 
 def interrupt_within(phase: str, epoch: int) -> Hooks:
-    """After a step of the phase, so that weights or random numbers have moved on already."""
+    """Interrupt after a step of the phase, when weights and random state have changed."""
 
     def step_meter(now: str, number: int, samples: int) -> Callable[..., None]:
         def on_step(*_: object) -> None:
@@ -636,9 +636,7 @@ INTERRUPTIONS = {
 
 @pytest.fixture(scope="module")
 def uninterrupted(tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], Path]:
-    """The output folder of a run of 4 epochs with some options that was not interrupted; made once for
-    equal options.
-    """
+    """Output folder of an uninterrupted run of 4 epochs with the given options; made once for equal options."""
     made: dict[str, Path] = {}
 
     def output_dir(options: dict[str, Any]) -> Path:
@@ -695,7 +693,7 @@ def test_resume_after_a_disk_error(
     monkeypatch: pytest.MonkeyPatch,
     uninterrupted: Callable[[dict[str, Any]], Path],
 ) -> None:
-    """Between best_model.pth and the checkpoint of the same epoch, and within either."""
+    """A failure before best_model.pth is written, or before the checkpoint."""
     options = RUNS["plateau"]
     original, calls = getattr(checkpoint, function), []
 
@@ -732,7 +730,7 @@ def test_resume_in_the_middle_of_the_report(
 
 @pytest.mark.usefixtures("no_plots")
 def test_resume_of_another_run_is_refused(tree: PngTree, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Naming what differs; whether the fold was interrupted or finished."""
+    """The message names what differs, for an interrupted and for a finished fold."""
     with pytest.raises(_Interrupted):
         train(config_for(tree, tmp_path, epochs=2), interrupt_after_epoch(1))
     for _ in range(2):
@@ -810,7 +808,7 @@ def test_finished_folds_are_skipped(tree: PngTree, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_plots")
 def test_an_earlier_run_is_set_aside(tree: PngTree, tmp_path: Path) -> None:
-    """A forgotten --resume must not cost the results of hours."""
+    """Without --resume, earlier results are renamed, not deleted."""
     root = tmp_path / "tiny"
     kept = []
     for run, rate in enumerate((1e-3, 2e-3, 3e-3)):
@@ -853,7 +851,7 @@ def test_divergence(
 def test_an_epoch_without_finite_predictions_is_never_the_best(
     tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of NaN scores class 0 is the prediction, and may look better than honest ones; and NaN has no place in JSON."""
+    """The prediction from NaN scores is class 0, which can look better than real ones; and JSON has no NaN."""
     evaluate, calls = loop.evaluate, []
 
     def first_is_nan(*arguments: Any, **options: Any) -> loop.Evaluation:
@@ -884,7 +882,7 @@ def test_frozen_features_keep_their_bits(tree: PngTree, tmp_path: Path) -> None:
 @pytest.mark.parametrize("use_amp", [False, True], ids=["float32", "amp"])
 @pytest.mark.usefixtures("no_plots")
 def test_one_precision_for_training_validation_and_test(use_amp: bool, tree: PngTree, tmp_path: Path) -> None:
-    """And every sample once in each phase, whatever the batch size leaves over."""
+    """Also, every sample comes once in each phase, for any size of the last batch."""
     seen: dict[str, list[Batch]] = {}
 
     def step_meter(phase: str, epoch: int, samples: int) -> Callable[..., None]:
@@ -903,7 +901,7 @@ def test_one_precision_for_training_validation_and_test(use_amp: bool, tree: Png
 
 @pytest.mark.usefixtures("no_plots")
 def test_shards_and_tree_train_alike(tree: PngTree, tmp_path: Path) -> None:
-    """Samples are numbered alike wherever they lie, so the order is the same, and so is every weight."""
+    """Sample numbers do not depend on the storage, so order and weights are equal."""
     train(config_for(tree, tmp_path / "tree"))
     shards = open_dataset(config_for(tree, tmp_path), want_shards=True, log=lambda text: None).shards
     assert shards is not None
@@ -921,7 +919,7 @@ def test_shards_and_tree_train_alike(tree: PngTree, tmp_path: Path) -> None:
 
 
 def test_the_bar_shows_sums_of_one_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and accuracy belong to the samples that they were counted over: right three times out of four."""
+    """Loss and accuracy are means over the same samples: 3 of 4 correct."""
     monkeypatch.setattr("quaclrs.training.progress._REFRESH_S", 0.0)
     shown: list[str] = []
     meter = StepMeter("train", 1, 2, samples=12)
