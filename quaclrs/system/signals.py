@@ -25,7 +25,7 @@ A launcher may forward a Ctrl-C that the terminal has already sent to every proc
 class StopRequest(IntEnum):
     """What a rank requests after a step. The highest request of all ranks wins."""
 
-    GO_ON = 0
+    CONTINUE = 0
     SAVE = 1
     STOP = 2
 
@@ -61,7 +61,7 @@ class SignalHandler:
             return StopRequest.STOP
         if self._every_s is not None and time.monotonic() - self._saved >= self._every_s:
             return StopRequest.SAVE
-        return StopRequest.GO_ON
+        return StopRequest.CONTINUE
 
     def saved(self) -> None:
         """Restart the clock of ``checkpoint_minutes``; call it after writing a checkpoint."""

@@ -171,11 +171,11 @@ class Trainer:
         """For validation: ignore requests of the checkpoint clock, because the epoch's own checkpoint follows soon."""
         request = self._signals.requested_action()
         self._checkpoint_if_agreed(
-            self._consensus.exchange(request if request == StopRequest.STOP else StopRequest.GO_ON)
+            self._consensus.exchange(request if request == StopRequest.STOP else StopRequest.CONTINUE)
         )
 
     def _checkpoint_if_agreed(self, agreed: int) -> None:
-        if agreed == StopRequest.GO_ON:
+        if agreed == StopRequest.CONTINUE:
             return
         state = self._state
         assert state.progress is not None
