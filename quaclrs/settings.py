@@ -98,6 +98,19 @@ def identity_entries(settings: Settings) -> tuple[str, ...]:
     return tuple(dict.fromkeys(entry for one in affecting for entry in one.metadata["identity"] or (one.name,)))
 
 
+def identity_defaults(settings: Settings) -> dict[str, Any]:
+    """Defaults of the settings that stand in a run's identity under their own name, as plain JSON values.
+
+    An identity written before a setting existed lacks its entry: that run behaved as the default does now.
+    """
+    affecting = (one for one in dataclasses.fields(settings) if one.metadata["affects_result"])
+    return {
+        one.name: plain_value(one.default)
+        for one in affecting
+        if not one.metadata["identity"] and one.default is not dataclasses.MISSING
+    }
+
+
 def plain_value(value: Any) -> Any:
     """A setting's ``value`` as JSON stores it: paths as text, tuples as lists."""
     return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value

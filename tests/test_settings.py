@@ -17,7 +17,15 @@ from quaclrs.cli import train
 from quaclrs.config import TrainConfig
 from quaclrs.errors import TrainingError, UsageError
 from quaclrs.experiment.run import Run
-from quaclrs.settings import NOT_NEGATIVE, Settings, at_least, check_requirements, identity_entries, setting
+from quaclrs.settings import (
+    NOT_NEGATIVE,
+    Settings,
+    at_least,
+    check_requirements,
+    identity_defaults,
+    identity_entries,
+    setting,
+)
 from quaclrs.training.architectures import ARCHITECTURES
 from quaclrs.training.checkpoint import refuse_other_run
 from quaclrs.training.distributed import World
@@ -85,6 +93,18 @@ def test_a_new_field_is_compared_without_another_edit(tmp_path: Path) -> None:
         TrainingError, match=r"\(label_smoothing was 0.0, now 0.1; teacher was None, now 'a/b'\); use the same settings"
     ):
         refuse_other_run(tmp_path, saved, now)
+
+
+def test_a_run_from_before_a_setting_existed_had_its_default(tmp_path: Path) -> None:
+    saved = json.loads(json.dumps(run_of(TrainConfig()).identity(1)))
+    assert "label_smoothing" not in saved
+    refuse_other_run(tmp_path, saved, run_of(Extended()).identity(1), identity_defaults(Extended()))
+    now = Extended(label_smoothing=0.1)
+    with pytest.raises(TrainingError, match=r"\(label_smoothing was 0.0, now 0.1\); use the same settings"):
+        refuse_other_run(tmp_path, saved, run_of(now).identity(1), identity_defaults(now))
+    del saved["data"]  # which has no default
+    with pytest.raises(TrainingError, match=r"\(data was None, now "):
+        refuse_other_run(tmp_path, saved, run_of(Extended()).identity(1), identity_defaults(Extended()))
 
 
 def test_a_field_without_metadata_cannot_be_defined() -> None:

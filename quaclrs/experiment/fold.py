@@ -18,6 +18,7 @@ from quaclrs.experiment.run_status import hold_fold, mark_done
 from quaclrs.report.gradcam import pick_samples, write_gradcams
 from quaclrs.report.metrics import compute_metrics, scores_for_results
 from quaclrs.report.plots import write_plots
+from quaclrs.settings import identity_defaults
 from quaclrs.system.atomic_files import TEMPORARY_SUFFIX, make_folder, write_json
 from quaclrs.training import checkpoint
 from quaclrs.training.loop import Evaluation
@@ -52,7 +53,7 @@ def _read_finished(run: Run, fold: int) -> FoldResult | None:
     if not path.is_file():
         return None
     document = read_document(path)
-    checkpoint.refuse_other_run(path, document.get("run", {}), run.identity(fold))
+    checkpoint.refuse_other_run(path, document.get("run", {}), run.identity(fold), identity_defaults(run.config))
     return parse_fold_result(document, path)
 
 
@@ -105,7 +106,10 @@ def _create_state(run: Run, samples: FoldSamples, fold: int) -> TrainState:
 
 
 def _restore(run: Run, state: TrainState, folder: Path, identity: dict[str, Any]) -> None:
-    saved = run.world.broadcast_object(checkpoint.load_checkpoint(folder, identity) if run.world.is_main else None)
+    found = None
+    if run.world.is_main:
+        found = checkpoint.load_checkpoint(folder, identity, identity_defaults(run.config))
+    saved = run.world.broadcast_object(found)
     if run.world.is_main:
         for half_written in folder.rglob(f"*{TEMPORARY_SUFFIX}"):
             half_written.unlink(missing_ok=True)

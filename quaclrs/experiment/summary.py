@@ -12,6 +12,7 @@ from quaclrs.experiment.results import (
     read_document,
 )
 from quaclrs.experiment.run import Run
+from quaclrs.settings import identity_defaults
 from quaclrs.system.atomic_files import write_json
 from quaclrs.system.file_locks import folder_lock
 
@@ -39,6 +40,6 @@ def _results(run: Run, result: FoldResult) -> list[FoldResult]:
             results.append(result)
         elif path.is_file():
             document = read_document(path)
-            if document.get("run") == run.identity(fold):
+            if {**identity_defaults(run.config), **document.get("run", {})} == run.identity(fold):
                 results.append(parse_fold_result(document, path))
     return results

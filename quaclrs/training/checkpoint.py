@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def _content(epoch: int, state: dict[str, Any], identity: dict[str, Any]) -> dic
     return {"version": CHECKPOINT_VERSION, "epoch": epoch, "run": identity, "state": state}
 
 
-def load_checkpoint(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+def load_checkpoint(
+    folder: Path, identity: dict[str, Any], defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
     """The most advanced state in ``folder``; None when there is none.
 
     Raises :class:`TrainingError` when a checkpoint cannot be read, or its identity differs from ``identity``, naming
@@ -72,18 +75,18 @@ def load_checkpoint(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | 
     """
     finished = checkpoints(folder)[-1:]
     within = folder / WITHIN_EPOCH_FILE
-    loaded = [_load_checked(path, identity) for path in (*finished, *([within] if within.is_file() else []))]
+    loaded = [_load_checked(path, identity, defaults) for path in (*finished, *([within] if within.is_file() else []))]
     return max(loaded, key=lambda content: content["epoch"])["state"] if loaded else None
 
 
-def _load_checked(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def _load_checked(path: Path, identity: dict[str, Any], defaults: Mapping[str, Any] | None) -> dict[str, Any]:
     content = load(path)
     if content.get("version") != CHECKPOINT_VERSION:
         raise TrainingError(
             f"{path}: checkpoint version {content.get('version')!r}, this quaclrs reads {CHECKPOINT_VERSION}; train "
             "without --resume"
         )
-    refuse_other_run(path, content["run"], identity)
+    refuse_other_run(path, content["run"], identity, defaults)
     return content
 
 
@@ -97,8 +100,14 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def refuse_other_run(where: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Raise :class:`TrainingError` naming each entry in which ``saved``, read from ``where``, differs."""
+def refuse_other_run(
+    where: Path, saved: dict[str, Any], identity: dict[str, Any], defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Raise :class:`TrainingError` naming each entry in which ``saved``, read from ``where``, differs.
+
+    ``defaults`` are the values of entries that ``saved`` may lack, because their setting is younger than the run.
+    """
+    saved = {**(defaults or {}), **saved}
     differences = [
         f"{name} was {saved.get(name)!r}, now {identity.get(name)!r}"
         for name in sorted({*saved, *identity})
