@@ -122,3 +122,25 @@ def members_of(tar: Path) -> list[tuple[tarfile.TarInfo, bytes]]:
     """Members and their contents, read with the standard library alone."""
     with tarfile.open(tar, "r:") as archive:
         return [(info, archive.extractfile(info).read()) for info in archive]  # type: ignore[union-attr]
+
+
+# --- jobs that pack single folds of one folder ---
+
+JOB_FOLDS = (1, 2, 3)
+JOB_SETTINGS: dict[str, Any] = {"shard_size": 4096, "image_size": 16}
+"""Small shards: a fold has several of them in every encoding."""
+
+
+def pack_folds(tree: PngTree, output_dir: Path, *folds: int, **options: Any) -> PackSummary:
+    """As :func:`pack_tree`, a job that packs ``folds``."""
+    return pack_tree(tree, output_dir, folds=folds, **(JOB_SETTINGS | options))
+
+
+def job_flags(tree: PngTree, output_dir: Path, **more: object) -> list[str]:
+    """The command line of :func:`pack_folds`, without its folds."""
+    return pack_flags(tree, output_dir, **(JOB_SETTINGS | more))
+
+
+def rows_of(tree: PngTree, *folds: int) -> list[int]:
+    """The rows of ``folds``, counted from 0."""
+    return [row for row, described in enumerate(tree.rows) if int(described["fold"]) in folds]

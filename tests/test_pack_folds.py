@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packing import TIMEOUT_S, call_tool, content_of, pack_flags, pack_tree, tool_command
+from packing import (
+    JOB_FOLDS,
+    JOB_SETTINGS,
+    TIMEOUT_S,
+    call_tool,
+    content_of,
+    job_flags,
+    pack_folds,
+    pack_tree,
+    rows_of,
+    tool_command,
+)
 from PIL import Image
 from png_trees import PngTree, make_rows, write_tree
 
@@ -24,19 +35,18 @@ from quaclrs.config import PackConfig
 from quaclrs.errors import DataError, ShardError, StorageError
 from quaclrs.shards.encodings.base import Finding, SharedTables
 from quaclrs.shards.encodings.indexed import IndexedEncoding
-from quaclrs.shards.packing.pack import PackSummary, pack
+from quaclrs.shards.packing.pack import pack
 from quaclrs.system.file_locks import locked
 
-FOLDS = (1, 2, 3)
 ENCODINGS = ("png", "indexed", "rgb")
-SETTINGS: dict[str, Any] = {"shard_size": 4096, "image_size": 16}
-"""Small shards: a fold has several of them in every encoding."""
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> PngTree:
     """24 images in three folds, one row each. Read only."""
-    return write_tree(tmp_path_factory.mktemp("tree"), make_rows(("ambulance", "car_horn", "police", "traffic"), FOLDS))
+    return write_tree(
+        tmp_path_factory.mktemp("tree"), make_rows(("ambulance", "car_horn", "police", "traffic"), JOB_FOLDS)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,26 +54,14 @@ def whole(tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """Encoding to the content of ``tree`` packed at once."""
     folder = tmp_path_factory.mktemp("whole")
     for encoding in ENCODINGS:
-        pack_tree(tree, folder / encoding, encoding=encoding, **SETTINGS)
+        pack_tree(tree, folder / encoding, encoding=encoding, **JOB_SETTINGS)
     return {encoding: content_of(folder / encoding) for encoding in ENCODINGS}
 
 
 @pytest.fixture
 def small_tree(tmp_path: Path) -> PngTree:
     """12 images in three folds; tests may damage them."""
-    return write_tree(tmp_path / "tree", make_rows(("ambulance", "police"), FOLDS))
-
-
-def pack_folds(tree: PngTree, output_dir: Path, *folds: int, **options: Any) -> PackSummary:
-    return pack_tree(tree, output_dir, folds=folds, **(SETTINGS | options))
-
-
-def flags(tree: PngTree, output_dir: Path, **more: object) -> list[str]:
-    return pack_flags(tree, output_dir, **(SETTINGS | more))
-
-
-def rows_of(tree: PngTree, *folds: int) -> list[int]:
-    return [row for row, described in enumerate(tree.rows) if int(described["fold"]) in folds]
+    return write_tree(tmp_path / "tree", make_rows(("ambulance", "police"), JOB_FOLDS))
 
 
 # --- processes that log each image they examine ---
@@ -148,10 +146,10 @@ def test_any_division_in_any_order_gives_the_bytes_of_one_packing(
     whole: dict[str, dict[str, bytes]],
     tmp_path: Path,
 ) -> None:
-    todo = set(FOLDS)
+    todo = set(JOB_FOLDS)
     for part in parts:
-        summary = pack_tree(tree, tmp_path / "shards", folds=part, encoding=encoding, **SETTINGS)
-        own = todo & set(part or FOLDS)
+        summary = pack_tree(tree, tmp_path / "shards", folds=part, encoding=encoding, **JOB_SETTINGS)
+        own = todo & set(part or JOB_FOLDS)
         todo -= own
         assert summary.missing_folds == tuple(sorted(todo))
         assert summary.images_packed == len(rows_of(tree, *own))
@@ -162,9 +160,9 @@ def test_any_division_in_any_order_gives_the_bytes_of_one_packing(
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_jobs_from_shards_too(encoding: str, tree: PngTree, whole: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
-    pack_tree(tree, tmp_path / "png", **SETTINGS)
+    pack_tree(tree, tmp_path / "png", **JOB_SETTINGS)
     for folds in ((2,), (3, 1)):
-        options: dict[str, Any] = {"encoding": encoding, "num_workers": 1} | SETTINGS
+        options: dict[str, Any] = {"encoding": encoding, "num_workers": 1} | JOB_SETTINGS
         pack(PackConfig(from_shards=tmp_path / "png", output_dir=tmp_path / "shards", folds=folds, **options))
     assert content_of(tmp_path / "shards") == whole[encoding]
 
@@ -184,7 +182,7 @@ def test_skipped_images_are_those_of_one_packing(small_tree: PngTree, tmp_path: 
         small_tree.path(row).write_bytes(b"")  # so one fold has no good image
     small_tree.path(rows_of(small_tree, 3)[1]).unlink()
     for encoding in ENCODINGS:
-        pack_tree(small_tree, tmp_path / "whole" / encoding, on_error="skip", encoding=encoding, **SETTINGS)
+        pack_tree(small_tree, tmp_path / "whole" / encoding, on_error="skip", encoding=encoding, **JOB_SETTINGS)
         for fold in (2, 3, 1):
             summary = pack_folds(small_tree, tmp_path / "jobs" / encoding, fold, on_error="skip", encoding=encoding)
             assert len(summary.manifest.skipped) == {2: 4, 3: 1, 1: 5}[fold]  # the last job: all
@@ -200,7 +198,7 @@ def test_a_job_whose_image_was_mended_goes_on(small_tree: PngTree, tmp_path: Pat
     shutil.copyfile(small_tree.path(rows_of(small_tree, 1)[0]), bad)
     pack_folds(small_tree, tmp_path / "shards", 3)
     assert pack_folds(small_tree, tmp_path / "shards", 2).missing_folds == ()
-    pack_tree(small_tree, tmp_path / "whole", **SETTINGS)
+    pack_tree(small_tree, tmp_path / "whole", **JOB_SETTINGS)
     assert content_of(tmp_path / "shards") == content_of(tmp_path / "whole")
 
 
@@ -212,7 +210,7 @@ def test_an_image_that_changed_after_its_fold_was_packed_is_packed_anew(small_tr
         image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(changed)
     assert pack_folds(small_tree, tmp_path / "shards", 3, encoding="indexed").missing_folds == (1,)
     assert pack_folds(small_tree, tmp_path / "shards", 1, encoding="indexed").missing_folds == ()
-    pack_tree(small_tree, tmp_path / "whole", encoding="indexed", **SETTINGS)
+    pack_tree(small_tree, tmp_path / "whole", encoding="indexed", **JOB_SETTINGS)
     assert content_of(tmp_path / "shards") == content_of(tmp_path / "whole")
 
 
@@ -246,7 +244,9 @@ def test_jobs_with_workers_beside_a_whole_packing(
 ) -> None:
     output_dir = tmp_path / "shards"
     options: list[dict[str, object]] = [{"folds": "3", "num_workers": 2}, {"folds": "1", "num_workers": 2}, {}]
-    commands = [tool_command("shard_dataset", flags(tree, output_dir, encoding="indexed", **more)) for more in options]
+    commands = [
+        tool_command("shard_dataset", job_flags(tree, output_dir, encoding="indexed", **more)) for more in options
+    ]
     processes = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands
     ]
@@ -289,7 +289,7 @@ def test_a_running_job_is_waited_for_and_a_killed_one_is_replaced(
     monkeypatch.setattr("quaclrs.shards.encodings.indexed.decode_png", None)  # calling it fails
     summary = pack_folds(tree, output_dir, 1, encoding="indexed")
     assert (summary.images_packed, summary.missing_folds) == (len(rows_of(tree, 1)), (3,))
-    pack_tree(tree, output_dir, encoding="indexed", **SETTINGS)
+    pack_tree(tree, output_dir, encoding="indexed", **JOB_SETTINGS)
     assert content_of(output_dir) == whole["indexed"]
 
 
@@ -298,7 +298,7 @@ def test_other_settings_are_refused_while_a_job_is_alive(
 ) -> None:
     stopped, output_dir = stopped_job
     for more in ({"encoding": "png", "folds": "2"}, {"encoding": "png"}):
-        assert call_tool("shard_dataset", flags(tree, output_dir, **more)) == 2
+        assert call_tool("shard_dataset", job_flags(tree, output_dir, **more)) == 2
         printed = capsys.readouterr()
         assert printed.out == ""
         assert printed.err == (
@@ -313,7 +313,7 @@ def test_a_whole_packing_waits_for_a_running_job(
     stopped_job: tuple[Job, Path], tree: PngTree, whole: dict[str, dict[str, bytes]]
 ) -> None:
     stopped, output_dir = stopped_job
-    command = tool_command("shard_dataset", flags(tree, output_dir, encoding="indexed"))
+    command = tool_command("shard_dataset", job_flags(tree, output_dir, encoding="indexed"))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert process.stderr.readline() == f"{output_dir}: another process is packing here; waiting for it\n"
@@ -479,7 +479,7 @@ def test_killed_with_its_workers_a_job_goes_on(
     tree: PngTree, whole: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
     output_dir = tmp_path / "shards"
-    command = tool_command("shard_dataset", flags(tree, output_dir, encoding="indexed", folds="2,3", num_workers=2))
+    command = tool_command("shard_dataset", job_flags(tree, output_dir, encoding="indexed", folds="2,3", num_workers=2))
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + TIMEOUT_S
     while not list(output_dir.glob(".packing/*.seen")):

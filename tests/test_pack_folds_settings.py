@@ -7,41 +7,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packing import call_tool, content_of, manifest_of, pack_flags, pack_tree
+from packing import (
+    JOB_FOLDS,
+    JOB_SETTINGS,
+    call_tool,
+    content_of,
+    job_flags,
+    manifest_of,
+    pack_folds,
+    pack_tree,
+    rows_of,
+)
 from png_trees import PngTree, make_rows, write_csv, write_tree
 
 from quaclrs.config import Columns, PackConfig, folds_text, parse_folds
 from quaclrs.errors import DataError, ShardError, StorageError, UsageError
-from quaclrs.shards.packing.pack import PackSummary, pack
+from quaclrs.shards.packing.pack import pack
 from quaclrs.shards.reader import ShardSet
-
-FOLDS = (1, 2, 3)
-SETTINGS: dict[str, Any] = {"shard_size": 4096, "image_size": 16}
-"""Small shards: a fold has several of them in every encoding."""
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> PngTree:
     """24 images in three folds, one row each. Read only."""
-    return write_tree(tmp_path_factory.mktemp("tree"), make_rows(("ambulance", "car_horn", "police", "traffic"), FOLDS))
+    return write_tree(
+        tmp_path_factory.mktemp("tree"), make_rows(("ambulance", "car_horn", "police", "traffic"), JOB_FOLDS)
+    )
 
 
 @pytest.fixture
 def small_tree(tmp_path: Path) -> PngTree:
     """12 images in three folds; tests may damage them."""
-    return write_tree(tmp_path / "tree", make_rows(("ambulance", "police"), FOLDS))
-
-
-def pack_folds(tree: PngTree, output_dir: Path, *folds: int, **options: Any) -> PackSummary:
-    return pack_tree(tree, output_dir, folds=folds, **(SETTINGS | options))
-
-
-def flags(tree: PngTree, output_dir: Path, **more: object) -> list[str]:
-    return pack_flags(tree, output_dir, **(SETTINGS | more))
-
-
-def rows_of(tree: PngTree, *folds: int) -> list[int]:
-    return [row for row, described in enumerate(tree.rows) if int(described["fold"]) in folds]
+    return write_tree(tmp_path / "tree", make_rows(("ambulance", "police"), JOB_FOLDS))
 
 
 # --- settings ---
@@ -64,7 +60,7 @@ def test_other_settings_than_those_of_finished_jobs_are_refused(
     pack_folds(tree, tmp_path / "shards", 1, encoding="rgb")
     before = {name: content for name, content in content_of(tmp_path / "shards").items() if not name.endswith(".claim")}
     with pytest.raises(ShardError) as caught:
-        pack_tree(tree, tmp_path / "shards", **({"folds": folds, "encoding": "rgb"} | SETTINGS | options))
+        pack_tree(tree, tmp_path / "shards", **({"folds": folds, "encoding": "rgb"} | JOB_SETTINGS | options))
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'shards'}: jobs with --folds pack here from {what}")
     assert message.endswith("; go on as they do, choose another folder, or delete this one to pack anew")
@@ -73,7 +69,7 @@ def test_other_settings_than_those_of_finished_jobs_are_refused(
 
 
 def test_another_csv_and_another_kind_of_source_are_refused(tree: PngTree, tmp_path: Path) -> None:
-    pack_tree(tree, tmp_path / "png", **SETTINGS)
+    pack_tree(tree, tmp_path / "png", **JOB_SETTINGS)
     pack_folds(tree, tmp_path / "shards", 1)
     other = PngTree(write_csv(tmp_path / "other.csv", tree.rows[1:]), tree.spectrograms_dir, tree.rows[1:])
     with pytest.raises(ShardError, match=r"jobs with --folds pack here from another CSV \(csv_fingerprint: "):
@@ -81,7 +77,7 @@ def test_another_csv_and_another_kind_of_source_are_refused(tree: PngTree, tmp_p
     with pytest.raises(ShardError, match=r"from another kind of source \(from_shards: False, now True\)"):
         pack(
             PackConfig(
-                from_shards=tmp_path / "png", output_dir=tmp_path / "shards", folds=(2,), num_workers=1, **SETTINGS
+                from_shards=tmp_path / "png", output_dir=tmp_path / "shards", folds=(2,), num_workers=1, **JOB_SETTINGS
             )
         )
 
@@ -95,7 +91,7 @@ def test_a_first_pass_is_finished_work_too(tree: PngTree, tmp_path: Path, monkey
         with pytest.raises(DataError, match="stopped between the passes"):
             pack_folds(tree, tmp_path / "shards", 1, encoding="indexed")
     with pytest.raises(ShardError, match=r"another --encoding \(encoding: indexed, now png\)"):
-        pack_tree(tree, tmp_path / "shards", **SETTINGS)
+        pack_tree(tree, tmp_path / "shards", **JOB_SETTINGS)
 
 
 @pytest.mark.parametrize("folds", [(2,), None])
@@ -108,7 +104,7 @@ def test_a_job_that_finished_nothing_fixes_no_settings(
     with pytest.raises(DataError, match="the file is empty"):
         pack_folds(small_tree, tmp_path / "shards", 1, encoding="rgb", shard_size=1 << 20)
     path.write_bytes(good)
-    assert pack_tree(small_tree, tmp_path / "shards", folds=folds, **SETTINGS).missing_folds == (
+    assert pack_tree(small_tree, tmp_path / "shards", folds=folds, **JOB_SETTINGS).missing_folds == (
         (1, 3) if folds else ()
     )
 
@@ -117,9 +113,9 @@ def test_jobs_fix_the_settings_also_after_a_failed_whole_packing(small_tree: Png
     pack_folds(small_tree, tmp_path / "shards", 1)
     small_tree.path(rows_of(small_tree, 3)[-1]).write_bytes(b"")
     with pytest.raises(DataError, match="the file is empty"):
-        pack_tree(small_tree, tmp_path / "shards", **SETTINGS)
+        pack_tree(small_tree, tmp_path / "shards", **JOB_SETTINGS)
     with pytest.raises(ShardError, match=r"jobs with --folds pack here from another --seed \(seed: 0, now 1\)"):
-        pack_tree(small_tree, tmp_path / "shards", **SETTINGS, seed=1)
+        pack_tree(small_tree, tmp_path / "shards", **JOB_SETTINGS, seed=1)
 
 
 def test_the_work_of_a_whole_packing_is_not_taken_for_that_of_jobs(small_tree: PngTree, tmp_path: Path) -> None:
@@ -129,10 +125,10 @@ def test_the_work_of_a_whole_packing_is_not_taken_for_that_of_jobs(small_tree: P
     bad.write_bytes(b"")
     for options in ({}, {"folds": (3,), "encoding": "rgb", "shard_size": 1 << 20}):
         with pytest.raises(DataError, match="the file is empty"):
-            pack_tree(small_tree, tmp_path / "shards", **(SETTINGS | options))
+            pack_tree(small_tree, tmp_path / "shards", **(JOB_SETTINGS | options))
     assert not list((tmp_path / "shards").glob("fold*/*"))  # neither finds shards of the other
     bad.write_bytes(good)
-    pack_tree(small_tree, tmp_path / "shards", **SETTINGS)
+    pack_tree(small_tree, tmp_path / "shards", **JOB_SETTINGS)
 
 
 def test_work_of_a_stopped_whole_packing_is_deleted(small_tree: PngTree, tmp_path: Path) -> None:
@@ -143,14 +139,14 @@ def test_work_of_a_stopped_whole_packing_is_deleted(small_tree: PngTree, tmp_pat
     with pytest.raises(StorageError):
         pack_tree(small_tree, output_dir, shard_size=1)  # many more shards than next time
     obstacle.rmdir()
-    for fold in FOLDS:
+    for fold in JOB_FOLDS:
         pack_folds(small_tree, output_dir, fold)
-    pack_tree(small_tree, tmp_path / "fresh", **SETTINGS)
+    pack_tree(small_tree, tmp_path / "fresh", **JOB_SETTINGS)
     assert content_of(output_dir) == content_of(tmp_path / "fresh")
 
 
 def test_a_finished_folder_answers_every_job(tree: PngTree, tmp_path: Path) -> None:
-    pack_folds(tree, tmp_path / "shards", *FOLDS)
+    pack_folds(tree, tmp_path / "shards", *JOB_FOLDS)
     before = content_of(tmp_path / "shards")
     summary = pack_folds(tree, tmp_path / "shards", 2)
     assert (summary.already_complete, summary.images_packed, summary.missing_folds) == (True, 0, ())
@@ -170,7 +166,7 @@ def test_a_job_says_what_is_missing_and_the_last_one_how_it_ended(
     tree: PngTree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output_dir = tmp_path / "shards"
-    assert call_tool("shard_dataset", flags(tree, output_dir, folds="2")) == 0
+    assert call_tool("shard_dataset", job_flags(tree, output_dir, folds="2")) == 0
     *_, packed, missing = capsys.readouterr().out.splitlines()
     assert packed.startswith(f"{output_dir}: 8 samples in ")
     assert "encoding png; packed 8 images in " in packed
@@ -187,7 +183,7 @@ def test_a_job_says_what_is_missing_and_the_last_one_how_it_ended(
     )
     with pytest.raises(ShardError, match=r"fold\(s\) 1,3 are missing"):
         ShardSet(output_dir)
-    assert call_tool("shard_dataset", flags(tree, output_dir, folds="1,3")) == 0
+    assert call_tool("shard_dataset", job_flags(tree, output_dir, folds="1,3")) == 0
     printed = capsys.readouterr().out
     assert f"{output_dir}: 24 samples in " in printed
     assert "packed 16 images in " in printed
@@ -211,8 +207,8 @@ def test_space_is_needed_for_the_own_folds_only(tree: PngTree, tmp_path: Path, m
     )  # 4 kB for the other members and the headers
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
     with pytest.raises(StorageError, match=r"the shards need 0\.00 GB and the disk has 0\.00 GB free"):
-        pack_tree(tree, tmp_path / "shards", **SETTINGS)
-    for fold in FOLDS:
+        pack_tree(tree, tmp_path / "shards", **JOB_SETTINGS)
+    for fold in JOB_FOLDS:
         pack_folds(tree, tmp_path / "shards", fold)
     assert (tmp_path / "shards" / "manifest.json").exists()
 
@@ -221,7 +217,7 @@ def test_space_is_needed_for_the_own_folds_only(tree: PngTree, tmp_path: Path, m
 def test_what_is_not_a_list_of_folds(
     text: str, tree: PngTree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call_tool("shard_dataset", [*flags(tree, tmp_path / "shards"), f"--folds={text}"]) == 2
+    assert call_tool("shard_dataset", [*job_flags(tree, tmp_path / "shards"), f"--folds={text}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert (
         line == f"shard_dataset.py: error: --folds {text!r}: not a list of folds; write for example 3 or 1,2 or 1-3,7"
