@@ -212,10 +212,10 @@ class TrainConfig(Settings):
         requires=at_least(1),
     )
     learning_rate: float = setting(
-        1e-3, affects_result=True, group="training", help="Adam's", metavar="LR", requires=POSITIVE
+        1e-3, affects_result=True, group="training", help="the optimizer's", metavar="LR", requires=POSITIVE
     )
     weight_decay: float = setting(
-        1e-5, affects_result=True, group="training", help="Adam's", metavar="WD", requires=FINITE_NOT_NEGATIVE
+        1e-5, affects_result=True, group="training", help="the optimizer's", metavar="WD", requires=FINITE_NOT_NEGATIVE
     )
     scheduler: str = setting(
         "plateau",

@@ -14,7 +14,6 @@ import targets
 from harness import records
 
 from quaclrs.errors import DataError
-from quaclrs.training.architectures import ARCHITECTURES
 
 CPU = {"cpu": "a processor", "cpus_usable": 2, "python": "3.11", "packages": {"torch": "2.14"}, "commit": "1"}
 
@@ -89,12 +88,12 @@ def test_the_worst_model_counts_and_none_may_be_missing(tmp_path: Path) -> None:
             data_wait=i / 100,
             bound_by="host",
         )
-        for i, name in enumerate(ARCHITECTURES)
+        for i, name in enumerate(targets.TRAINED_MODELS)
     ]
     write(tmp_path, "train", rows[1:])
     assert line_of(targets.targets_table(tmp_path), "trained")[-1] == "not measured"
     write(tmp_path, "train", rows, date="2026-01-03")
-    first, *_, last = ARCHITECTURES
+    first, *_, last = targets.TRAINED_MODELS
     table = targets.targets_table(tmp_path)
     assert line_of(table, "trained")[2:] == [f"0.96 ({first})", "1.01", "met"]
     assert line_of(table, "waiting")[1:] == ["≤ 2.0%", f"6.0% ({last})", "3.00", "bound by host"]

@@ -156,7 +156,7 @@ def test_the_command_line_offers_the_built_in_encodings() -> None:
 
 
 def test_an_unknown_name_is_refused_with_all_known_ones(tree: PngTree, tmp_path: Path) -> None:
-    message = "--encoding jpeg: choose one of png, indexed, rgb, zlib"
+    message = f"--encoding jpeg: choose one of {', '.join(ENCODINGS)}, zlib"
     with pytest.raises(UsageError, match=message):
         get_encoding("jpeg")
     with pytest.raises(UsageError, match=message):

@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -405,6 +406,35 @@ def test_processes_that_cannot_start(
         assert (exit_code, printed.err) == (0, "")
         assert printed.out.count(f"{problem}; the other processes go on\n") == 1
         assert states(root) == {"fold_1": "done", "fold_2": "done", "fold_3": "done"}
+
+
+@pytest.mark.parametrize("all_of_them", [True, False], ids=["both", "one of two"])
+def test_processes_that_die_before_they_have_started(
+    all_of_them: bool,
+    tree: PngTree,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the parent writes to a process that the kernel kills at once breaks."""
+    start, started = SpawnProcess.start, []
+
+    def killed_at_its_start(process: SpawnProcess) -> None:
+        started.append(process)
+        if all_of_them or len(started) == 1:
+            raise BrokenPipeError
+        start(process)
+
+    monkeypatch.setattr(SpawnProcess, "start", killed_at_its_start)
+    problem = "a process on cpu was killed while it started (out of memory?)"
+    exit_code = main(flags(tree, tmp_path, *PARALLEL, "--epochs", 1, "--model_name", "mobilenet"))
+    printed = capsys.readouterr()
+    if all_of_them:
+        assert (exit_code, printed.err) == (2, f"quaclrs-train: error: {problem}\n")
+    else:
+        assert (exit_code, printed.err) == (0, "")
+        assert printed.out.count(f"{problem}; the other processes go on\n") == 1
+        assert states(tmp_path / "mobilenet") == {"fold_1": "done", "fold_2": "done", "fold_3": "done"}
 
 
 # --- signals ---

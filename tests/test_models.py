@@ -18,7 +18,8 @@ from torchvision import models as torchvision_models
 from quaclrs.errors import MissingDependencyError, StorageError, UsageError
 from quaclrs.training import architectures, models
 
-NAMES = ["alexnet", "vgg16", "resnet18", "mobilenet", "inception", "efficientnet", "convnext"]
+ORIGINAL_NAMES = ["alexnet", "vgg16", "resnet18", "mobilenet", "inception", "efficientnet", "convnext"]
+NAMES = list(architectures.ARCHITECTURES)
 CLASSES = 13
 
 TRAINABLE_WHEN_FROZEN = {
@@ -56,8 +57,9 @@ def can_train(model: nn.Module, batch_size: int, size: int) -> bool:
 
 
 def test_table_has_the_original_names_and_sizes() -> None:
-    assert list(architectures.ARCHITECTURES) == NAMES
-    assert {name: architectures.input_size(name) for name in NAMES} == dict.fromkeys(NAMES, 224) | {"inception": 299}
+    assert NAMES[: len(ORIGINAL_NAMES)] == ORIGINAL_NAMES
+    sizes = {name: architectures.input_size(name) for name in ORIGINAL_NAMES}
+    assert sizes == dict.fromkeys(ORIGINAL_NAMES, 224) | {"inception": 299}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import random
 import shutil
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from PIL import Image
 from png_trees import CLASSES, PngTree, make_rows, write_tree
 
 from quaclrs.config import PackConfig
-from quaclrs.errors import DataError, StorageError
+from quaclrs.errors import DataError, QuaclrsError, StorageError
 
 
 @pytest.fixture
@@ -298,7 +300,7 @@ def test_a_worker_that_is_killed_is_one_line(
         _, stderr = process.communicate(timeout=TIMEOUT_S)
     finally:
         end_group(process)
-    assert process.returncode == 2
+    assert process.returncode == 2, stderr
     *others, line = stderr.splitlines()
     assert line == (
         "shard_dataset.py: error: a worker process died (killed, or out of memory?); "
@@ -306,6 +308,26 @@ def test_a_worker_that_is_killed_is_one_line(
     )
     assert finished_shards == 0 or not others  # Python's pool may print an error when a worker dies while others start
     assert not (output_dir / "manifest.json").exists()
+
+
+def test_a_worker_that_dies_before_it_has_started(
+    png_tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the kernel kills it at once: what the parent writes to it breaks."""
+    start, started = SpawnProcess.start, []
+
+    def killed_at_its_start(process: SpawnProcess) -> None:
+        started.append(process)
+        if len(started) == 2:
+            raise BrokenPipeError
+        start(process)
+
+    monkeypatch.setattr(SpawnProcess, "start", killed_at_its_start)
+    with pytest.raises(QuaclrsError, match=r"a worker process died \(killed, or out of memory.*fewer --num_workers"):
+        pack_tree(png_tree, tmp_path / "shards", num_workers=3)
+    assert not multiprocessing.active_children()
+    monkeypatch.undo()
+    assert pack_tree(png_tree, tmp_path / "shards").manifest.num_samples == 270
 
 
 def test_workers_end_with_their_parent(png_shards: Path, png_tree: PngTree, tmp_path: Path) -> None:

@@ -51,15 +51,7 @@ pytestmark = pytest.mark.filterwarnings(
 )  # from 3.12
 
 CLASSES = ("dog_bark", "drilling", "traffic")
-SIZES = {
-    "alexnet": 63,
-    "vgg16": 32,
-    "resnet18": 32,
-    "mobilenet": 32,
-    "inception": 299,
-    "efficientnet": 32,
-    "convnext": 32,
-}
+SIZES = {name: max(row.min_input_size, 32) for name, row in ARCHITECTURES.items()}
 SMALL = 32
 """Side of the images in pixels where the network does not matter. Not fewer: torch's bfloat16 gradients on the CPU hold
 uninitialised memory for strided convolutions over a single pixel."""

@@ -143,8 +143,12 @@ class _Pool:
         ours, theirs = context.Pipe()
         config = dataclasses.replace(self.config, device=device)
         process = context.Process(target=_run_worker, args=(theirs, config), name=f"quaclrs-{device}")
-        with interrupts_held():
-            process.start()
+        try:
+            with interrupts_held():
+                process.start()
+        except BrokenPipeError:  # it was killed before it had read what this process writes to it
+            self._note_problem(f"a process on {device} was killed while it started (out of memory?)")
+            return
         theirs.close()  # otherwise the worker's death would not end the connection
         self.workers.append(_Worker(process=process, connection=ours, device=device))
 
@@ -196,11 +200,8 @@ class _Pool:
             return
         reason = _describe_end(worker.process.exitcode or 0)
         if not worker.ready:
-            self.problem = (
-                worker.problem or f"a process on {worker.device} could not start: {reason}; its own messages are above"
-            )
-            self.unlogged_problems.append(self.problem)
-            self._log_problems()
+            unstarted = f"a process on {worker.device} could not start: {reason}; its own messages are above"
+            self._note_problem(worker.problem or unstarted)
             return
         if worker.task is not None:
             name, fold = worker.task
@@ -209,6 +210,11 @@ class _Pool:
             self._add_failure(worker.task, reason)
         if self.waiting:
             self._start_worker(worker.device)
+
+    def _note_problem(self, problem: str) -> None:
+        self.problem = problem
+        self.unlogged_problems.append(problem)
+        self._log_problems()
 
     def _log_problems(self) -> None:
         if any(worker.ready for worker in self.workers):

@@ -107,12 +107,12 @@ def needs_shards(config: TrainConfig) -> bool:
 
 
 def build_loader(choice: Choice, dataset: Dataset, config: LoaderConfig) -> Loader:
-    """The loader of ``choice`` over ``dataset``; the ``files`` loader where there are no shards.
+    """The loader of ``choice`` over ``dataset``; ``files`` where there are no shards and it does not read the tree.
 
     Raises :class:`UsageError` for shards that the loader cannot read, and the errors of the loader itself.
     """
     if dataset.shards is None:
-        return _make_files(dataset, config)
+        return LOADERS[choice.name if LOADERS[choice.name].reads_tree else "files"].make(dataset, config)
     encoding, where = dataset.shards.encoding, str(dataset.shards.root)
     _refuse_unreadable(choice.name, encoding.content, where, encoding.name)
     return LOADERS[choice.name].make(dataset, config)

@@ -56,8 +56,7 @@ def run_tasks(
     workers = min(num_workers, len(tasks))
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_initialise, initargs=(counter, stop)) as pool:
         try:
-            with interrupts_held():
-                futures = [pool.submit(_call, work, task) for task in tasks]
+            futures = _submit_all(pool, work, tasks)
             _wait_for_all(futures, counter, on_progress)
         except BaseException as error:
             stop.value = 1
@@ -72,6 +71,17 @@ def run_tasks(
                 ) from None
             raise
     return [future.result() for future in futures]
+
+
+def _submit_all(
+    pool: ProcessPoolExecutor, work: Callable[[Task, Tick], Result], tasks: Sequence[Task]
+) -> list[Future[Result]]:
+    """Submit ``tasks``, which starts the workers. Raises BrokenProcessPool for a worker that dies meanwhile."""
+    try:
+        with interrupts_held():
+            return [pool.submit(_call, work, task) for task in tasks]
+    except BrokenPipeError:  # it was killed before it had read what this process writes to it
+        raise BrokenProcessPool("a worker process died while it started") from None
 
 
 def _wait_for_all(futures: list[Future[Any]], counter: Any, on_progress: Callable[[int], object]) -> None:

@@ -53,7 +53,7 @@ def build_model(name: str, num_classes: int, *, pretrained: bool = False, freeze
     model = _load_pretrained(name) if pretrained else _construct(row, row.options)
     for head in row.heads:
         old = model.get_submodule(head)
-        assert isinstance(old, nn.Linear), head
+        assert isinstance(old, nn.Linear), f"{name}: the head {head} must be a Linear, and is a {type(old).__name__}"
         model.set_submodule(head, nn.Linear(old.in_features, num_classes))
     if freeze_features:
         _freeze_all_but(model, row.trainable)

@@ -56,7 +56,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]
     """Load the state and hyperparameters of ``saved``, possibly from another device; keep ``optimizer``'s kernels."""
     groups = []
     for own, group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-        implementation = {name: own[name] for name in ("fused", "foreach", "capturable")}
+        implementation = {name: own[name] for name in ("fused", "foreach", "capturable") if name in own}
         lr = float(group["lr"])
         # A tensor on the device for a captured graph, a float elsewhere; the checkpoint may hold the other kind.
         own_lr = own["lr"].new_tensor(lr) if isinstance(own["lr"], torch.Tensor) else lr
