@@ -165,13 +165,19 @@ def batches(
 
 
 def evaluate(
-    model: nn.Module, loader: BatchLoader, samples: np.ndarray, *, class_weights: np.ndarray | None = None
+    model: nn.Module,
+    loader: BatchLoader,
+    samples: np.ndarray,
+    *,
+    class_weights: np.ndarray | None = None,
+    labelled: bool = True,
 ) -> Evaluation:
     """Loss, accuracy and class probabilities of ``model`` over ``samples`` (N,), each sample once.
 
     ``class_weights`` (classes,) weight the loss, as :func:`quaclrs.class_weights` gives them: Σ w·loss / Σ w. The model
     computes in the loader's dtype, by autocast. The call sets it to evaluation mode and restores its mode afterwards.
-    It must be on the loader's device. Raises ValueError when there are no samples.
+    It must be on the loader's device. Without ``labelled`` the labels are ignored, and loss and accuracy are NaN.
+    Raises ValueError when there are no samples.
     """
     if len(samples) == 0:
         raise ValueError("no samples to evaluate")
@@ -184,6 +190,7 @@ def evaluate(
             samples,
             global_batch=loader.batch_size,
             class_weights=weights,
+            labelled=labelled,
             dtype=loader.config.dtype,
         )
     finally:

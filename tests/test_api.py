@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,6 +170,10 @@ def test_an_evaluation_is_torchs_own(data: Dataset) -> None:
             assert found.accuracy == pytest.approx(float((scores.argmax(1) == labels).double().mean()))
             np.testing.assert_allclose(found.probabilities, scores.softmax(1).numpy(), rtol=1e-4)
             np.testing.assert_array_equal(found.index, samples)
+        unlabelled = evaluate(model, loader, samples, labelled=False)
+        np.testing.assert_array_equal(unlabelled.probabilities, found.probabilities)
+        assert math.isnan(unlabelled.loss)
+        assert math.isnan(unlabelled.accuracy)
 
 
 def test_an_evaluation_leaves_the_model_as_it_was(data: Dataset) -> None:

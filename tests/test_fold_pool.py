@@ -408,7 +408,9 @@ def test_processes_that_cannot_start(
         assert states(root) == {"fold_1": "done", "fold_2": "done", "fold_3": "done"}
 
 
-@pytest.mark.parametrize("all_of_them", [True, False], ids=["both", "one of two"])
+@pytest.mark.parametrize(
+    "all_of_them", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["both", "one of two"]
+)
 def test_processes_that_die_before_they_have_started(
     all_of_them: bool,
     tree: PngTree,

@@ -257,6 +257,7 @@ def loader_of(case: Case, data: Data, dtype: torch.dtype = torch.float32) -> Ite
     try:
         loader = make_loader(case, dataset, dtype)
         try:
+            assert loader.name == case.loader
             yield loader
         finally:
             loader.close()
