@@ -82,7 +82,7 @@ def _make_parser() -> Parser:
         "--results_dir", type=Path, default=OWN_RESULTS, help="where result files go (results/benchmarks)"
     )
     parser.add_argument("--samples_per_class", type=int, default=8, help="of the synthetic data, per fold (8)")
-    parser.add_argument("--encodings", nargs="+", default=ENCODINGS, choices=ENCODINGS, help="to pack (all)")
+    parser.add_argument("--encodings", nargs="+", default=list(ENCODINGS), choices=ENCODINGS, help="to pack (all)")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=64, help="of each rank, in decode and load (64)")
     parser.add_argument(

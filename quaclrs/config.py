@@ -29,7 +29,12 @@ DEFAULT_CSV_FILE = Path("spectrograms_balanced_no_sirens.csv")
 DEFAULT_SPECTROGRAMS_DIR = Path("spectrograms")
 DEFAULT_IMAGE_SIZE = 224
 
-ENCODINGS = ("png", "indexed", "rgb")
+ENCODINGS = {
+    "png": "keeps the files' bytes",
+    "indexed": "keeps colour-mapped grids, lossless and smaller",
+    "rgb": "resizes once",
+}
+"""Built-in encodings, and their words in the help: command lines list them without importing shards/encodings."""
 """The encodings of quaclrs itself, for command lines; quaclrs.shards.encodings has their classes, and takes more."""
 SCHEDULERS = ("plateau", "cosine", "none")
 AMP_DTYPES = ("float16", "bfloat16")

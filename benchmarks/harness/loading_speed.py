@@ -41,7 +41,7 @@ def measure_loading(kind: str, options: Options, work_dir: Path) -> Outcome:
     """Race the loaders of ``kind``, DECODING or READY, once for each of ``--dtypes``."""
     device, world = pick_device(options.device, options.world), options.world
     with world.main_process_first():  # the main process packs, the others find the shards
-        sources = _make_sources(options, work_dir, ("png", "rgb") if kind == DECODING else ENCODINGS)
+        sources = _make_sources(options, work_dir, ("png", "rgb") if kind == DECODING else tuple(ENCODINGS))
     base_bytes = read_resident_bytes(list_own_pids())
     groups = []
     for dtype in options.dtypes or _default_dtypes(kind, device):

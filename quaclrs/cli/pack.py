@@ -20,7 +20,6 @@ from quaclrs.config import (
 from quaclrs.errors import run_command
 
 PROGRAM = "quaclrs-pack"
-_ENCODING_HELP = "png keeps the files' bytes; indexed keeps colour-mapped grids, lossless and smaller; rgb resizes once"
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = PROGRAM) -> int:
@@ -42,7 +41,8 @@ def build_parser(program: str = PROGRAM) -> Parser:
         "--from_shards", type=Path, metavar="SHARDS", help="png shards to pack from, in place of CSV and folder"
     )
     parser.add_argument("--output_dir", type=Path, required=True, metavar="SHARDS", help="folder for the shards")
-    parser.add_argument("--encoding", default="png", metavar="|".join(ENCODINGS), help=_ENCODING_HELP)
+    encoding_help = "; ".join(f"{name} {words}" for name, words in ENCODINGS.items())
+    parser.add_argument("--encoding", default="png", metavar="|".join(ENCODINGS), help=encoding_help)
     parser.add_argument("--image_size", type=int, default=DEFAULT_IMAGE_SIZE, help="pixels, for --encoding rgb")
     parser.add_argument("--shard_size", default="256MiB", help="upper bound of one tar")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffling inside each fold")
