@@ -113,8 +113,11 @@ def packing_error(tree: PngTree, output_dir: Path, **options: object) -> str:
 
 
 def resized_by_pillow(path: Path, size: int) -> NDArray[np.uint8]:
-    """(size, size, 3): the image file at ``path``, by Pillow alone."""
-    with Image.open(path) as image:
+    """(size, size, 3): the image file at ``path``, by Pillow alone; 16-bit grey first as ``value >> 8``."""
+    with Image.open(path) as opened:
+        image: Image.Image = opened
+        if image.mode == "I;16":
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
 
 

@@ -37,7 +37,7 @@ METADATA_FILE = "metadata.csv"
 SAMPLES_FILE = "samples.npy"
 
 FLAG_NOT_PLAIN = 1
-"""The image is not 8-bit RGB or RGBA but palette, grey or 16 bit. Only Pillow's conversion to RGB is the reference."""
+"""The image is not 8-bit RGB or RGBA but palette, grey or 16 bit; :mod:`quaclrs.imaging.png` converts it."""
 FLAG_TRANSPARENT = 2
 """Some pixel is not opaque; training drops alpha."""
 FLAG_ALPHA = 4

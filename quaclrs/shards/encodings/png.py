@@ -28,7 +28,7 @@ class PngEncoding(Encoding):
         return EncodedImage(payload=png, facts=check_png(png, name))
 
     def image(self, record: Record) -> NDArray[np.uint8]:
-        """The image as Pillow's ``convert("RGB")`` gives it."""
+        """The image as Pillow's ``convert("RGB")`` gives it; 16-bit values as ``value >> 8``."""
         return to_rgb(record.payload.tobytes(), record.name)
 
     def verify(self, record: Record) -> None:
