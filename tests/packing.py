@@ -71,9 +71,11 @@ def run_tool(name: str, arguments: list[str]) -> subprocess.CompletedProcess[str
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
-    """Every file below ``folder``."""
+    """Every file below ``folder``, without sources.json, which holds the times of the packed images."""
     return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "sources.json"
     }
 
 

@@ -43,6 +43,10 @@ class PngEncoding(Encoding):
                 f"{record.name}: mode {facts.mode} or its transparency is not what {fmt.SAMPLES_FILE} says; pack anew"
             )
 
+    def is_made_from(self, record: Record, png: bytes, name: str, image_size: int) -> bool:
+        """Equal bytes."""
+        return png == record.payload.tobytes()
+
     def export(self, record: Record) -> bytes:
         """The original file."""
         return record.payload.tobytes()
