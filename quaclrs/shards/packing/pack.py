@@ -77,6 +77,11 @@ class _Job:
     settings: PackSettings
     progress: bool
 
+    def audit(self) -> Audit:
+        """What a user must know about the dataset, given which rows turned out to have one image."""
+        images = {source.row: source.image for plan in self.plans for source in plan.sources}
+        return self.metadata.audit([images[row] for row in range(len(self.metadata))])
+
     @functools.cached_property
     def own(self) -> list[ShardPlan]:
         """The shards that this call must pack."""
@@ -127,7 +132,7 @@ def pack(config: PackConfig, *, progress: bool = False, metadata: Metadata | Non
         _refuse_changed_images(manifest, job)
     return PackSummary(
         manifest=manifest,
-        audit=job.metadata.audit(),
+        audit=job.audit(),
         seconds=time.monotonic() - started,
         images_packed=images_packed,
         already_complete=already_complete and not images_packed,

@@ -57,7 +57,8 @@ def indexing_advice(shards: ShardSet) -> str | None:
 
 def describe_shards(shards: ShardSet) -> str:
     """The report of ``quaclrs-inspect info``."""
-    manifest, audit = shards.manifest, shards.metadata().audit()
+    manifest, metadata = shards.manifest, shards.metadata()
+    audit = metadata.audit(shards.image_keys(metadata))
     size = f", {manifest.image_size}x{manifest.image_size}" if manifest.image_size else ""
     payload_bytes = int(shards.samples["size"].sum())
     lines = [
@@ -117,6 +118,11 @@ def data_warnings(audit: Audit, manifest: fmt.Manifest | None = None) -> Iterato
         yield (
             f"warning: {len(audit.conflicting_files)} image(s) carry rows of "
             f"different classes: {_first_few(audit.conflicting_files)}"
+        )
+    if audit.files_across_folds:
+        yield (
+            f"warning: {len(audit.files_across_folds)} image(s) carry rows of more than one fold, which leaks training "
+            f"data into the test: {_first_few(audit.files_across_folds)}"
         )
     if audit.recordings_across_folds:
         yield (
