@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 from quaclrs.config import Columns
 from quaclrs.errors import DataError
 
+_NOT_SAID = ("", "nan", "na", "none", "null")
+"""Lower-case texts that say nothing in columns that a row may leave empty (fsID, classID)."""
+
 ORIGINAL_AUGMENTATION = "original"
 """Value of the ``augmentation`` column for an image that is not augmented."""
 
@@ -38,9 +41,9 @@ class Audit:
     files_across_folds: tuple[str, ...]
     """Images named by rows of different folds: leakage between training and test."""
     recordings_across_folds: tuple[str, ...]
-    """fsIDs with rows in more than one fold: leakage between training and test."""
+    """fsIDs with rows in more than one fold: leakage between training and test. Rows without an fsID do not count."""
     class_id_conflicts: int
-    """Number of rows whose ``classID`` is not the position of their class among the sorted class names."""
+    """Number of rows with a ``classID`` that is not the position of their class among the sorted class names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,13 +130,22 @@ class Metadata:
     def _recordings_across_folds(self) -> tuple[str, ...]:
         if "fsID" not in self.table:
             return ()
-        folds_per_recording = pd.Series(self.fold).groupby(self.table["fsID"].to_numpy()).nunique()
+        said = _is_said(self.table["fsID"])
+        folds_per_recording = pd.Series(self.fold[said]).groupby(self.table["fsID"].to_numpy()[said]).nunique()
         return tuple(str(recording) for recording in folds_per_recording.index[folds_per_recording > 1])
 
     def _class_id_conflicts(self) -> int:
         if "classID" not in self.table or self.columns.label == "classID":
             return 0
-        return int((self.table["classID"] != pd.Series(self.label.astype(str), index=self.table.index)).sum())
+        differs = (self.table["classID"] != pd.Series(self.label.astype(str), index=self.table.index)).to_numpy(
+            dtype=bool
+        )
+        return int((differs & _is_said(self.table["classID"])).sum())
+
+
+def _is_said(values: pd.Series) -> NDArray[np.bool_]:
+    """(rows,) bool: whether a row has a value in an optional column. A row with too few fields has NaN."""
+    return ~values.fillna("").str.strip().str.lower().isin(_NOT_SAID).to_numpy(dtype=bool)
 
 
 def file_key(path: Path, stat: os.stat_result) -> str:
