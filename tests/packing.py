@@ -71,9 +71,11 @@ def run_tool(name: str, arguments: list[str]) -> subprocess.CompletedProcess[str
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
-    """Every file below ``folder``."""
+    """Every file below ``folder``, without sources.json, which holds the times of the packed images."""
     return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "sources.json"
     }
 
 
@@ -113,8 +115,11 @@ def packing_error(tree: PngTree, output_dir: Path, **options: object) -> str:
 
 
 def resized_by_pillow(path: Path, size: int) -> NDArray[np.uint8]:
-    """(size, size, 3): the image file at ``path``, by Pillow alone."""
-    with Image.open(path) as image:
+    """(size, size, 3): the image file at ``path``, by Pillow alone; 16-bit grey first as ``value >> 8``."""
+    with Image.open(path) as opened:
+        image: Image.Image = opened
+        if image.mode == "I;16":
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
 
 

@@ -145,7 +145,7 @@ def odd_images() -> dict[str, bytes]:
         "grey.png": png(grey),
         "grey-alpha.png": png(Image.fromarray(see_through).convert("LA")),
         "16-bit.png": png(Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)),
-        "16-bit-dark.png": png(Image.fromarray(np.asarray(grey).astype(np.uint16))),
+        "16-bit-dim.png": png(Image.fromarray(np.asarray(grey).astype(np.uint16) * 150 + 300)),
         "16-bit-colour.png": png_16_bit_rgb(base),
         "transparent.png": png(Image.fromarray(see_through)),
         "rgb.png": png(image.convert("RGB")),
@@ -232,7 +232,10 @@ def oracle(data: Data) -> Oracle:
     to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     images = []
     for row in rows:
-        with Image.open(data.tree.spectrograms_dir / f"fold{row['fold']}" / row["spec_file_name"]) as image:
+        with Image.open(data.tree.spectrograms_dir / f"fold{row['fold']}" / row["spec_file_name"]) as opened:
+            image: Image.Image = opened
+            if image.mode == "I;16":  # Pillow would clip it at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             images.append(to_tensor(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)))
     names = sorted({row["class"] for row in rows})
     return Oracle(rows, torch.tensor([names.index(row["class"]) for row in rows]), torch.stack(images))

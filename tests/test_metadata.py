@@ -12,6 +12,7 @@ from png_trees import CLASSES, COLUMNS, FOLDS, PngTree, make_row, write_csv
 from quaclrs.config import Columns
 from quaclrs.data.metadata import Metadata, parse_metadata, read_metadata
 from quaclrs.errors import DataError
+from quaclrs.shards.packing.summary import data_warnings
 
 HEADER = ",".join(COLUMNS)
 GOOD = "1-3-orig.png,1.wav,1,1,0,dog,original"
@@ -269,6 +270,22 @@ def test_recordings_in_two_folds_are_reported(tmp_path: Path) -> None:
     ]
     audit = read_metadata(write_csv(tmp_path / "data.csv", rows)).audit()
     assert audit.recordings_across_folds == ("7", "9")
+
+
+@pytest.mark.parametrize("nothing", ["", " ", "nan", "NA", "None"])
+def test_rows_without_a_recording_or_a_class_id_are_not_warned_of(nothing: str) -> None:
+    rows = [f"{fold}.png,a.wav,{nothing},{fold},{nothing},dog,original" for fold in (1, 2, 3)]
+    audit = parse("spec_file_name,orig_file_name,fsID,fold,classID,class,augmentation", *rows).audit()
+    assert audit.recordings_across_folds == ()
+    assert audit.class_id_conflicts == 0
+    assert not [line for line in data_warnings(audit) if line.startswith("warning")]
+
+
+def test_a_row_that_ends_before_its_recording_has_none() -> None:
+    audit = parse(
+        "spec_file_name,class,fold,fsID", "a.png,dog,1", "b.png,dog,2", "c.png,dog,3,7", "d.png,dog,1,7"
+    ).audit()
+    assert audit.recordings_across_folds == ("7",)
 
 
 def test_a_csv_with_few_folds_is_fine() -> None:

@@ -26,10 +26,11 @@ from packing import (
     tars,
 )
 from PIL import Image
-from png_trees import CLASSES, PngTree, grid_image, make_row, make_rows, write_tree
+from png_trees import CLASSES, PngTree, grid_image, make_row, make_rows, write_csv, write_tree
 
-from quaclrs.config import parse_bytes
+from quaclrs.config import TrainConfig, parse_bytes
 from quaclrs.errors import UsageError
+from quaclrs.loaders.dataset import open_dataset
 from quaclrs.shards.format import FLAG_NOT_PLAIN, FLAG_TRANSPARENT, FORMAT_VERSION
 from quaclrs.shards.reader import ShardSet
 
@@ -307,6 +308,59 @@ def test_the_summary_names_what_a_user_must_know(tmp_path: Path, capsys: pytest.
         f"{tmp_path / 'shards'}: 13 samples in 2 shards, {size / 1e6:.1f} MB, encoding png; packed 14 images in "
         in text
     )
+
+
+SHARED_BY_CLASSES = "warning: 2 image(s) carry rows of different classes: a.png, b.png"
+SHARED_BY_FOLDS = (
+    "warning: 2 image(s) carry rows of more than one fold, which leaks training data into the test: a.png, b.png"
+)
+
+
+@pytest.mark.parametrize("how", ["flat", "hard links", "symbolic links", "copies", "others"])
+def test_rows_of_several_folds_and_classes_that_share_a_file(
+    how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told when packing (from the tree or from shards), inspecting, and opening the tree, its cache or shards."""
+    listed = [("a", "dog", 1), ("a", "cat", 2), ("a", "dog", 3), ("b", "cat", 1), ("b", "cat", 2), ("b", "dog", 3)]
+    rows = [{"spec_file_name": f"{file}.png", "class": label, "fold": str(k)} for file, label, k in listed]
+    tree = PngTree(write_csv(tmp_path / "d.csv", rows), tmp_path / "spectrograms", rows)
+    for row, described in enumerate(rows):
+        flat, path = tree.spectrograms_dir / described["spec_file_name"], tree.path(row)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not flat.exists():
+            grid_image("police", ord(listed[row][0])).save(flat)
+        if how == "hard links":
+            path.hardlink_to(flat)
+        elif how == "symbolic links":
+            path.symlink_to(flat)
+        elif how != "flat":
+            grid_image("police", row if how == "others" else ord(listed[row][0])).save(path)
+    said: dict[str, str] = {}
+    for name, encoding in (("shards", "png"), ("rgb", "rgb"), ("indexed", "indexed")):
+        assert call_tool("shard_dataset", pack_flags(tree, tmp_path / name, encoding=encoding, image_size=16)) == 0
+        said[f"packing {name}"] = capsys.readouterr().out
+        assert call_tool("inspect_shards", ["info", str(tmp_path / name)]) == 0
+        said[f"info {name}"] = capsys.readouterr().out
+        said[f"opening {name}"] = opened(TrainConfig(shards=tmp_path / name), want_shards=True)
+    flags = ["--from_shards", str(tmp_path / "shards"), "--output_dir", str(tmp_path / "again"), "--num_workers", "1"]
+    assert call_tool("shard_dataset", flags) == 0
+    said["from_shards"] = capsys.readouterr().out
+    config = TrainConfig(csv_file=tree.csv_file, spectrograms_dir=tree.spectrograms_dir)
+    if how != "copies":  # two files to the tree, one image to the shards
+        said["tree"] = opened(config, want_shards=False)
+        said["cache"] = opened(config, want_shards=True)
+    for name, text in said.items():
+        if how == "copies" and name.startswith("packing"):
+            continue
+        expected = {"note: 6 rows share their image", SHARED_BY_CLASSES, SHARED_BY_FOLDS}
+        assert {line for line in expected if line in text} == (set() if how == "others" else expected), (name, text)
+
+
+def opened(config: TrainConfig, *, want_shards: bool) -> str:
+    """What opening the data logs."""
+    lines: list[str] = []
+    open_dataset(config, want_shards=want_shards, log=lines.append).close()
+    return "\n".join(lines)
 
 
 def test_the_summary_of_a_clean_tree_warns_of_nothing(

@@ -24,6 +24,7 @@ from png_trees import CLASSES, PngTree, grid_image, make_row, make_rows, write_c
 
 from quaclrs.config import Columns
 from quaclrs.errors import ShardError
+from quaclrs.imaging.png import resize_rgb
 from quaclrs.shards.format import FLAG_NOT_PLAIN
 from quaclrs.shards.reader import ShardSet
 
@@ -192,6 +193,30 @@ def test_palette_grey_deep_and_large_images_become_rgb_as_pillow_converts(tmp_pa
         for number, row in enumerate(shards.samples["row"].tolist()):
             expected = resized_by_pillow(tree.path(row), 24)
             np.testing.assert_array_equal(shards.array(number), expected)
+
+
+@pytest.mark.parametrize("encoding", ["png", "rgb", "indexed"])
+def test_the_summary_says_how_16_bit_images_are_rendered(
+    encoding: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = write_tree(tmp_path, [make_row(label, fold) for label in CLASSES[:2] for fold in (1, 2)])
+    flags = pack_flags(tree, tmp_path / "plain", encoding=encoding, image_size=16)
+    assert call_tool("shard_dataset", flags) == 0
+    assert "16 bits" not in capsys.readouterr().out
+    for row in (0, 3):
+        grey = np.asarray(grid_image(tree.rows[row]["class"], row).convert("L")).astype(np.uint16)
+        Image.fromarray(grey * 150 + 300).save(tree.path(row))
+    flags = pack_flags(tree, tmp_path / "deep", encoding=encoding, image_size=16)
+    for _ in range(2):  # also where nothing is left to do
+        assert call_tool("shard_dataset", flags) == 0
+        assert "note: 2 image(s) have 16 bits per channel; values are rendered as value >> 8" in (
+            capsys.readouterr().out
+        )
+    with ShardSet(tmp_path / "deep") as shards:
+        for number, row in enumerate(shards.samples["row"].tolist()):
+            expected = resized_by_pillow(tree.path(row), 16)
+            found = resize_rgb(Image.fromarray(shards.image(number)), 16)
+            np.testing.assert_array_equal(found, expected)
 
 
 # --- CSVs ---

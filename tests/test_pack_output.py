@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,8 +26,10 @@ from packing import (
 from PIL import Image
 from png_trees import CLASSES, PngTree, grid_image, make_rows, write_csv, write_tree
 
-from quaclrs.config import Columns
+from quaclrs.config import Columns, TrainConfig
 from quaclrs.errors import ShardError
+from quaclrs.loaders.dataset import open_dataset
+from quaclrs.shards.packing.write_shard import SampleSource, read_source
 
 
 @pytest.fixture
@@ -91,11 +94,123 @@ def test_another_csv_is_refused(small_tree: PngTree, tmp_path: Path) -> None:
         pack_tree(other, tmp_path / "shards")
 
 
-def test_changed_images_are_noticed(small_tree: PngTree, tmp_path: Path) -> None:
-    pack_tree(small_tree, tmp_path / "shards")
-    grid_image("police", 99).save(small_tree.path(3))
-    with pytest.raises(ShardError, match="holds shards made from images that have changed since"):
-        pack_tree(small_tree, tmp_path / "shards")
+ENCODINGS = ["png", "rgb", "indexed"]
+
+
+def redraw(path: Path) -> None:
+    """Other pixels, but the same size in bytes, and a later time."""
+    before = path.stat()
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGBA")).copy()
+    pixels[:4, :4, 0] ^= 128
+    Image.fromarray(pixels).save(path, compress_level=0)
+    assert path.stat().st_size == before.st_size
+    os.utime(path, ns=(1, before.st_mtime_ns + 1))
+
+
+@pytest.fixture
+def plain_tree(small_tree: PngTree) -> PngTree:
+    """Images whose size in bytes follows from their shape alone, as fast writers make them."""
+    for row in range(len(small_tree.rows)):
+        with Image.open(small_tree.path(row)) as image:
+            image.copy().save(small_tree.path(row), compress_level=0)
+    return small_tree
+
+
+def named(tree: PngTree, row: int) -> str:
+    return f"fold{tree.rows[row]['fold']}/{tree.path(row).name}"
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_changed_image_of_the_same_size_is_named(encoding: str, plain_tree: PngTree, tmp_path: Path) -> None:
+    pack_tree(plain_tree, tmp_path / "shards", encoding=encoding, image_size=16)
+    before = content_of(tmp_path / "shards")
+    redraw(plain_tree.path(3))
+    for _ in range(2):
+        with pytest.raises(ShardError) as caught:
+            pack_tree(plain_tree, tmp_path / "shards", encoding=encoding, image_size=16)
+        assert str(caught.value) == (
+            f"{tmp_path / 'shards'}: holds shards made from images that have changed since, the first "
+            f"{named(plain_tree, 3)}; choose another folder, or delete this one to pack anew"
+        )
+    assert content_of(tmp_path / "shards") == before
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_touched_image_is_compared_once_and_packs_nothing(
+    encoding: str, plain_tree: PngTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def count_and_read(source: SampleSource) -> bytes:
+        read.append(source.file)
+        return read_source(source)
+
+    monkeypatch.setattr("quaclrs.shards.packing.changed_sources.read_source", count_and_read)
+    options: dict[str, Any] = {"encoding": encoding, "image_size": 16}
+    pack_tree(plain_tree, tmp_path / "shards", **options)
+    before = content_of(tmp_path / "shards")
+    assert pack_tree(plain_tree, tmp_path / "shards", **options).already_complete
+    assert read == []  # an untouched tree is not read
+    os.utime(plain_tree.path(5), ns=(1, 1))
+    for _ in range(2):
+        assert pack_tree(plain_tree, tmp_path / "shards", **options).already_complete
+        assert read == [named(plain_tree, 5)]
+    (tmp_path / "shards" / "sources.json").unlink()  # as in shards of earlier versions
+    for _ in range(2):
+        assert pack_tree(plain_tree, tmp_path / "shards", **options).already_complete
+        assert len(read) == 1 + len(plain_tree.rows)
+    assert content_of(tmp_path / "shards") == before
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"shards": "of another packing", "sources": {}}', b"[1]"])
+def test_any_other_sources_file_is_no_hint(content: bytes, plain_tree: PngTree, tmp_path: Path) -> None:
+    pack_tree(plain_tree, tmp_path / "shards")
+    redraw(plain_tree.path(3))
+    (tmp_path / "shards" / "sources.json").write_bytes(content)
+    with pytest.raises(ShardError, match=f"the first {named(plain_tree, 3)};"):
+        pack_tree(plain_tree, tmp_path / "shards")
+
+
+def test_a_skipped_image_that_was_mended_is_named(plain_tree: PngTree, tmp_path: Path) -> None:
+    good = plain_tree.path(3).read_bytes()
+    plain_tree.path(3).write_bytes(good[:-20] + bytes(20))
+    pack_tree(plain_tree, tmp_path / "shards", on_error="skip")
+    os.utime(plain_tree.path(3), ns=(1, 1))
+    assert pack_tree(plain_tree, tmp_path / "shards", on_error="skip").already_complete
+    plain_tree.path(3).write_bytes(good)
+    with pytest.raises(ShardError, match=f"the first {named(plain_tree, 3)};"):
+        pack_tree(plain_tree, tmp_path / "shards", on_error="skip")
+
+
+@pytest.mark.parametrize("change", ["other size", "damaged", "missing"])
+def test_changed_images_are_noticed(change: str, small_tree: PngTree, tmp_path: Path) -> None:
+    pack_tree(small_tree, tmp_path / "shards", on_error="skip")
+    if change == "other size":
+        grid_image("police", 99).save(small_tree.path(3))
+    elif change == "damaged":
+        small_tree.path(3).write_bytes(bytes(small_tree.path(3).stat().st_size))
+        os.utime(small_tree.path(3), ns=(1, 1))
+    else:
+        small_tree.path(3).unlink()
+    with pytest.raises(ShardError, match=f"have changed since, the first {named(small_tree, 3)};"):
+        pack_tree(small_tree, tmp_path / "shards", on_error="skip")
+
+
+def test_images_written_anew_with_the_same_pixels_are_the_same_to_indexed(small_tree: PngTree, tmp_path: Path) -> None:
+    pack_tree(small_tree, tmp_path / "shards", encoding="indexed")
+    with Image.open(small_tree.path(3)) as image:
+        image.copy().save(small_tree.path(3), compress_level=0)
+    assert pack_tree(small_tree, tmp_path / "shards", encoding="indexed").already_complete
+
+
+def test_the_trainers_cache_notices_a_changed_image_of_the_same_size(plain_tree: PngTree) -> None:
+    config = TrainConfig(csv_file=plain_tree.csv_file, spectrograms_dir=plain_tree.spectrograms_dir)
+    for _ in range(2):
+        open_dataset(config, want_shards=True, log=lambda text: None).close()
+    redraw(plain_tree.path(3))
+    with pytest.raises(ShardError, match=f"have changed since, the first {named(plain_tree, 3)};"):
+        open_dataset(config, want_shards=True, log=lambda text: None)
 
 
 def test_something_that_is_no_manifest_is_refused(small_tree: PngTree, tmp_path: Path) -> None:

@@ -118,12 +118,26 @@ def test_good_pngs_become_what_pillow_makes_of_them(kind: str) -> None:
     assert (facts.mode, facts.transparent, facts.plain) == (mode, transparent, plain)
     assert (facts.width, facts.height) == image.size
     assert check_png(data, "a.png") == facts
-    with Image.open(io.BytesIO(data)) as oracle:
+    with Image.open(io.BytesIO(data)) as opened:
+        oracle: Image.Image = opened
+        if oracle.mode == "I;16":
+            oracle = Image.fromarray((np.asarray(oracle) >> 8).astype(np.uint8))  # Pillow would clip it at 255
         # Pillow warns when it drops alphas given in bytes, but not after a conversion to RGBA
         expected = np.asarray(oracle.convert("RGBA").convert("RGB") if "alphas" in kind else oracle.convert("RGB"))
     assert image.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(image), expected)
     np.testing.assert_array_equal(to_rgb(data, "a.png"), expected)
+
+
+@pytest.mark.parametrize("colour_type", [GREY, RGB, GREY_ALPHA, RGBA])
+def test_every_16_bit_image_is_rendered_as_its_upper_8_bits(colour_type: int) -> None:
+    """As libpng, OpenCV and DALI do. Pillow itself clips grey at 255."""
+    samples = values(16, colour_type).reshape(HEIGHT, WIDTH, CHANNELS[colour_type])
+    colours = samples if samples.shape[2] >= 3 else samples[:, :, :1].repeat(3, axis=2)
+    data = craft(16, colour_type, as_lines(values(16, colour_type)))
+    expected = (colours[:, :, :3] >> 8).astype(np.uint8)
+    np.testing.assert_array_equal(to_rgb(data, "a.png"), expected)
+    np.testing.assert_array_equal(np.asarray(decode_png(data, "a.png")[0]), expected)
 
 
 def test_interlacing_changes_no_pixel() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
-from quaclrs.data.folds import class_weights, select, split_for
+from quaclrs.data.folds import class_weights, refuse_absent_classes, select, split_for
 from quaclrs.data.sampling import (
     epoch_order,
     evaluation_batches,
@@ -287,6 +287,32 @@ def test_classes_without_training_rows_are_named() -> None:
         TrainingError, match="no training rows for class cat, emu; add some, or take the class out of the CSV"
     ):
         class_weights(np.array([0, 2, 2]), ("ant", "cat", "dog", "emu"))
+
+
+def test_a_class_without_training_rows_is_named_with_its_folds_and_the_way_out() -> None:
+    """Class 1 lies in folds 2 and 3 of 4, which test and validate for test fold 3."""
+    fold = np.array([1, 2, 3, 4, 2, 3])
+    label = np.array([0, 0, 0, 0, 1, 1])
+    for test_fold in (1, 2, 4):
+        refuse_absent_classes(label, fold, ("ant", "bee"), split_for(test_fold, 4), 4)
+    with pytest.raises(TrainingError) as caught:
+        refuse_absent_classes(label, fold, ("ant", "bee"), split_for(3, 4), 4)
+    assert str(caught.value) == (
+        "--fold 3: no training rows for class bee (rows in fold(s): 2, 3) in its training fold(s) 1, 4; train the "
+        "folds that have all classes (--fold 1, --fold 2, --fold 4), add rows, or take the class out of the CSV"
+    )
+
+
+def test_many_classes_without_training_rows_are_cut_and_no_way_is_named_that_does_not_exist() -> None:
+    fold = np.array([1, 2, 3] + 7 * [3] + [1])
+    label = np.array([0, 0, 0, *range(1, 8), 8])
+    with pytest.raises(TrainingError) as caught:
+        refuse_absent_classes(label, fold, tuple("abcdefghi"), split_for(3, 3), 3)
+    assert str(caught.value) == (
+        "--fold 3: no training rows for class b (rows in fold(s): 3), c (rows in fold(s): 3), d (rows in fold(s): 3), "
+        "e (rows in fold(s): 3), f (rows in fold(s): 3) and 2 more in its training fold(s) 1; add rows, or take the "
+        "class out of the CSV"
+    )
 
 
 # --- data divided among the ranks ---

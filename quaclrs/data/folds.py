@@ -5,6 +5,7 @@ For test fold k of n, fold k − 1 validates (fold n for k = 1), and all others 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from quaclrs.errors import TrainingError, UsageError
 
 DEFAULT_NUM_FOLDS = 10
+_MOST_NAMED = 5
+"""Classes named in one message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,39 @@ def select(fold: NDArray[np.int64], split: Split) -> SampleSplit:
                 "choose another --fold, or say how many folds there are with --num_folds"
             )
     return SampleSplit(*parts)
+
+
+def refuse_absent_classes(
+    label: NDArray[np.int64], fold: NDArray[np.int64], classes: tuple[str, ...], split: Split, num_folds: int
+) -> None:
+    """Raise :class:`TrainingError` if a class has no sample in ``split``'s training folds.
+
+    The message names the fold, the class, the folds that hold the class, and the folds that can be trained.
+    ``label`` (N,) and ``fold`` (N,) are those of all samples.
+    """
+    counts = np.zeros((len(classes), num_folds + 1), np.int64)  # counts: (classes, folds), where fold 0 is empty
+    np.add.at(counts, (label, fold), 1)
+    absent = np.flatnonzero(counts[:, split.train].sum(axis=1) == 0).tolist()
+    if not absent:
+        return
+    named = [f"{classes[i]} (rows in fold(s): {_listed(np.flatnonzero(counts[i]))})" for i in absent[:_MOST_NAMED]]
+    more = f" and {len(absent) - _MOST_NAMED} more" if len(absent) > _MOST_NAMED else ""
+    trainable = [k for k in range(1, num_folds + 1) if _is_trainable(counts, split_for(k, num_folds))]
+    others = "train the folds that have all classes (" + ", ".join(f"--fold {k}" for k in trainable) + "), "
+    raise TrainingError(
+        f"--fold {split.test}: no training rows for class {', '.join(named)}{more} in its training fold(s) "
+        f"{_listed(split.train)}; {others if trainable else ''}add rows, or take the class out of the CSV"
+    )
+
+
+def _is_trainable(counts: NDArray[np.int64], split: Split) -> bool:
+    """Whether each class of ``counts`` (classes, folds) has training samples, and the other two parts have some."""
+    rows = counts.sum(axis=0)
+    return bool(counts[:, split.train].sum(axis=1).all() and rows[split.validation] and rows[split.test])
+
+
+def _listed(folds: Iterable[int]) -> str:
+    return ", ".join(str(k) for k in folds) or "none"
 
 
 def class_weights(labels: NDArray[np.int64], classes: tuple[str, ...]) -> NDArray[np.float32]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -19,6 +20,9 @@ from numpy.typing import NDArray
 
 from quaclrs.config import Columns
 from quaclrs.errors import DataError
+
+_NOT_SAID = ("", "nan", "na", "none", "null")
+"""Lower-case texts that say nothing in columns that a row may leave empty (fsID, classID)."""
 
 ORIGINAL_AUGMENTATION = "original"
 """Value of the ``augmentation`` column for an image that is not augmented."""
@@ -34,10 +38,12 @@ class Audit:
     """Number of rows whose image is also named by another row."""
     conflicting_files: tuple[str, ...]
     """Images named by rows of different classes."""
+    files_across_folds: tuple[str, ...]
+    """Images named by rows of different folds: leakage between training and test."""
     recordings_across_folds: tuple[str, ...]
-    """fsIDs with rows in more than one fold: leakage between training and test."""
+    """fsIDs with rows in more than one fold: leakage between training and test. Rows without an fsID do not count."""
     class_id_conflicts: int
-    """Number of rows whose ``classID`` is not the position of their class among the sorted class names."""
+    """Number of rows with a ``classID`` that is not the position of their class among the sorted class names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,17 +103,26 @@ class Metadata:
         # os.path.isfile, because Path.is_file raises OSError for a name that is too long
         return flat if not os.path.isfile(in_fold) and os.path.isfile(flat) else in_fold  # noqa: PTH113
 
-    def audit(self) -> Audit:
-        """Count what deserves a warning. None of it is an error: the original trainer accepts it all."""
+    def audit(self, images: Sequence[str] | None = None) -> Audit:
+        """Count what deserves a warning. None of it is an error: the original trainer accepts it all.
+
+        ``images`` (rows) are equal where rows have one image; by default where they name the same file of one fold.
+        """
         counts = np.zeros((len(self.classes), len(self.fold_numbers)), dtype=np.int64)
         np.add.at(counts, (self.label, np.searchsorted(self.fold_numbers, self.fold)), 1)
-        by_file = pd.DataFrame({"fold": self.fold, "file": self.file, "label": self.label}).groupby(["fold", "file"])
-        labels_per_file = by_file["label"].nunique()
-        conflicting = labels_per_file.index[labels_per_file > 1]
+        keys = images or [self.relative_path(row) for row in range(len(self))]
+        _, first_row, image = np.unique(np.array(keys), return_index=True, return_inverse=True)
+        by_file = pd.DataFrame({"image": image, "fold": self.fold, "label": self.label}).groupby("image")
+        of_many_folds, of_many_classes = by_file["fold"].nunique() > 1, by_file["label"].nunique() > 1
+        names = [
+            self.file[row] if in_many_folds else self.relative_path(row)
+            for row, in_many_folds in zip(first_row, of_many_folds, strict=True)
+        ]
         return Audit(
             counts=counts,
             rows_sharing_a_file=int((by_file["label"].transform("size") > 1).sum()),
-            conflicting_files=tuple(f"fold{fold}/{file}" for fold, file in conflicting),
+            conflicting_files=tuple(names[position] for position in np.flatnonzero(of_many_classes)),
+            files_across_folds=tuple(names[position] for position in np.flatnonzero(of_many_folds)),
             recordings_across_folds=self._recordings_across_folds(),
             class_id_conflicts=self._class_id_conflicts(),
         )
@@ -115,13 +130,27 @@ class Metadata:
     def _recordings_across_folds(self) -> tuple[str, ...]:
         if "fsID" not in self.table:
             return ()
-        folds_per_recording = pd.Series(self.fold).groupby(self.table["fsID"].to_numpy()).nunique()
+        said = _is_said(self.table["fsID"])
+        folds_per_recording = pd.Series(self.fold[said]).groupby(self.table["fsID"].to_numpy()[said]).nunique()
         return tuple(str(recording) for recording in folds_per_recording.index[folds_per_recording > 1])
 
     def _class_id_conflicts(self) -> int:
         if "classID" not in self.table or self.columns.label == "classID":
             return 0
-        return int((self.table["classID"] != pd.Series(self.label.astype(str), index=self.table.index)).sum())
+        differs = (self.table["classID"] != pd.Series(self.label.astype(str), index=self.table.index)).to_numpy(
+            dtype=bool
+        )
+        return int((differs & _is_said(self.table["classID"])).sum())
+
+
+def _is_said(values: pd.Series) -> NDArray[np.bool_]:
+    """(rows,) bool: whether a row has a value in an optional column. A row with too few fields has NaN."""
+    return ~values.fillna("").str.strip().str.lower().isin(_NOT_SAID).to_numpy(dtype=bool)
+
+
+def file_key(path: Path, stat: os.stat_result) -> str:
+    """A text that is equal for names of one file, also where links give it several names."""
+    return f"{stat.st_dev}:{stat.st_ino}" if stat.st_ino else str(path)
 
 
 def read_metadata(csv_file: Path, columns: Columns | None = None) -> Metadata:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from quaclrs.config import TrainConfig
-from quaclrs.data.folds import class_weights, select, split_for
+from quaclrs.data.folds import refuse_absent_classes, select, split_for
 from quaclrs.errors import TrainingError
 from quaclrs.experiment.results import Provenance, read_document
 from quaclrs.loaders.base import Loader
@@ -127,8 +127,9 @@ def select_fold_samples(dataset: Dataset, fold: int, num_folds: int) -> FoldSamp
 
     Raises :class:`TrainingError` if a part of the split, or a class in the training part, is empty.
     """
-    train, validation, test = select(dataset.fold, split_for(fold, num_folds))
-    class_weights(dataset.label[train], dataset.classes)
+    split = split_for(fold, num_folds)
+    train, validation, test = select(dataset.fold, split)
+    refuse_absent_classes(dataset.label, dataset.fold, dataset.classes, split, num_folds)
     if len(train) < 2:
         raise TrainingError(f"--fold {fold}: training on {len(train)} sample(s) is not possible; it takes two at least")
     return FoldSamples(train=train, validation=validation, test=test, label=dataset.label)

@@ -32,6 +32,9 @@ _OTHER_SIGNATURES = {
 _END_CHUNK = b"\0\0\0\0IEND\xae\x42\x60\x82"
 _BIT_DEPTH_OFFSET = 24
 
+SIXTEEN_BIT_GREY = ("I;16", "I;16B", "I")
+"""Modes in which versions of Pillow open 16-bit grey; no other PNG has them."""
+
 PLAIN_MODES = ("RGB", "RGBA")
 """Modes of 8-bit colour, which the dataset has. Pillow converts any other mode before other decoders see the image."""
 
@@ -45,7 +48,7 @@ class PngFacts:
     mode: str
     """Pillow's mode: RGBA, RGB, P, L, LA, I;16, ..."""
     bits: int
-    """Bits per channel in the file; of 16 bits, Pillow keeps 8 in colour images."""
+    """Bits per channel in the file; of 16 bits, decoding keeps the upper 8."""
     transparent: bool
     """Whether some pixel is not opaque; converting to RGB drops the alpha channel."""
 
@@ -56,13 +59,13 @@ class PngFacts:
 
 
 def decode_png(data: bytes, name: str) -> tuple[Image.Image, PngFacts]:
-    """Check and decode one PNG: Pillow's ``convert("RGB")`` of it, and its facts.
+    """Check and decode one PNG: Pillow's ``convert("RGB")`` of it (16-bit values as ``value >> 8``), and its facts.
 
     ``name`` stands for the image in messages. Raises :class:`DataError` if the bytes are not a PNG, a chunk's CRC is
     wrong, the file is truncated, pixels are missing, or the image is a decompression bomb.
     """
     image = _load_checked(data, name)
-    return _refusing_errors(lambda: image.convert("RGB"), name), _facts(image, data)
+    return _refusing_errors(lambda: _as_rgb(image), name), _facts(image, data)
 
 
 def check_png(data: bytes, name: str) -> PngFacts:
@@ -72,12 +75,23 @@ def check_png(data: bytes, name: str) -> PngFacts:
 
 def to_rgb(data: bytes, name: str) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 of a PNG that has been checked before. Errors as :func:`decode_png`, but CRCs are not checked."""
-    return np.asarray(_refusing_errors(lambda: _open(data).convert("RGB"), name))
+    return np.asarray(_refusing_errors(lambda: _as_rgb(_open(data)), name))
 
 
 def resize_rgb(image: Image.Image, size: int) -> NDArray[np.uint8]:
     """(size, size, 3) uint8: antialiased bilinear resize, as in the original trainer; the aspect ratio is not kept."""
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """``image.convert("RGB")``, and for every 16-bit image ``value >> 8``, as libpng, OpenCV and DALI have it.
+
+    Pillow does so for 16-bit colour, but clips 16-bit grey at 255.
+    """
+    if image.mode in SIXTEEN_BIT_GREY:
+        image.load()
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _proven_facts(data: bytes) -> PngFacts | None:

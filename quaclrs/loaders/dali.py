@@ -194,7 +194,7 @@ class _ReadAhead:
 
 
 def _as_plain_png(data: bytes, name: str) -> NDArray[np.uint8]:
-    """A palette, grey or 16-bit PNG as 8-bit RGB PNG, converted by Pillow: DALI would convert it differently."""
+    """A palette, grey or 16-bit PNG as 8-bit RGB PNG, as all loaders decode it: DALI would convert some differently."""
     buffer = io.BytesIO()
     Image.fromarray(to_rgb(data, name)).save(buffer, "PNG", compress_level=1)
     return np.frombuffer(buffer.getvalue(), np.uint8)

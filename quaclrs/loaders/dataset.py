@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, Columns, PackConfig, TrainConfig
 from quaclrs.data.folds import SampleSplit, select, split_for
-from quaclrs.data.metadata import Metadata, read_metadata
+from quaclrs.data.metadata import Audit, Metadata, file_key, read_metadata
 from quaclrs.data.sampling import storage_order
 from quaclrs.errors import DataError, ShardError, StorageError
 from quaclrs.shards.packing.pack import pack
@@ -80,7 +80,7 @@ def open_dataset(config: TrainConfig, *, want_shards: bool, log: Callable[[str],
     if config.shards is not None:
         shards = ShardSet(config.shards)
         metadata = shards.metadata()
-        dataset = _from_shards(shards, metadata, log)
+        dataset = _from_shards(shards, metadata, metadata.audit(shards.image_keys(metadata)), log)
         if config.csv_file is not None:
             _refuse_other_csv(metadata, config.shards, config.csv_file, config.columns)
         return dataset
@@ -88,9 +88,7 @@ def open_dataset(config: TrainConfig, *, want_shards: bool, log: Callable[[str],
     spectrograms_dir = config.spectrograms_dir or DEFAULT_SPECTROGRAMS_DIR
     metadata = read_metadata(csv_file, config.columns)
     if not want_shards:
-        for warning in data_warnings(metadata.audit()):
-            log(warning)
-        return _from_tree(metadata, spectrograms_dir)
+        return _from_tree(metadata, spectrograms_dir, log)
     cache = cache_folder(metadata)
     log(f"shards: {cache} (packed once, then reused)")
     packing = PackConfig(
@@ -102,11 +100,11 @@ def open_dataset(config: TrainConfig, *, want_shards: bool, log: Callable[[str],
         num_workers=max(1, config.num_workers),
     )
     try:
-        pack(packing, progress=True, metadata=metadata)
+        audit = pack(packing, progress=True, metadata=metadata).audit
     except StorageError as error:
         raise StorageError(f"{error}, or pack elsewhere with quaclrs-pack and give --shards") from None
     shards = ShardSet(cache)
-    return _from_shards(shards, shards.metadata(metadata), log)
+    return _from_shards(shards, shards.metadata(metadata), audit, log)
 
 
 def cache_folder(metadata: Metadata) -> Path:
@@ -115,22 +113,26 @@ def cache_folder(metadata: Metadata) -> Path:
     return metadata.csv_file.parent / CACHE_FOLDER / f"{metadata.csv_file.stem}-{content[:12]}-png"
 
 
-def _from_shards(shards: ShardSet, metadata: Metadata, log: Callable[[str], None]) -> Dataset:
-    for warning in data_warnings(metadata.audit(), shards.manifest):
+def _from_shards(shards: ShardSet, metadata: Metadata, audit: Audit, log: Callable[[str], None]) -> Dataset:
+    for warning in data_warnings(audit, shards.manifest):
         log(warning)
     return _dataset(metadata, shards.samples["row"].astype(np.int64), str(shards.root), shards=shards)
 
 
-def _from_tree(metadata: Metadata, spectrograms_dir: Path) -> Dataset:
+def _from_tree(metadata: Metadata, spectrograms_dir: Path, log: Callable[[str], None]) -> Dataset:
     if not spectrograms_dir.is_dir():
         raise DataError(f"{spectrograms_dir}: no such folder; check --spectrograms_dir")
     rows = storage_order(metadata.fold, _STORAGE_SEED)
     paths = tuple(metadata.path(int(row), spectrograms_dir) for row in rows)
+    keys = [""] * len(metadata)
     for row, path in zip(rows, paths, strict=True):
         if not path.is_file():
             raise DataError(
                 f"{metadata.csv_file}: row {row + 1}: no image at {path}; check --spectrograms_dir or restore the file"
             )
+        keys[row] = file_key(path, path.stat())
+    for warning in data_warnings(metadata.audit(keys)):
+        log(warning)
     return _dataset(metadata, rows, str(metadata.csv_file), paths=paths)
 
 

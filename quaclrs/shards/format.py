@@ -7,6 +7,7 @@ A shard folder holds::
     samples.npy               one SAMPLE_DTYPE record per sample: position of its payload, CSV row, fold, label
     fold01/fold01-000000.tar  plain USTAR; per sample KEY.png or KEY.npy, KEY.cls and KEY.json, in this order
     fold01/fold01-000000.idx  the same offsets for DALI's own WebDataset reader (wds2idx, version v1.2)
+    sources.json              size and time of each source image, a hint for packing again; no reader needs it
 
 KEY is ``fold01-000123``: the fold, and the position inside it. It is unique and has no dot. A *sample number* is a
 position in samples.npy: fold by fold, shuffled inside each fold. The tars hold the samples in the same order.
@@ -37,7 +38,7 @@ METADATA_FILE = "metadata.csv"
 SAMPLES_FILE = "samples.npy"
 
 FLAG_NOT_PLAIN = 1
-"""The image is not 8-bit RGB or RGBA but palette, grey or 16 bit. Only Pillow's conversion to RGB is the reference."""
+"""The image is not 8-bit RGB or RGBA but palette, grey or 16 bit; :mod:`quaclrs.imaging.png` converts it."""
 FLAG_TRANSPARENT = 2
 """Some pixel is not opaque; training drops alpha."""
 FLAG_ALPHA = 4
@@ -112,7 +113,7 @@ class Manifest:
     columns: dict[str, str]
     """``file``, ``label`` and ``fold`` to the names of these CSV columns."""
     source_fingerprint: str
-    """SHA-256 over each packed row's path and file size, to detect a changed PNG tree."""
+    """SHA-256 over each packed row's path and file size."""
     classes: tuple[str, ...]
     folds: tuple[int, ...]
     num_samples: int

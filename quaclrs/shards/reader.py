@@ -146,6 +146,26 @@ class ShardSet:
             return parsed
         return parse_metadata(raw, path, columns)
 
+    def image_keys(self, metadata: Metadata) -> list[str]:
+        """For each row of the CSV, a text that is equal for rows that have one image.
+
+        Rows of one fold have one image where they name the same file; rows of different folds where the payloads are
+        equal too, because only the packer knew whether ``{file}`` was in each fold's folder or outside of them. Reads
+        only payloads of equal names and sizes.
+        """
+        keys = [metadata.relative_path(row) for row in range(len(metadata))]
+        alike: dict[tuple[str, int], list[int]] = {}
+        for number, row in enumerate(self.samples["row"].tolist()):
+            alike.setdefault((metadata.file[row], int(self.samples["size"][number])), []).append(number)
+        for (file, _), numbers in alike.items():
+            if len(np.unique(self.samples["fold"][numbers])) > 1:
+                for number in numbers:
+                    digest = (
+                        int(self.samples["pixels"][number]) or hashlib.sha256(self.payload(number).data).hexdigest()
+                    )
+                    keys[int(self.samples["row"][number])] = f"{file} {digest}"
+        return keys
+
     def close(self) -> None:
         """Close all files and maps. Arrays returned earlier stay valid: they keep their map alive."""
         for mapped in self._maps.values():

@@ -20,7 +20,7 @@ from PIL import Image
 
 from quaclrs.errors import ShardError
 from quaclrs.imaging.layout import Layout
-from quaclrs.imaging.png import PngFacts
+from quaclrs.imaging.png import PngFacts, decode_png
 from quaclrs.shards import format as fmt
 
 Finding = tuple[int | bytes, ...]
@@ -145,6 +145,21 @@ class Encoding(ABC):
             raise ShardError(f"{record.name}: holds {image.shape} {image.dtype}, not {expected} uint8; pack anew")
         if fields["pixels"] and fmt.pixel_digest(image) != int(fields["pixels"]):
             raise ShardError(f"{record.name}: decoded, its pixels are not the original's; pack anew")
+
+    def is_made_from(self, record: Record, png: bytes, name: str, image_size: int) -> bool:
+        """Whether ``record`` holds what packing the image file ``png`` would store. Arguments and errors as ``encode``.
+
+        By default: equal size and transparency; then equal pixels where a digest is recorded, else an equal payload.
+        """
+        fields = record.fields
+        if fields["pixels"]:
+            image, facts = decode_png(png, name)
+            same = fmt.pixel_digest(np.asarray(image)) == int(fields["pixels"])
+        else:
+            encoded = self.encode(png, name, image_size)
+            facts, same = encoded.facts, encoded.payload == record.payload.tobytes()
+        now = (facts.width, facts.height, fmt.flags_of(facts))
+        return same and now == (int(fields["width"]), int(fields["height"]), int(fields["flags"]))
 
     def export(self, record: Record) -> bytes:
         """The image file that ``export`` writes: by default :meth:`image` as PNG."""

@@ -28,7 +28,7 @@ class PngEncoding(Encoding):
         return EncodedImage(payload=png, facts=check_png(png, name))
 
     def image(self, record: Record) -> NDArray[np.uint8]:
-        """The image as Pillow's ``convert("RGB")`` gives it."""
+        """The image as Pillow's ``convert("RGB")`` gives it; 16-bit values as ``value >> 8``."""
         return to_rgb(record.payload.tobytes(), record.name)
 
     def verify(self, record: Record) -> None:
@@ -42,6 +42,10 @@ class PngEncoding(Encoding):
             raise ShardError(
                 f"{record.name}: mode {facts.mode} or its transparency is not what {fmt.SAMPLES_FILE} says; pack anew"
             )
+
+    def is_made_from(self, record: Record, png: bytes, name: str, image_size: int) -> bool:
+        """Equal bytes."""
+        return png == record.payload.tobytes()
 
     def export(self, record: Record) -> bytes:
         """The original file."""

@@ -50,6 +50,11 @@ job of one kind does not recognise the finished shards of the other.
 _RETRY_S = 0.05
 
 
+def difference_text(name: str, theirs: object, ours: object) -> str:
+    """The two values of a setting that differs, for messages; nothing for a fingerprint, which nobody can compare."""
+    return "" if name == "csv_fingerprint" else f" ({name}: {theirs}, now {ours})"
+
+
 def settings_of(manifest: fmt.Manifest, shards: list[str], config: PackConfig) -> PackSettings:
     """The settings of ``config``'s packing.
 
@@ -133,7 +138,7 @@ def _refuse_to_differ_from_jobs(stored: PackSettings | None, wanted: PackSetting
         theirs, ours = stored.values.get(name), wanted.values[name]
         if theirs != ours:
             raise ShardError(
-                f"{output_dir}: jobs with --folds pack here from {what} ({name}: {theirs}, now {ours}); "
+                f"{output_dir}: jobs with --folds pack here from {what}{difference_text(name, theirs, ours)}; "
                 "go on as they do, choose another folder, or delete this one to pack anew"
             )
 

@@ -15,6 +15,8 @@ from quaclrs.data.metadata import Metadata
 from quaclrs.errors import DataError
 from quaclrs.shards import format as fmt
 from quaclrs.shards.encodings.base import SharedTables
+from quaclrs.shards.packing.changed_sources import remember_sources
+from quaclrs.shards.packing.write_shard import ShardPlan
 from quaclrs.shards.work_folder import RECORDED_FIELDS, ShardRecord, remove_other_shards, remove_shard
 from quaclrs.system.atomic_files import write_bytes
 
@@ -46,11 +48,12 @@ def describe(
 def finalize(
     manifest: fmt.Manifest,
     metadata: Metadata,
+    plans: list[ShardPlan],
     records: list[ShardRecord],
     shared: SharedTables | None,
     output_dir: Path,
 ) -> fmt.Manifest:
-    """Write everything but the tars, from the ``records`` of all shards; returns the finished manifest.
+    """Write everything but the tars, from the ``plans`` and ``records`` of all shards; returns the finished manifest.
 
     The manifest is written last: only a folder with a manifest is a shard folder. The caller holds the folder
     exclusively. Raises :class:`DataError` where every row was skipped, :class:`StorageError` if the output disk cannot
@@ -65,6 +68,7 @@ def finalize(
     for record in records:
         if not record.entry.samples:  # all its images were skipped, and other readers fail on empty tars
             remove_shard(record.entry.file, output_dir)
+    remember_sources(plans, finished, output_dir)
     write_bytes(output_dir / fmt.MANIFEST_FILE, finished.to_json())
     return finished
 

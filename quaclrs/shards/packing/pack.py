@@ -21,7 +21,14 @@ from quaclrs.errors import ShardError, StorageError, UsageError
 from quaclrs.shards import format as fmt
 from quaclrs.shards.encodings import get_encoding
 from quaclrs.shards.encodings.base import Encoding, Finding, SharedTables, TwoPassEncoding
-from quaclrs.shards.packing.coordination import WHAT_MUST_AGREE, packing_alone, packing_together, settings_of
+from quaclrs.shards.packing.changed_sources import first_changed_source
+from quaclrs.shards.packing.coordination import (
+    WHAT_MUST_AGREE,
+    difference_text,
+    packing_alone,
+    packing_together,
+    settings_of,
+)
 from quaclrs.shards.packing.finalize import describe, finalize
 from quaclrs.shards.packing.plan import Source, open_source, plan_shards, planned_sample_bytes
 from quaclrs.shards.packing.work_queue import work_through
@@ -70,6 +77,11 @@ class _Job:
     settings: PackSettings
     progress: bool
 
+    def audit(self) -> Audit:
+        """What a user must know about the dataset, given which rows turned out to have one image."""
+        images = {source.row: source.image for plan in self.plans for source in plan.sources}
+        return self.metadata.audit([images[row] for row in range(len(self.metadata))])
+
     @functools.cached_property
     def own(self) -> list[ShardPlan]:
         """The shards that this call must pack."""
@@ -116,9 +128,11 @@ def pack(config: PackConfig, *, progress: bool = False, metadata: Metadata | Non
         images_packed += more
     assert manifest is not None
     _refuse_other_shards(manifest, job.manifest, config)
+    if already_complete:
+        _refuse_changed_images(manifest, job)
     return PackSummary(
         manifest=manifest,
-        audit=job.metadata.audit(),
+        audit=job.audit(),
         seconds=time.monotonic() - started,
         images_packed=images_packed,
         already_complete=already_complete and not images_packed,
@@ -176,19 +190,28 @@ def _existing_manifest(config: PackConfig) -> fmt.Manifest | None:
 
 
 def _refuse_other_shards(existing: fmt.Manifest, wanted: fmt.Manifest, config: PackConfig) -> None:
-    # the source fingerprint comes last, since it also depends on seed and columns
-    differences = WHAT_MUST_AGREE | {"source_fingerprint": "images that have changed since (other files or sizes)"}
-    for name, what in differences.items():
-        if getattr(existing, name) != getattr(wanted, name):
+    for name, what in WHAT_MUST_AGREE.items():
+        theirs, ours = getattr(existing, name), getattr(wanted, name)
+        if theirs != ours:
             raise ShardError(
-                f"{config.output_dir}: holds shards made from {what} ({name}: {getattr(existing, name)}, now "
-                f"{getattr(wanted, name)}); choose another folder, or delete this one to pack anew"
+                f"{config.output_dir}: holds shards made from {what}{difference_text(name, theirs, ours)}; choose "
+                "another folder, or delete this one to pack anew"
             )
     if existing.skipped and config.on_error == "stop":
         first = existing.skipped[0]
         raise ShardError(
             f"{config.output_dir}: was packed with --on_error skip and lacks {len(existing.skipped)} row(s), the first "
             f"{first.file}; mend the images and pack into another folder, or go on with --on_error skip"
+        )
+
+
+def _refuse_changed_images(existing: fmt.Manifest, job: _Job) -> None:
+    """Raise :class:`ShardError` naming the first image that is no longer what the finished folder was packed from."""
+    changed = first_changed_source(job.plans, existing, job.config, progress=job.progress)
+    if changed is not None:
+        raise ShardError(
+            f"{job.config.output_dir}: holds shards made from images that have changed since, the first {changed}; "
+            "choose another folder, or delete this one to pack anew"
         )
 
 
@@ -218,7 +241,7 @@ def _pack_rest(job: _Job) -> tuple[fmt.Manifest, int, bool]:
             return existing, 0, True
         whole = replace(job, config=replace(job.config, folds=None))
         packed = _pack_shards(whole)
-        manifest = finalize(job.manifest, job.metadata, packed.records, packed.shared, job.config.output_dir)
+        manifest = finalize(job.manifest, job.metadata, job.plans, packed.records, packed.shared, job.config.output_dir)
         return manifest, packed.images_packed, False
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quaclrs.config import Columns, PackConfig
-from quaclrs.data.metadata import Metadata, read_metadata
+from quaclrs.data.metadata import Metadata, file_key, read_metadata
 from quaclrs.data.sampling import storage_order
 from quaclrs.errors import DataError, ShardError
 from quaclrs.shards import format as fmt
@@ -27,6 +27,8 @@ class ImageLocation:
     """Bytes; -1 if there is no image and packing skips the row."""
     mtime_ns: int = 0
     offset: int = 0
+    key: str
+    """Equal for rows that have one image."""
 
 
 ImageFinder = Callable[[int], ImageLocation]
@@ -51,10 +53,9 @@ def open_source(config: PackConfig, metadata: Metadata | None = None) -> Source:
     if config.from_shards is not None:
         with ShardSet(config.from_shards) as shards:
             manifest = shards.manifest
-            find = _shard_finder(shards, config)
-            return Source(
-                metadata=shards.metadata(), csv_name=manifest.csv_name, columns=Columns(**manifest.columns), find=find
-            )
+            metadata = shards.metadata()
+            find = _shard_finder(shards, metadata, config)
+            return Source(metadata=metadata, csv_name=manifest.csv_name, columns=Columns(**manifest.columns), find=find)
     assert config.csv_file is not None
     metadata = metadata or read_metadata(config.csv_file, config.columns)
     find = _tree_finder(metadata, config)
@@ -71,36 +72,41 @@ def _tree_finder(metadata: Metadata, config: PackConfig) -> ImageFinder:
             stat = path.stat()
         except OSError as error:
             if config.on_error == "skip":
-                return ImageLocation(path=path, size=-1)
+                return ImageLocation(path=path, size=-1, key=str(path))
             raise DataError(
                 f"{metadata.csv_file}: row {row + 1}: no image at {path} ({error.strerror}); check --spectrograms_dir, "
                 "restore the file, or pack with --on_error skip to leave it out"
             ) from None
-        return ImageLocation(path=path, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
+        return ImageLocation(path=path, size=stat.st_size, mtime_ns=stat.st_mtime_ns, key=file_key(path, stat))
 
     return find
 
 
-def _shard_finder(shards: ShardSet, config: PackConfig) -> ImageFinder:
+def _shard_finder(shards: ShardSet, metadata: Metadata, config: PackConfig) -> ImageFinder:
     if not shards.encoding.keeps_original_files:
         raise ShardError(
             f"--from_shards {shards.root}: is encoded {shards.encoding.name}; only png shards hold the original images"
         )
     number_of_row = {int(row): number for number, row in enumerate(shards.samples["row"])}
     tars = [shards.root / entry.file for entry in shards.manifest.shards]
+    keys = shards.image_keys(metadata)
     times = [tar.stat().st_mtime_ns for tar in tars]
 
     def find(row: int) -> ImageLocation:
         if row not in number_of_row:
             if config.on_error == "skip":
-                return ImageLocation(path=shards.root / "skipped before", size=-1)
+                return ImageLocation(path=shards.root / "skipped before", size=-1, key=keys[row])
             raise DataError(
                 f"{shards.root}: row {row + 1} was skipped when these shards were packed; go on with --on_error skip"
             )
         fields = shards.samples[number_of_row[row]]
         shard = int(fields["shard"])
         return ImageLocation(
-            path=tars[shard], size=int(fields["size"]), mtime_ns=times[shard], offset=int(fields["offset"])
+            path=tars[shard],
+            size=int(fields["size"]),
+            mtime_ns=times[shard],
+            offset=int(fields["offset"]),
+            key=keys[row],
         )
 
     return find
@@ -161,6 +167,7 @@ def _sample_source(source: Source, row: int, key: str) -> SampleSource:
         size=location.size,
         offset=location.offset,
         mtime_ns=location.mtime_ns,
+        image=location.key,
         csv_row=metadata.row_json(row),
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quaclrs.data.metadata import Audit
+from quaclrs.imaging.png import PLAIN_MODES, SIXTEEN_BIT_GREY
 from quaclrs.shards import format as fmt
 from quaclrs.shards.encodings.base import size_text
 from quaclrs.shards.packing.pack import PackSummary
@@ -20,7 +21,10 @@ _EXAMINED_FOR_ADVICE = 64
 
 def describe_packing(summary: PackSummary, output_dir: Path) -> str:
     """The closing report of quaclrs-pack."""
-    manifest = summary.manifest
+    manifest, samples = summary.manifest, None
+    if not summary.missing_folds:
+        with ShardSet(output_dir) as shards:
+            samples = shards.samples
     total_bytes = sum(entry.bytes for entry in manifest.shards)
     if summary.already_complete:
         done = f"{output_dir}: already packed from this CSV and these settings; nothing to do"
@@ -32,7 +36,12 @@ def describe_packing(summary: PackSummary, output_dir: Path) -> str:
             f"{summary.seconds:.1f} s ({rate:.0f} images/s)"
         )
     return "\n".join(
-        [counts_table(manifest, summary.audit), *_facts(manifest), *data_warnings(summary.audit, manifest), done]
+        [
+            counts_table(manifest, summary.audit),
+            *_facts(manifest, samples),
+            *data_warnings(summary.audit, manifest),
+            done,
+        ]
     )
 
 
@@ -48,7 +57,8 @@ def indexing_advice(shards: ShardSet) -> str | None:
 
 def describe_shards(shards: ShardSet) -> str:
     """The report of ``quaclrs-inspect info``."""
-    manifest, audit = shards.manifest, shards.metadata().audit()
+    manifest, metadata = shards.manifest, shards.metadata()
+    audit = metadata.audit(shards.image_keys(metadata))
     size = f", {manifest.image_size}x{manifest.image_size}" if manifest.image_size else ""
     payload_bytes = int(shards.samples["size"].sum())
     lines = [
@@ -61,7 +71,7 @@ def describe_shards(shards: ShardSet) -> str:
         f"{manifest.data_fingerprint[:16]}…",
         counts_table(manifest, audit),
     ]
-    return "\n".join([*lines, *_facts(manifest), *data_warnings(audit, manifest)])
+    return "\n".join([*lines, *_facts(manifest, shards.samples), *data_warnings(audit, manifest)])
 
 
 def counts_table(manifest: fmt.Manifest, audit: Audit) -> str:
@@ -80,13 +90,24 @@ def _table_row(name: str, width: int, counts: NDArray[np.int64]) -> str:
     return " ".join([f"{name:{width}}", *(f"{count:>7}" for count in counts), f"{counts.sum():>8}"])
 
 
-def _facts(manifest: fmt.Manifest) -> Iterator[str]:
+def _facts(manifest: fmt.Manifest, samples: NDArray[np.void] | None) -> Iterator[str]:
+    """What the images are; with the ``samples`` of a finished folder also how many have 16 bits."""
     sizes = ", ".join(f"{size} ({count})" for size, count in manifest.facts.get("picture_sizes", {}).items())
     modes = ", ".join(f"{mode} ({count})" for mode, count in manifest.facts.get("modes", {}).items())
     yield f"images: size {sizes}; mode {modes}"
     transparent = manifest.facts.get("transparent_pictures", 0)
     if transparent:
         yield f"note: {transparent} image(s) have real transparency; training drops it, as Pillow's convert('RGB') does"
+    deep = 0 if samples is None else _count_16_bit(manifest.facts.get("modes", {}), samples)
+    if deep:
+        yield f"note: {deep} image(s) have 16 bits per channel; values are rendered as value >> 8, the upper 8 bits"
+
+
+def _count_16_bit(modes: dict[str, int], samples: NDArray[np.void]) -> int:
+    """Number of 16-bit images: grey has modes of its own, and colour is not plain although its mode is."""
+    grey = sum(modes.get(mode, 0) for mode in SIXTEEN_BIT_GREY)
+    of_other_modes = sum(count for mode, count in modes.items() if mode not in PLAIN_MODES)
+    return grey + int(np.count_nonzero(samples["flags"] & fmt.FLAG_NOT_PLAIN)) - of_other_modes
 
 
 def data_warnings(audit: Audit, manifest: fmt.Manifest | None = None) -> Iterator[str]:
@@ -97,6 +118,11 @@ def data_warnings(audit: Audit, manifest: fmt.Manifest | None = None) -> Iterato
         yield (
             f"warning: {len(audit.conflicting_files)} image(s) carry rows of "
             f"different classes: {_first_few(audit.conflicting_files)}"
+        )
+    if audit.files_across_folds:
+        yield (
+            f"warning: {len(audit.files_across_folds)} image(s) carry rows of more than one fold, which leaks training "
+            f"data into the test: {_first_few(audit.files_across_folds)}"
         )
     if audit.recordings_across_folds:
         yield (

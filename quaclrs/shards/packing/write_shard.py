@@ -38,6 +38,8 @@ class SampleSource:
     offset: int = 0
     """Where the image begins in ``path``, which is a tar when packing from ``png`` shards; 0 for a PNG file."""
     mtime_ns: int
+    image: str
+    """Equal for samples that have one image."""
     csv_row: dict[str, str]
 
     @property
