@@ -32,6 +32,17 @@ TRAINABLE_WHEN_FROZEN = {
     "convnext": ["classifier.2.weight", "classifier.2.bias"],
 }
 
+PRETRAINED = {
+    "alexnet": "AlexNet_Weights.IMAGENET1K_V1",
+    "vgg16": "VGG16_Weights.IMAGENET1K_V1",
+    "resnet18": "ResNet18_Weights.IMAGENET1K_V1",
+    "mobilenet": "MobileNet_V2_Weights.IMAGENET1K_V2",
+    "inception": "Inception_V3_Weights.IMAGENET1K_V1",
+    "efficientnet": "EfficientNet_B0_Weights.IMAGENET1K_V1",
+    "convnext": "ConvNeXt_Tiny_Weights.IMAGENET1K_V1",
+}
+"""The weights that the original trainer starts from."""
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
@@ -112,6 +123,17 @@ def test_freezing_leaves_exactly_the_head(name: str) -> None:
     assert all(parameter.requires_grad for parameter in on_meta(name).parameters())
 
 
+@pytest.mark.parametrize(("name", "member"), PRETRAINED.items())
+def test_pretrained_weights_are_the_originals(name: str, member: str) -> None:
+    """The original trainer takes torchvision's DEFAULT for each of its models."""
+    weights = torchvision_models.get_weight(architectures.ARCHITECTURES[name].weights)
+    builder = architectures.ARCHITECTURES[name].constructor
+    assert isinstance(builder, str)
+    default = torchvision_models.get_model_weights(builder)["DEFAULT"]
+    assert weights is default
+    assert f"{type(weights).__name__}.{weights.name}" == member
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_pretrained_takes_all_but_the_heads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row = architectures.ARCHITECTURES[name]
@@ -166,7 +188,7 @@ def weights_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    path = tmp_path / "torch_home" / "hub" / "checkpoints" / "mobilenet_v2-b0353104.pth"
+    path = tmp_path / "torch_home" / "hub" / "checkpoints" / "mobilenet_v2-7ebf99e0.pth"
     path.parent.mkdir(parents=True)
     return path
 
@@ -193,7 +215,7 @@ def test_no_network_says_what_to_put_where(weights_file: Path, capsys: pytest.Ca
     with pytest.raises(MissingDependencyError) as error:
         models.build_model("mobilenet", CLASSES, pretrained=True)
     text = one_line(error)
-    assert "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth" in text
+    assert "https://download.pytorch.org/models/mobilenet_v2-7ebf99e0.pth" in text
     assert "Temporary failure in name resolution" in text
     assert str(weights_file) in text
     assert capsys.readouterr().out == ""
@@ -272,7 +294,7 @@ def test_a_damaged_weights_file_is_named(weights_file: Path, make: Callable[[], 
         models.build_model("mobilenet", CLASSES, pretrained=True)
     text = one_line(error)
     assert str(weights_file) in text
-    assert "delete it, or replace it with https://download.pytorch.org/models/mobilenet_v2-b0353104.pth" in text
+    assert "delete it, or replace it with https://download.pytorch.org/models/mobilenet_v2-7ebf99e0.pth" in text
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

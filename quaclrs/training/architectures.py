@@ -67,7 +67,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "mobilenet": Architecture(
         constructor="mobilenet_v2",
-        weights="MobileNet_V2_Weights.IMAGENET1K_V1",
+        weights="MobileNet_V2_Weights.IMAGENET1K_V2",
         min_input_size=1,
         heads=("classifier.1",),
         trainable=("classifier.1",),
