@@ -196,7 +196,7 @@ class TrainConfig(Settings):
     )
     """cli/train.py puts the names of training/architectures.py into the help."""
     pretrained: bool = setting(False, affects_result=True, group="model", help="start from ImageNet weights")
-    freeze_features: bool = setting(False, affects_result=True, group="model", help="train the head only")
+    freeze_features: bool = setting(False, affects_result=True, group="model", help="train the classifier only")
 
     batch_size: int = setting(
         32,

@@ -27,10 +27,24 @@ TRAINABLE_WHEN_FROZEN = {
     "vgg16": [f"classifier.{layer}.{kind}" for layer in (0, 3, 6) for kind in ("weight", "bias")],
     "resnet18": ["fc.weight", "fc.bias"],
     "mobilenet": ["classifier.1.weight", "classifier.1.bias"],
-    "inception": ["AuxLogits.fc.weight", "AuxLogits.fc.bias", "fc.weight", "fc.bias"],
+    "inception": [
+        *(f"AuxLogits.conv{layer}.{part}" for layer in (0, 1) for part in ("conv.weight", "bn.weight", "bn.bias")),
+        *("AuxLogits.fc.weight", "AuxLogits.fc.bias", "fc.weight", "fc.bias"),
+    ],
     "efficientnet": ["classifier.1.weight", "classifier.1.bias"],
-    "convnext": ["classifier.2.weight", "classifier.2.bias"],
+    "convnext": [f"classifier.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")],
 }
+
+LEARNING_WHEN_FROZEN = {
+    "alexnet": (9216 + 1) * 4096 + (4096 + 1) * 4096 + (4096 + 1) * CLASSES,
+    "vgg16": (25088 + 1) * 4096 + (4096 + 1) * 4096 + (4096 + 1) * CLASSES,
+    "resnet18": 6_669,
+    "mobilenet": 16_653,
+    "inception": 2_594_330,  # the whole auxiliary head
+    "efficientnet": 16_653,
+    "convnext": 11_533,  # the LayerNorm before the head too
+}
+"""Trainable parameters of the original trainer's models, with 13 classes and frozen features."""
 
 PRETRAINED = {
     "alexnet": "AlexNet_Weights.IMAGENET1K_V1",
@@ -116,10 +130,12 @@ def test_check_input_size(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_freezing_leaves_exactly_the_head(name: str) -> None:
+def test_freezing_leaves_exactly_what_the_original_trains(name: str) -> None:
     frozen = on_meta(name, freeze_features=True)
     learning = [key for key, parameter in frozen.named_parameters() if parameter.requires_grad]
     assert sorted(learning) == sorted(TRAINABLE_WHEN_FROZEN[name])
+    counted = sum(parameter.numel() for parameter in frozen.parameters() if parameter.requires_grad)
+    assert counted == LEARNING_WHEN_FROZEN.get(name, counted)  # the original has no other models
     assert all(parameter.requires_grad for parameter in on_meta(name).parameters())
 
 
