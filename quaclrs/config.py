@@ -275,7 +275,7 @@ class TrainConfig(Settings):
         False,
         affects_result=False,
         group="run",
-        help="go on where an interrupted run stopped; finished folds are kept",
+        help="go on where an interrupted run stopped; finished folds are kept, or go on to more --epochs",
     )
     keep_checkpoints: int = setting(
         1,

@@ -36,7 +36,7 @@ def atomic_writer(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         temporary.replace(path)
         if durable:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     except OSError as error:
         _remove(temporary)
         raise storage_error(path, error) from None
@@ -79,8 +79,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut, if the file system allows opening a folder."""
+def sync_folder(folder: Path) -> None:
+    """Make the renames in ``folder`` survive a power cut, if the file system allows opening a folder."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
