@@ -728,7 +728,7 @@ def test_resume_of_another_run_is_refused(tree: PngTree, tmp_path: Path, capsys:
     for _ in range(2):
         for options, expected in (
             ({"learning_rate": 0.01}, "learning_rate was 0.001, now 0.01"),
-            ({"epochs": 3, "seed": 1}, "epochs was 2, now 3; seed was 42, now 1"),
+            ({"weight_decay": 0.5, "seed": 1}, "seed was 42, now 1; weight_decay was 1e-05, now 0.5"),
             ({"scheduler": "cosine"}, "scheduler was 'plateau', now 'cosine'"),
         ):
             with pytest.raises(TrainingError, match=r"fold_1/\w+\.\w+: belongs to another run \(") as error:
