@@ -187,6 +187,15 @@ def test_plots_of_odd_runs(tmp_path: Path) -> None:
     assert legend.get_texts()[0].get_text() == "1.000  _hidden"
 
 
+def test_curves_say_that_best_is_the_best_validation_accuracy() -> None:
+    """Also where the loss of another epoch is lower."""
+    epochs = [record(1, val_loss=0.5), record(2, val_loss=0.75, val_accuracy=0.6), record(3, val_accuracy=0.5)]
+    for draw, value in ((plots.draw_losses, "loss 0.750"), (plots.draw_accuracies, "60.0%")):
+        legend = draw(epochs).axes[0].get_legend()
+        assert legend is not None
+        assert legend.get_texts()[-1].get_text() == f"best validation accuracy, epoch 2: {value}"
+
+
 def test_plots_name_the_file_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     metrics = compute_metrics([0, 1], np.eye(2), ["a", "b"])

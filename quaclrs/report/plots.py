@@ -177,9 +177,10 @@ def _draw_pair(axes: Axes, history: History, quantity: str) -> None:
     axes.grid(alpha=0.25)
     best = _best_epoch_index(history)
     if best is not None:
-        value = f"{validation[best]:.1%}" if quantity == "accuracy" else f"{validation[best]:.3f}"
+        # the validation loss may well be lower in another epoch, so both figures say what "best" refers to
+        value = f"{validation[best]:.1%}" if quantity == "accuracy" else f"loss {validation[best]:.3f}"
         axes.axvline(epochs[best], color=VALIDATION_COLOUR, linewidth=1, linestyle="--", alpha=0.6)
-        label = f"best epoch {epochs[best]:.0f}: {value}"
+        label = f"best validation accuracy, epoch {epochs[best]:.0f}: {value}"
         axes.plot(epochs[best], validation[best], "*", color=VALIDATION_COLOUR, ms=14, mec="white", label=label)
 
 
