@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +18,8 @@ from typing import Any, BinaryIO
 from quaclrs.errors import StorageError
 
 TEMPORARY_SUFFIX = ".tmp"
+_LIST_OF_NUMBERS = re.compile(r"\[\n\s*-?\d[^\s,]*(?:,\n\s*-?\d[^\s,]*)*\n\s*\]")
+"""In indented JSON, whose strings hold no line breaks."""
 
 
 @contextlib.contextmanager
@@ -52,8 +55,13 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write ``document`` to ``path`` as indented JSON, atomically. Raises ``ValueError`` for NaN, which JSON lacks."""
-    write_bytes(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
+    """Write ``document`` to ``path`` as indented JSON, atomically. Raises ``ValueError`` for NaN, which JSON lacks.
+
+    A list of numbers, such as a row of a matrix, is one line.
+    """
+    text = json.dumps(document, indent=2, allow_nan=False)
+    text = _LIST_OF_NUMBERS.sub(lambda match: " ".join(match[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
+    write_bytes(path, f"{text}\n".encode())
 
 
 def make_folder(path: Path) -> Path:
