@@ -112,6 +112,23 @@ def test_a_class_that_is_absent() -> None:
     json.dumps(metrics, allow_nan=False)
 
 
+def test_classes_named_like_an_average_stay_in_the_report() -> None:
+    names = ["accuracy", "accuracy (class)", "dog_bark", "macro avg", "micro avg", "weighted avg"]
+    labels, probabilities, _ = example(classes=6)
+    report = compute_metrics(labels, probabilities, names)["classification_report"]
+    plain = compute_metrics(labels, probabilities, list("abcdef"))["classification_report"]
+    averages = ["accuracy", "macro avg", "weighted avg"]
+    assert [report[key] for key in averages] == [plain[key] for key in averages]
+    assert {key: value for key, value in report.items() if key not in averages} == {
+        "accuracy (class) (class)": plain["a"],
+        "accuracy (class)": plain["b"],
+        "dog_bark": plain["c"],
+        "macro avg (class)": plain["d"],
+        "micro avg": plain["e"],
+        "weighted avg (class)": plain["f"],
+    }
+
+
 def test_one_sample_of_one_class() -> None:
     metrics = compute_metrics([1], [[0.2, 0.8]], ["a", "b"], [False])
     assert metrics["accuracy"] == metrics["macro_f1"] == 1
