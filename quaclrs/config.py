@@ -196,7 +196,7 @@ class TrainConfig(Settings):
     )
     """cli/train.py puts the names of training/architectures.py into the help."""
     pretrained: bool = setting(False, affects_result=True, group="model", help="start from ImageNet weights")
-    freeze_features: bool = setting(False, affects_result=True, group="model", help="train the head only")
+    freeze_features: bool = setting(False, affects_result=True, group="model", help="train the classifier only")
 
     batch_size: int = setting(
         32,
@@ -275,7 +275,7 @@ class TrainConfig(Settings):
         False,
         affects_result=False,
         group="run",
-        help="go on where an interrupted run stopped; finished folds are kept",
+        help="go on where an interrupted run stopped; finished folds are kept, or go on to more --epochs",
     )
     keep_checkpoints: int = setting(
         1,

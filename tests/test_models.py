@@ -27,10 +27,35 @@ TRAINABLE_WHEN_FROZEN = {
     "vgg16": [f"classifier.{layer}.{kind}" for layer in (0, 3, 6) for kind in ("weight", "bias")],
     "resnet18": ["fc.weight", "fc.bias"],
     "mobilenet": ["classifier.1.weight", "classifier.1.bias"],
-    "inception": ["AuxLogits.fc.weight", "AuxLogits.fc.bias", "fc.weight", "fc.bias"],
+    "inception": [
+        *(f"AuxLogits.conv{layer}.{part}" for layer in (0, 1) for part in ("conv.weight", "bn.weight", "bn.bias")),
+        *("AuxLogits.fc.weight", "AuxLogits.fc.bias", "fc.weight", "fc.bias"),
+    ],
     "efficientnet": ["classifier.1.weight", "classifier.1.bias"],
-    "convnext": ["classifier.2.weight", "classifier.2.bias"],
+    "convnext": [f"classifier.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")],
 }
+
+LEARNING_WHEN_FROZEN = {
+    "alexnet": (9216 + 1) * 4096 + (4096 + 1) * 4096 + (4096 + 1) * CLASSES,
+    "vgg16": (25088 + 1) * 4096 + (4096 + 1) * 4096 + (4096 + 1) * CLASSES,
+    "resnet18": 6_669,
+    "mobilenet": 16_653,
+    "inception": 2_594_330,  # the whole auxiliary head
+    "efficientnet": 16_653,
+    "convnext": 11_533,  # the LayerNorm before the head too
+}
+"""Trainable parameters of the original trainer's models, with 13 classes and frozen features."""
+
+PRETRAINED = {
+    "alexnet": "AlexNet_Weights.IMAGENET1K_V1",
+    "vgg16": "VGG16_Weights.IMAGENET1K_V1",
+    "resnet18": "ResNet18_Weights.IMAGENET1K_V1",
+    "mobilenet": "MobileNet_V2_Weights.IMAGENET1K_V2",
+    "inception": "Inception_V3_Weights.IMAGENET1K_V1",
+    "efficientnet": "EfficientNet_B0_Weights.IMAGENET1K_V1",
+    "convnext": "ConvNeXt_Tiny_Weights.IMAGENET1K_V1",
+}
+"""The weights that the original trainer starts from."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -105,11 +130,24 @@ def test_check_input_size(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_freezing_leaves_exactly_the_head(name: str) -> None:
+def test_freezing_leaves_exactly_what_the_original_trains(name: str) -> None:
     frozen = on_meta(name, freeze_features=True)
     learning = [key for key, parameter in frozen.named_parameters() if parameter.requires_grad]
     assert sorted(learning) == sorted(TRAINABLE_WHEN_FROZEN[name])
+    counted = sum(parameter.numel() for parameter in frozen.parameters() if parameter.requires_grad)
+    assert counted == LEARNING_WHEN_FROZEN.get(name, counted)  # the original has no other models
     assert all(parameter.requires_grad for parameter in on_meta(name).parameters())
+
+
+@pytest.mark.parametrize(("name", "member"), PRETRAINED.items())
+def test_pretrained_weights_are_the_originals(name: str, member: str) -> None:
+    """The original trainer takes torchvision's DEFAULT for each of its models."""
+    weights = torchvision_models.get_weight(architectures.ARCHITECTURES[name].weights)
+    builder = architectures.ARCHITECTURES[name].constructor
+    assert isinstance(builder, str)
+    default = torchvision_models.get_model_weights(builder)["DEFAULT"]
+    assert weights is default
+    assert f"{type(weights).__name__}.{weights.name}" == member
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -166,7 +204,7 @@ def weights_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    path = tmp_path / "torch_home" / "hub" / "checkpoints" / "mobilenet_v2-b0353104.pth"
+    path = tmp_path / "torch_home" / "hub" / "checkpoints" / "mobilenet_v2-7ebf99e0.pth"
     path.parent.mkdir(parents=True)
     return path
 
@@ -193,7 +231,7 @@ def test_no_network_says_what_to_put_where(weights_file: Path, capsys: pytest.Ca
     with pytest.raises(MissingDependencyError) as error:
         models.build_model("mobilenet", CLASSES, pretrained=True)
     text = one_line(error)
-    assert "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth" in text
+    assert "https://download.pytorch.org/models/mobilenet_v2-7ebf99e0.pth" in text
     assert "Temporary failure in name resolution" in text
     assert str(weights_file) in text
     assert capsys.readouterr().out == ""
@@ -272,7 +310,7 @@ def test_a_damaged_weights_file_is_named(weights_file: Path, make: Callable[[], 
         models.build_model("mobilenet", CLASSES, pretrained=True)
     text = one_line(error)
     assert str(weights_file) in text
-    assert "delete it, or replace it with https://download.pytorch.org/models/mobilenet_v2-b0353104.pth" in text
+    assert "delete it, or replace it with https://download.pytorch.org/models/mobilenet_v2-7ebf99e0.pth" in text
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

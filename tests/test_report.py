@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -112,6 +113,23 @@ def test_a_class_that_is_absent() -> None:
     json.dumps(metrics, allow_nan=False)
 
 
+def test_classes_named_like_an_average_stay_in_the_report() -> None:
+    names = ["accuracy", "accuracy (class)", "dog_bark", "macro avg", "micro avg", "weighted avg"]
+    labels, probabilities, _ = example(classes=6)
+    report = compute_metrics(labels, probabilities, names)["classification_report"]
+    plain = compute_metrics(labels, probabilities, list("abcdef"))["classification_report"]
+    averages = ["accuracy", "macro avg", "weighted avg"]
+    assert [report[key] for key in averages] == [plain[key] for key in averages]
+    assert {key: value for key, value in report.items() if key not in averages} == {
+        "accuracy (class) (class)": plain["a"],
+        "accuracy (class)": plain["b"],
+        "dog_bark": plain["c"],
+        "macro avg (class)": plain["d"],
+        "micro avg": plain["e"],
+        "weighted avg (class)": plain["f"],
+    }
+
+
 def test_one_sample_of_one_class() -> None:
     metrics = compute_metrics([1], [[0.2, 0.8]], ["a", "b"], [False])
     assert metrics["accuracy"] == metrics["macro_f1"] == 1
@@ -185,6 +203,49 @@ def test_plots_of_odd_runs(tmp_path: Path) -> None:
     legend = plots.draw_roc_curves(metrics).axes[0].get_legend()
     assert legend is not None
     assert legend.get_texts()[0].get_text() == "1.000  _hidden"
+
+
+def test_curves_say_that_best_is_the_best_validation_accuracy() -> None:
+    """Also where the loss of another epoch is lower."""
+    epochs = [record(1, val_loss=0.5), record(2, val_loss=0.75, val_accuracy=0.6), record(3, val_accuracy=0.5)]
+    for draw, value in ((plots.draw_losses, "loss 0.750"), (plots.draw_accuracies, "60.0%")):
+        legend = draw(epochs).axes[0].get_legend()
+        assert legend is not None
+        assert legend.get_texts()[-1].get_text() == f"best validation accuracy, epoch 2: {value}"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("classes", "letter"), [(2, "a"), (13, "a"), (20, "W"), (21, "a"), (264, "W")])
+def test_plots_of_few_and_many_classes(classes: int, letter: str) -> None:
+    """Legend and names lie within the figure; no two listed curves look alike; all curves are drawn."""
+    names = [f"{number:03d}{letter * 60}" for number in range(classes)]
+    labels, probabilities, _ = example(samples=8 * classes, classes=classes)
+    metrics = compute_metrics(labels, probabilities, names)
+    figure = plots.draw_roc_curves(metrics)
+    figure.draw_without_rendering()
+    axes, legend = figure.axes[0], figure.axes[0].get_legend()
+    assert legend is not None
+    box, width, height = legend.get_window_extent(), *figure.canvas.get_width_height()
+    assert axes.get_window_extent().x1 < box.x0 < box.x1 < width
+    assert 0 < box.y0 < box.y1 < height
+    assert axes.get_window_extent().width > 400
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert [text.split("  ")[-1] for text in texts[-2:]] == ["macro average", "micro average"]
+    areas = sorted(curve["auc"] for curve in metrics["roc"]["classes"].values() if curve["auc"] is not None)
+    if classes > 20:
+        assert texts[0] == f"{classes - 10} other classes"
+        assert [text.split()[0] for text in texts[1:-2]] == [f"{area:.3f}" for area in areas[:10]]
+    else:
+        assert len(texts) == classes + 2
+    assert len(axes.get_lines()) == classes + 3
+    looks = [(line.get_color(), line.get_linestyle(), line.get_linewidth()) for line in legend.get_lines()]
+    assert len(set(looks)) == len(looks)
+    matrix = plots.draw_confusion_matrix(metrics)
+    matrix.draw_without_rendering()
+    rows = [text.get_window_extent() for text in matrix.axes[0].get_yticklabels()]
+    assert all(lower.y1 <= upper.y0 + 1 for upper, lower in itertools.pairwise(rows))
+    columns = [text.get_window_extent() for text in matrix.axes[0].get_xticklabels()]
+    assert min(column.y0 for column in columns) >= 0 <= min(row.x0 for row in rows)
 
 
 def test_plots_name_the_file_that_cannot_be_written(tmp_path: Path) -> None:

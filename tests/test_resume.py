@@ -611,7 +611,6 @@ def begun(even_tree: PngTree, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["--batch_size", 6], "global_batch was 4, now 6"),
         (["--image_size", 40], "image_size was 32, now 40"),
-        (["--epochs", 3], "epochs was 2, now 3"),
         (["--patience", 3], "patience was 7, now 3"),
         (["--learning_rate", 0.02], "learning_rate was 0.01, now 0.02"),
         (["--weight_decay", 0.5], "weight_decay was 1e-05, now 0.5"),
@@ -766,3 +765,184 @@ def test_another_version_is_refused(
     result = Job(tmp_path / "said", flags(tree, tmp_path / "results")).result()
     reason = f"checkpoint version {version}, this quaclrs reads {checkpoint.CHECKPOINT_VERSION}; train without --resume"
     assert (result.code, result.err) == (2, f"quaclrs-train: error: {path}: {reason}\n")
+
+
+# --- more epochs ---
+
+ONE_FOLD = ("--fold", 1)
+IMPROVES_LATE = ("--seed", 8)
+"""With it the best epoch of three is the first, and of more the fourth."""
+
+
+def to_epochs(tree: PngTree, output_dir: Path, epochs: int, *more: object) -> list[object]:
+    return flags(tree, output_dir, *ONE_FOLD, "--epochs", epochs, *more)
+
+
+def fold_document(output_dir: Path, name: str = "metrics.json") -> Any:
+    return json.loads((output_dir / "tiny" / "fold_1" / name).read_text())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--scheduler", "none", "--learning_rate", 0.1],
+        ["--patience", 1, "--seed", 2],  # stops after the third epoch, which three epochs at most do not show
+        [*IMPROVES_LATE, "--keep_checkpoints", 4],
+    ],
+    ids=lambda more: " ".join(map(str, more)),
+)
+def test_a_finished_fold_goes_on_to_more_epochs(more: list[object], tree: PngTree, tmp_path: Path) -> None:
+    """To the results of all epochs at once, in two goes, with no file left over."""
+    whole = finish(tmp_path / "said", to_epochs(tree, tmp_path / "whole", 7, *more))
+    steps: list[Step] = []
+    for epochs, before in ((3, 0), (6, 3), (7, 6)):
+        result = finish(tmp_path / "said", to_epochs(tree, tmp_path / "results", epochs, *more))
+        going_on = f"finished before with --epochs {before}, and goes on to --epochs {epochs}\n"
+        assert (going_on in result.out) == (before > 0)
+        steps += [step for step in result.steps if step.phase == "train"]
+    assert steps == [step for step in whole.steps if step.phase == "train"]
+    for root in (tmp_path / "results", tmp_path / "whole"):
+        for path in root.rglob("checkpoint_epoch_*.pth"):  # each says how many epochs were asked for when it was made
+            content = torch.load(path, weights_only=True)
+            content["run"].pop("epochs")
+            torch.save(content, path)
+    assert_same_results(tmp_path / "results", results(tmp_path / "whole"))
+    found = fold_document(tmp_path / "results")
+    assert found["run"]["epochs"] == 7
+    assert found["stopped_early"] == (found["epochs_run"] < 7) == ("--patience" in more)
+
+
+@pytest.mark.parametrize("one_in", [4, pytest.param(1, marks=pytest.mark.exhaustive)])
+def test_killed_while_it_goes_on(one_in: int, tree: PngTree, tmp_path: Path) -> None:
+    """At each event in turn. The old result stays whole until the new one is, and is then never seen again."""
+    root, known = tmp_path / "results", tmp_path / "known"
+    known.touch()
+    more = [*EVERY_STEP, *IMPROVES_LATE]
+    finish(tmp_path / "said", to_epochs(tree, tmp_path / "whole", 5, *more))
+    finish(tmp_path / "said", to_epochs(tree, root, 3, *more))
+    short, long = results(root), results(tmp_path / "whole")
+    assert short["tiny/fold_1/metrics.json"]["best_epoch"] <= 3 < long["tiny/fold_1/metrics.json"]["best_epoch"]
+    kept = [name for name in short if name.startswith("tiny/fold_1/")]
+    seen: list[object] = []
+    disturbance = Disturbance(killed_at_a_new_event=known, one_in=one_in)
+    code = KILLED
+    while code == KILLED:
+        code = Job(tmp_path / "said", to_epochs(tree, root, 5, *more), disturbance).result().code
+        moving = (root / "tiny" / "fold_1" / "further" / "metrics.json").is_file()
+        seen.append("moving" if moving else fold_document(root)["epochs_run"])
+        if seen[-1] == 3:
+            found = results(root)
+            assert {name: found.get(name) for name in kept} == {name: short[name] for name in kept}
+    assert code == 0
+    assert len(seen) > 40 / one_in
+    assert seen == sorted(seen, key=[3, "moving", 5].index)
+    if one_in == 1:
+        assert set(seen) == {3, "moving", 5}
+    assert_same_results(root, long)
+
+
+def test_a_move_that_was_killed_is_ended_by_the_next_run(tree: PngTree, tmp_path: Path) -> None:
+    """Whatever number of epochs that one asks for: the new result was whole."""
+    root = tmp_path / "results"
+    finish(tmp_path / "said", to_epochs(tree, root, 3))
+    stop = Disturbance(signal_at_event=("rename further/checkpoint_epoch_5.pth at", signal.SIGKILL))
+    assert Job(tmp_path / "said", to_epochs(tree, root, 5), stop).result().code == KILLED
+    assert fold_document(root)["epochs_run"] == 3
+    assert fold_document(root, "further/metrics.json")["epochs_run"] == 5
+    refused = Job(tmp_path / "said", to_epochs(tree, root, 3)).result()
+    assert "metrics.json: belongs to another run (epochs was 5, now 3, but epoch 5 was reached); " in refused.err
+    assert not finish(tmp_path / "said", to_epochs(tree, root, 5)).steps
+    finish(tmp_path / "said", to_epochs(tree, tmp_path / "whole", 5))
+    assert_same_results(root, results(tmp_path / "whole"))
+
+
+def test_the_old_result_stands_until_the_new_one_is_there(tree: PngTree, tmp_path: Path) -> None:
+    """The first command still finds its result; what goes on may be stopped, and then be given other epochs."""
+    root, folder = tmp_path / "results", tmp_path / "results" / "tiny" / "fold_1"
+    finish(tmp_path / "said", to_epochs(tree, root, 3, *IMPROVES_LATE))
+    short = results(root)
+    stop = Disturbance(signals={Moment("train", 3): [(0, signal.SIGTERM)]})
+    assert Job(tmp_path / "said", to_epochs(tree, root, 8, *IMPROVES_LATE), stop).result().code == 143
+    assert (folder / "further" / "checkpoint_within_epoch.pth").is_file()
+    again = finish(tmp_path / "said", to_epochs(tree, root, 3, *IMPROVES_LATE))
+    assert "fold 1: finished before, test accuracy" in again.out
+    found = results(root)
+    assert {name: found[name] for name in short} == short
+    refused = Job(tmp_path / "said", to_epochs(tree, root, 4, *IMPROVES_LATE)).result()
+    assert "further/checkpoint_within_epoch.pth: belongs to another run (epochs was 8, now 4, but" in refused.err
+    finish(tmp_path / "said", to_epochs(tree, root, 6, *IMPROVES_LATE))
+    finish(tmp_path / "said", to_epochs(tree, tmp_path / "whole", 6, *IMPROVES_LATE))
+    assert_same_results(root, results(tmp_path / "whole"))
+
+
+def test_an_interrupted_fold_goes_on_to_other_epochs(tree: PngTree, tmp_path: Path) -> None:
+    finish(tmp_path / "said", to_epochs(tree, tmp_path / "whole", 4))
+    stop = Disturbance(signals={Moment("train", 3): [(0, signal.SIGTERM)]})
+    for before in (3, 6):
+        root = tmp_path / str(before)
+        assert Job(tmp_path / "said", to_epochs(tree, root, before), stop).result().code == 143
+        finish(tmp_path / "said", to_epochs(tree, root, 4))
+        assert_same_results(root, results(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("more", "epochs", "message"),
+    [
+        (["--scheduler", "cosine"], 3, "(epochs was 2, now 3: the cosine schedule spans all epochs); use the same"),
+        (["--scheduler", "cosine"], 1, "(epochs was 2, now 1: the cosine schedule spans all epochs); use the same"),
+        ([], 1, "(epochs was 2, now 1, but epoch 2 was reached); use the same settings, or another --output_dir\n"),
+        (["--learning_rate", 0.02], 3, "learning_rate was 0.01, now 0.02); use the same"),
+    ],
+)
+def test_other_epochs_that_are_refused(
+    more: list[object], epochs: int, message: str, tree: PngTree, tmp_path: Path
+) -> None:
+    """Of a finished fold, and of one that only lacks its result; no file changes."""
+    root = tmp_path / "results"
+    finish(tmp_path / "said", to_epochs(tree, root, 2, *(more if "cosine" in more else [])))
+    for name in ("metrics.json", "checkpoint_epoch_2.pth"):
+        before = results(root)
+        refused = Job(tmp_path / "said", to_epochs(tree, root, epochs, *more)).result()
+        assert refused.code == 2
+        assert refused.err.startswith(f"quaclrs-train: error: {root}/tiny/fold_1/{name}: belongs to another run (")
+        assert message in refused.err
+        assert refused.err.count("\n") == 1
+        assert results(root) | {"tiny/run_status.json": 0} == before | {"tiny/run_status.json": 0}
+        (root / "tiny" / "fold_1" / "metrics.json").unlink(missing_ok=True)
+
+
+def test_a_finished_fold_without_its_checkpoint_does_not_begin_anew(tree: PngTree, tmp_path: Path) -> None:
+    root = tmp_path / "results"
+    finish(tmp_path / "said", to_epochs(tree, root, 2))
+    (root / "tiny" / "fold_1" / "checkpoint_epoch_2.pth").unlink()
+    before = results(root)
+    refused = Job(tmp_path / "said", to_epochs(tree, root, 3)).result()
+    assert refused.code == 2
+    assert refused.err == (
+        f"quaclrs-train: error: {root}/tiny/fold_1: holds a result but no checkpoint to train it further from; give "
+        "the --epochs that it was made with, or train without --resume\n"
+    )
+    assert results(root) | {"tiny/run_status.json": 0} == before | {"tiny/run_status.json": 0}
+    finish(tmp_path / "said", to_epochs(tree, root, 2))
+
+
+def test_the_summary_has_the_folds_of_the_asked_epochs(tree: PngTree, tmp_path: Path) -> None:
+    """Folds of other epochs are left out of it until they are trained further too."""
+    root = tmp_path / "results"
+    finish(tmp_path / "said", flags(tree, root))
+    finish(tmp_path / "said", to_epochs(tree, root, 3))
+    assert [fold["fold"] for fold in json.loads((root / "tiny" / "summary.json").read_text())["folds"]] == [1]
+    finish(tmp_path / "said", flags(tree, root, "--epochs", 3))
+    finish(tmp_path / "said", flags(tree, tmp_path / "whole", "--epochs", 3))
+    found, expected = results(root), results(tmp_path / "whole")
+    assert found["tiny/summary.json"] == expected["tiny/summary.json"]
+    assert len(found["tiny/summary.json"]["folds"]) == 3
+
+
+def test_two_processes_go_on_to_more_epochs(even_tree: PngTree, tmp_path: Path) -> None:
+    for root, goes in ((tmp_path / "results", (1, 3)), (tmp_path / "whole", (3,))):
+        for epochs in goes:
+            done = together(tmp_path / "said", shared_flags(even_tree, root, 2, "--epochs", epochs), 2)
+            assert [(result.code, result.err) for result in done] == [(0, "")] * 2
+    assert_same_results(tmp_path / "results", results(tmp_path / "whole"))

@@ -72,8 +72,8 @@ METRICS = [
 """Keys of metrics.json, in order."""
 SUMMARY = [
     *("model_name", "num_folds", "mean_test_accuracy", "std_test_accuracy", "mean_test_accuracy_originals"),
-    *("std_test_accuracy_originals", "mean_macro_f1", "std_macro_f1", "fold_accuracies", "folds", "seconds"),
-    *("train_images_per_s", *PROVENANCE),
+    *("std_test_accuracy_originals", "mean_macro_f1", "std_macro_f1", "std_ddof", "fold_accuracies"),
+    *("folds", "seconds", "train_images_per_s", *PROVENANCE),
 ]
 MODEL_FILES = ("summary.json", "original_summary.json", "run_status.json")
 
@@ -227,7 +227,7 @@ def test_all_folds_and_their_summary(tree: PngTree, tmp_path: Path) -> None:
     for name in ("test_accuracy", "test_accuracy_originals", "macro_f1"):
         values = [entry[name] for entry in metrics]
         assert summary[f"mean_{name}"] == pytest.approx(np.mean(values), abs=1e-12)
-        assert summary[f"std_{name}"] == pytest.approx(np.std(values, ddof=1), abs=1e-12)
+        assert summary[f"std_{name}"] == pytest.approx(np.std(values, ddof=summary["std_ddof"]), abs=1e-12)
         if name != "test_accuracy_originals":
             assert len(set(values)) > 1  # or the standard deviation shows nothing
         assert [fold[name] for fold in summary["folds"]] == values
@@ -285,6 +285,10 @@ def test_results_survive_their_documents(tree: PngTree, tmp_path: Path) -> None:
     assert list(metrics) == METRICS
     assert list(summary) == SUMMARY
     assert FoldResult.from_json(metrics).to_json() == metrics
+    text = (tmp_path / "tiny" / "fold_1" / "metrics.json").read_text()
+    assert json.loads(text) == metrics
+    for row in metrics["confusion_matrix"]:
+        assert f"\n    [{', '.join(map(str, row))}]" in text
     assert Summary.from_json(summary).to_json() == summary
     path = tmp_path / "tiny" / "fold_1" / "metrics.json"
     path.write_text(json.dumps({key: value for key, value in metrics.items() if key != "history"}))
@@ -728,7 +732,7 @@ def test_resume_of_another_run_is_refused(tree: PngTree, tmp_path: Path, capsys:
     for _ in range(2):
         for options, expected in (
             ({"learning_rate": 0.01}, "learning_rate was 0.001, now 0.01"),
-            ({"epochs": 3, "seed": 1}, "epochs was 2, now 3; seed was 42, now 1"),
+            ({"weight_decay": 0.5, "seed": 1}, "seed was 42, now 1; weight_decay was 1e-05, now 0.5"),
             ({"scheduler": "cosine"}, "scheduler was 'plateau', now 'cosine'"),
         ):
             with pytest.raises(TrainingError, match=r"fold_1/\w+\.\w+: belongs to another run \(") as error:

@@ -11,15 +11,18 @@ import torch
 
 from quaclrs.data.folds import class_weights
 from quaclrs.data.sampling import evaluation_batches
+from quaclrs.errors import TrainingError
+from quaclrs.experiment.further import is_whole, take_over, work_folder
 from quaclrs.experiment.original_outputs import ORIGINAL_METRICS_FILE, REPORT_FILE, original_metrics
 from quaclrs.experiment.results import METRICS_FILE, FoldResult, parse_fold_result, read_document
 from quaclrs.experiment.run import RUN_FILE, Log, Run
-from quaclrs.experiment.run_status import hold_fold, mark_done
+from quaclrs.experiment.run_status import hold_fold, lock_file, mark_done
 from quaclrs.report.gradcam import pick_samples, write_gradcams
 from quaclrs.report.metrics import compute_metrics, scores_for_results
 from quaclrs.report.plots import write_plots
 from quaclrs.settings import identity_defaults
 from quaclrs.system.atomic_files import TEMPORARY_SUFFIX, make_folder, write_json
+from quaclrs.system.file_locks import locked
 from quaclrs.training import checkpoint
 from quaclrs.training.loop import Evaluation
 from quaclrs.training.models import build_model
@@ -29,7 +32,9 @@ from quaclrs.training.trainer import FoldSamples, Trainer
 
 
 def run_fold(run: Run, fold: int) -> FoldResult | None:
-    """Train and test one fold and write its results. With ``--resume``, a finished fold is only read.
+    """Train and test one fold and write its results.
+
+    With ``--resume``, a finished fold is only read; with more ``--epochs`` than before it is trained further.
 
     Every rank calls it. Rank 0 alone reads and writes files, and may be the only one to get a result.
     """
@@ -49,12 +54,23 @@ def run_fold(run: Run, fold: int) -> FoldResult | None:
 
 
 def _read_finished(run: Run, fold: int) -> FoldResult | None:
-    path = run.fold_folder(fold) / METRICS_FILE
+    """The fold's result; None if there is none, or another number of epochs is asked for."""
+    folder = run.fold_folder(fold)
+    path = folder / METRICS_FILE
+    if is_whole(folder):
+        with locked(lock_file(run.folder, fold)) as held:
+            if held:  # otherwise the process that holds it is about to do this
+                take_over(folder, run.config.keep_checkpoints)
     if not path.is_file():
         return None
-    document = read_document(path)
-    checkpoint.refuse_other_run(path, document.get("run", {}), run.identity(fold), identity_defaults(run.config))
-    return parse_fold_result(document, path)
+    result = parse_fold_result(read_document(path), path)
+    identity, defaults = run.identity(fold), identity_defaults(run.config)
+    checkpoint.refuse_other_run(path, result.identity, identity, defaults, reached=len(result.history))
+    before = result.identity.get("epochs")
+    if before == identity["epochs"]:
+        return result
+    run.log(f"fold {fold}: finished before with --epochs {before}, and goes on to --epochs {identity['epochs']}")
+    return None
 
 
 def _train_and_test(run: Run, fold: int) -> FoldResult | None:
@@ -65,8 +81,8 @@ def _train_and_test(run: Run, fold: int) -> FoldResult | None:
         f"{len(samples.test)}"
     )
     started = time.monotonic()
-    state = _prepare_state(run, samples, fold)
-    config, folder = run.config, run.fold_folder(fold)
+    config, folder = run.config, work_folder(run.fold_folder(fold))
+    state = _prepare_state(run, samples, fold, folder)
     with with_profile(run.hooks, config, state, run.loader.name, folder, run.log) as hooks:
         trainer = Trainer(
             state, run.loader, samples, config, run.global_batch, folder, run.identity(fold), run.signals, hooks
@@ -75,17 +91,19 @@ def _train_and_test(run: Run, fold: int) -> FoldResult | None:
         test_result = trainer.test()
     if not run.world.is_main:
         return None
-    return _write_results(run, fold, state, test_result, stopped_early, started)
+    result = _write_results(run, fold, folder, state, test_result, stopped_early, started)
+    take_over(run.fold_folder(fold), config.keep_checkpoints)
+    return result
 
 
-def _prepare_state(run: Run, samples: FoldSamples, fold: int) -> TrainState:
-    """Create the state to train: fresh or, with ``--resume``, from the last checkpoint if there is one."""
-    config, folder, identity = run.config, run.fold_folder(fold), run.identity(fold)
+def _prepare_state(run: Run, samples: FoldSamples, fold: int, folder: Path) -> TrainState:
+    """Create the state to train in ``folder``: fresh or, with ``--resume``, from the last checkpoint there is."""
+    config, identity = run.config, run.identity(fold)
     state = _create_state(run, samples, fold)
     if run.world.is_main:
         make_folder(folder)
     if config.resume:
-        _restore(run, state, folder, identity)
+        _restore(run, state, run.fold_folder(fold), folder, identity)
     if run.world.is_main:
         write_json(folder / RUN_FILE, {"run": identity, "batch_size": config.batch_size, "processes": run.world.size})
     return state
@@ -105,22 +123,38 @@ def _create_state(run: Run, samples: FoldSamples, fold: int) -> TrainState:
     return TrainState.create(model, weights, run.device, config, run.world)
 
 
-def _restore(run: Run, state: TrainState, folder: Path, identity: dict[str, Any]) -> None:
+def _restore(run: Run, state: TrainState, fold_folder: Path, folder: Path, identity: dict[str, Any]) -> None:
+    """Load the last checkpoint into ``state``. ``folder`` is ``fold_folder`` or, beside a result there, its own."""
     found = None
     if run.world.is_main:
-        found = checkpoint.load_checkpoint(folder, identity, identity_defaults(run.config))
+        for place in dict.fromkeys((folder, fold_folder)):
+            found = found or checkpoint.load_checkpoint(place, identity, identity_defaults(run.config))
+        if folder != fold_folder:
+            _begin_further(fold_folder, folder, found)
     saved = run.world.broadcast_object(found)
     if run.world.is_main:
-        for half_written in folder.rglob(f"*{TEMPORARY_SUFFIX}"):
+        for half_written in fold_folder.rglob(f"*{TEMPORARY_SUFFIX}"):
             half_written.unlink(missing_ok=True)
     if saved is None:
-        run.log(f"{folder}: no checkpoint to resume from; starting at the beginning")
+        run.log(f"{fold_folder}: no checkpoint to resume from; starting at the beginning")
         return
     state.load_state_dict(saved)
     if run.world.is_main and state.progress is None:
         _complete_last_epoch(state, folder, run.config.keep_checkpoints)
     within = "" if state.progress is None else f" and step {state.progress.step} of the next"
-    run.log(f"{folder}: resuming after epoch {len(state.history)}{within}")
+    run.log(f"{fold_folder}: resuming after epoch {len(state.history)}{within}")
+
+
+def _begin_further(fold_folder: Path, folder: Path, found: dict[str, Any] | None) -> None:
+    """Give ``folder`` the best weights so far. Raises :class:`TrainingError` if the finished fold has no checkpoint."""
+    if found is None:
+        raise TrainingError(
+            f"{fold_folder}: holds a result but no checkpoint to train it further from; give the --epochs that it was "
+            "made with, or train without --resume"
+        )
+    if not (folder / checkpoint.BEST_MODEL_FILE).is_file():
+        best = checkpoint.load(fold_folder / checkpoint.BEST_MODEL_FILE)
+        checkpoint.save(folder / checkpoint.BEST_MODEL_FILE, best)
 
 
 def _complete_last_epoch(state: TrainState, folder: Path, keep: int) -> None:
@@ -144,13 +178,19 @@ def _rename_earlier_results(folder: Path, log: Log) -> None:
 
 
 def _write_results(
-    run: Run, fold: int, state: TrainState, test_result: Evaluation, stopped_early: bool, started: float
+    run: Run,
+    fold: int,
+    folder: Path,
+    state: TrainState,
+    test_result: Evaluation,
+    stopped_early: bool,
+    started: float,
 ) -> FoldResult:
-    """Write the report and the documents of a fold that was started at ``started`` on time.monotonic()'s clock.
+    """Write into ``folder`` the documents of a fold that was started at ``started`` on time.monotonic()'s clock.
 
     ``metrics.json`` comes last: it marks the fold as finished.
     """
-    folder, samples = run.fold_folder(fold), run.samples[fold]
+    samples = run.samples[fold]
     metrics = _write_report(run, state, test_result, folder)
     result = FoldResult(
         model_name=run.config.model_name,
@@ -168,7 +208,7 @@ def _write_results(
         identity=run.identity(fold),
         provenance=run.provenance(),
     )
-    write_json(folder / ORIGINAL_METRICS_FILE, original_metrics(result, folder))
+    write_json(folder / ORIGINAL_METRICS_FILE, original_metrics(result, run.fold_folder(fold), read_from=folder))
     write_json(folder / METRICS_FILE, result.to_json())
     run.log(
         f"fold {fold}: test accuracy {result.test_accuracy:.2%}, macro F1 {result.scores['macro_f1']:.3f}, "

@@ -26,13 +26,13 @@ ORIGINAL_FLAGS = (
 """The 17 flags of the original trainer; ``args`` has their values."""
 
 
-def original_metrics(result: FoldResult, folder: Path) -> dict[str, Any]:
-    """The original's ``metrics.json`` of the fold whose files are in ``folder``.
+def original_metrics(result: FoldResult, folder: Path, read_from: Path | None = None) -> dict[str, Any]:
+    """The original's ``metrics.json`` of the fold whose files are in ``folder``, or will be: then in ``read_from`` now.
 
     Training and validation figures are those of the best epoch. ``classification_report`` is scikit-learn's, read from
     ``classification_report.json``; empty if somebody deleted that file.
     """
-    best, report = result.best, folder / REPORT_FILE
+    best, report = result.best, (read_from or folder) / REPORT_FILE
     document = {
         "fold": result.fold,
         "best_epoch": result.best_epoch - 1,
@@ -47,7 +47,7 @@ def original_metrics(result: FoldResult, folder: Path) -> dict[str, Any]:
             "best_model": str(folder / BEST_MODEL_FILE),
             "confusion_matrix": str(folder / "plots" / "confusion_matrix.png"),
             "roc_curves": str(folder / "plots" / "roc_curves.png"),
-            "classification_report": str(report),
+            "classification_report": str(folder / REPORT_FILE),
             "grad_cam_dir": str(folder / "grad_cam"),
         },
     }

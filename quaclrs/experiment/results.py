@@ -19,6 +19,8 @@ from quaclrs.training.records import EpochRecord
 
 METRICS_FILE = "metrics.json"
 SUMMARY_FILE = "summary.json"
+STD_DDOF = 1
+"""Of every ``std_…`` in ``summary.json``, in NumPy's word: the sum of squares is divided by the number of folds − 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +205,7 @@ class Summary:
             "model_name": self.model_name,
             "num_folds": len(self.folds),
             **{f"{name}_{key}": compute(key) for key in summarised_keys() for name, compute in statistics_of},
+            "std_ddof": STD_DDOF,
             "fold_accuracies": {f"fold_{fold.fold}": fold.scores["test_accuracy"] for fold in self.folds},
             "folds": [fold.to_json() for fold in self.folds],
             "seconds": sum(fold.seconds for fold in self.folds),

@@ -45,6 +45,11 @@ def mark_done(folder: Path, fold: int) -> None:
         update_status(folder, fold, state="done", until=_now(), error=None)
 
 
+def lock_file(folder: Path, fold: int) -> Path:
+    """The file whose lock gives a fold of the model in ``folder`` to one process."""
+    return folder / f".fold_{fold}.lock"
+
+
 @contextlib.contextmanager
 def hold_fold(folder: Path, fold: int) -> Iterator[None]:
     """Hold the lock of a fold of the model in ``folder`` for the block, and note how the block begins and ends.
@@ -52,7 +57,7 @@ def hold_fold(folder: Path, fold: int) -> Iterator[None]:
     Raises :class:`UsageError` if another process holds it.
     """
     make_folder(folder)
-    with locked(folder / f".fold_{fold}.lock") as held:
+    with locked(lock_file(folder, fold)) as held:
         if not held:
             holder = read_run_status(folder).get(f"fold_{fold}", {})
             raise UsageError(

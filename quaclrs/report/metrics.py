@@ -24,6 +24,9 @@ MAX_CURVE_POINTS = 201
 """Most points kept of a ROC curve: more cannot be seen, and 13 curves of some thousand points swell ``metrics.json``.
 """
 
+REPORT_AVERAGES = ("accuracy", "macro avg", "weighted avg")
+"""Keys of scikit-learn's classification report beside those of the classes; it writes them over a class's."""
+
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
@@ -127,6 +130,18 @@ def summarised_keys() -> list[str]:
     return [registered.key for registered in METRICS.values() if registered.summarise]
 
 
+def report_keys(class_names: Sequence[str]) -> list[str]:
+    """Each class's key in the classification report: its name, with `` (class)`` where an average has that key."""
+    taken, keys = {*REPORT_AVERAGES, *class_names}, []
+    for name in class_names:
+        key = name
+        while key in REPORT_AVERAGES or (key != name and key in taken):
+            key += " (class)"
+        keys.append(key)
+        taken.add(key)
+    return keys
+
+
 def compute_metrics(
     labels: npt.ArrayLike,
     probabilities: npt.ArrayLike,
@@ -143,7 +158,7 @@ def compute_metrics(
     - ``class_names``, ``num_samples``
     - each of :data:`METRICS` by its function's name
     - ``confusion_matrix``: C × C counts, row = label, column = prediction
-    - ``classification_report``: scikit-learn's, with every class; undefined values are 0
+    - ``classification_report``: scikit-learn's, with every class (see :func:`report_keys`); undefined values are 0
     - ``roc``: see :func:`roc_curves`
 
     Raises ``ValueError`` for arrays that do not fit each other and :class:`TrainingError` for probabilities that are
@@ -164,7 +179,7 @@ def compute_metrics(
             truth,
             predictions.predicted,
             labels=every_class,
-            target_names=list(class_names),
+            target_names=report_keys(class_names),
             output_dict=True,
             zero_division=0,
         ),

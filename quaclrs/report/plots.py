@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ VALIDATION_COLOUR = "#d9541e"
 QUIET_COLOUR = "#8a8a8a"
 MAX_ANNOTATED_CLASSES = 40
 """With more classes the numbers in the confusion matrix would overlap."""
+MAX_LISTED_CLASSES = 20
+"""With more classes the legend of the ROC curves would not fit, and colours would repeat."""
+LOWEST_LISTED = 10
+"""Classes in that legend where not all are listed."""
 MAX_NAME_LENGTH = 28
 """Characters of a class name that are drawn; longer ones would leave no room for the plot."""
 
@@ -83,13 +87,16 @@ def draw_confusion_matrix(metrics: Mapping[str, Any]) -> Figure:
     figure, axes = _new_axes(side + 0.8, side)
     image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
     ticks = range(len(names))
-    axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(ticks, names)
+    cell = 0.75 * 72 * side / len(names)  # points of a row, names and colour bar taken off
+    size = min(10.0, 0.85 * cell)
+    rotation, vertical = (45, "top") if cell > 14 else (90, "center")
+    axes.set_xticks(ticks, names, fontsize=size, rotation=rotation, ha="right", va=vertical, rotation_mode="anchor")
+    axes.set_yticks(ticks, names, fontsize=size)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xticks(np.arange(len(names) - 1) + 0.5, minor=True)
     axes.set_yticks(np.arange(len(names) - 1) + 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.2)
+    axes.grid(which="minor", color="white", linewidth=min(1.2, 0.08 * cell))
     axes.tick_params(which="minor", length=0)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
@@ -103,21 +110,44 @@ def draw_confusion_matrix(metrics: Mapping[str, Any]) -> Figure:
 
 
 def draw_roc_curves(metrics: Mapping[str, Any]) -> Figure:
-    """One-vs-rest ROC curves of all classes and their two averages, with the areas in the legend."""
+    """One-vs-rest ROC curves of all classes and their two averages, with the areas in the legend.
+
+    Of more than :data:`MAX_LISTED_CLASSES`, the legend lists the :data:`LOWEST_LISTED` with the smallest areas; the
+    others are grey.
+    """
     roc = metrics["roc"]
+    curves: dict[str, Mapping[str, Any]] = roc["classes"]
+    listed = list(curves)
+    if len(curves) > MAX_LISTED_CLASSES:
+        defined = [name for name in curves if curves[name]["auc"] is not None]
+        listed = sorted(defined, key=lambda name: curves[name]["auc"])[:LOWEST_LISTED]
+    quiet = [name for name in curves if name not in set(listed)]
     figure, axes = _new_axes(10.0, 6.2)
     axes.plot([0, 1], [0, 1], color=QUIET_COLOUR, linewidth=1, linestyle=":")
-    colours = matplotlib.colormaps["tab20"].resampled(20)
-    for index, (name, curve) in enumerate(roc["classes"].items()):
-        _draw_curve(axes, curve, name, color=colours(index % 20), linewidth=1.2)
+    colours = matplotlib.colormaps["tab10"]
+    for number, name in enumerate(quiet):
+        label = f"{len(quiet)} other classes" if number == 0 else None
+        axes.plot(curves[name]["fpr"], curves[name]["tpr"], label=label, color=QUIET_COLOUR, linewidth=0.6, alpha=0.35)
+    for index, name in enumerate(listed):
+        # dashes tell neighbours apart without colour, and show the first of two equal curves below the second
+        dashes = (0, (4, 2)) if (index + index // 10) % 2 else "-"  # the 20 pairs of colour and dashes differ
+        _draw_curve(axes, curves[name], name, color=colours(index % 10), linewidth=1.4, linestyle=dashes)
     _draw_curve(axes, roc["macro"], "macro average", color="black", linewidth=2.2, linestyle="--")
     _draw_curve(axes, roc["micro"], "micro average", color="black", linewidth=2.2)
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     axes.set_xlabel("false positive rate")
     axes.set_ylabel("true positive rate")
     axes.set_title("ROC curves, one class against the rest", loc="left", fontweight="bold")
-    columns = max(1, math.ceil(len(roc["classes"]) / 20))
-    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), title="AUC", frameon=False, ncols=columns)
+    title = f"AUC, the {len(listed)} lowest classes" if quiet else "AUC"
+    legend = axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), title=title, frameon=False)
+    for line in legend.get_lines():
+        line.set_alpha(None)
+    with _missing_glyphs_ignored():
+        figure.draw_without_rendering()
+        right = legend.get_window_extent().x1 / DPI + 0.12  # inches
+    beyond = right - figure.get_figwidth()  # wide names need more
+    if beyond > 0:
+        figure.set_figwidth(figure.get_figwidth() + 2 * beyond)  # the axes stay in the middle of what is left
     return figure
 
 
@@ -143,10 +173,16 @@ def _new_axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with atomic_writer(path) as file, warnings.catch_warnings():
-        # a class name in a script that the font lacks is drawn as boxes; one warning per letter would not help
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font", category=UserWarning)
+    with atomic_writer(path) as file, _missing_glyphs_ignored():
         figure.savefig(file, format="png")
+
+
+@contextlib.contextmanager
+def _missing_glyphs_ignored() -> Iterator[None]:
+    """A class name in a script that the font lacks is drawn as boxes; one warning per letter would not help."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font", category=UserWarning)
+        yield
 
 
 def _shorten_name(name: str) -> str:
@@ -177,9 +213,10 @@ def _draw_pair(axes: Axes, history: History, quantity: str) -> None:
     axes.grid(alpha=0.25)
     best = _best_epoch_index(history)
     if best is not None:
-        value = f"{validation[best]:.1%}" if quantity == "accuracy" else f"{validation[best]:.3f}"
+        # the validation loss may well be lower in another epoch, so both figures say what "best" refers to
+        value = f"{validation[best]:.1%}" if quantity == "accuracy" else f"loss {validation[best]:.3f}"
         axes.axvline(epochs[best], color=VALIDATION_COLOUR, linewidth=1, linestyle="--", alpha=0.6)
-        label = f"best epoch {epochs[best]:.0f}: {value}"
+        label = f"best validation accuracy, epoch {epochs[best]:.0f}: {value}"
         axes.plot(epochs[best], validation[best], "*", color=VALIDATION_COLOUR, ms=14, mec="white", label=label)
 
 

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +18,8 @@ from typing import Any, BinaryIO
 from quaclrs.errors import StorageError
 
 TEMPORARY_SUFFIX = ".tmp"
+_LIST_OF_NUMBERS = re.compile(r"\[\n\s*-?\d[^\s,]*(?:,\n\s*-?\d[^\s,]*)*\n\s*\]")
+"""In indented JSON, whose strings hold no line breaks."""
 
 
 @contextlib.contextmanager
@@ -36,7 +39,7 @@ def atomic_writer(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         temporary.replace(path)
         if durable:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     except OSError as error:
         _remove(temporary)
         raise storage_error(path, error) from None
@@ -52,8 +55,13 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write ``document`` to ``path`` as indented JSON, atomically. Raises ``ValueError`` for NaN, which JSON lacks."""
-    write_bytes(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
+    """Write ``document`` to ``path`` as indented JSON, atomically. Raises ``ValueError`` for NaN, which JSON lacks.
+
+    A list of numbers, such as a row of a matrix, is one line.
+    """
+    text = json.dumps(document, indent=2, allow_nan=False)
+    text = _LIST_OF_NUMBERS.sub(lambda match: " ".join(match[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
+    write_bytes(path, f"{text}\n".encode())
 
 
 def make_folder(path: Path) -> Path:
@@ -79,8 +87,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut, if the file system allows opening a folder."""
+def sync_folder(folder: Path) -> None:
+    """Make the renames in ``folder`` survive a power cut, if the file system allows opening a folder."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

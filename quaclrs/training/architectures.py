@@ -31,7 +31,7 @@ class Architecture:
     heads: tuple[str, ...]
     """The ``Linear`` modules that output class scores, main one first; build_model() replaces them by fresh ones."""
     trainable: tuple[str, ...]
-    """Modules that still learn under ``freeze_features``."""
+    """Modules that still learn under ``freeze_features``: what the original trainer leaves unfrozen."""
     gradcam_layer: str
     """Module whose output Grad-CAM weighs: the last feature maps (B, channels, height, width), after the activation."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -67,7 +67,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "mobilenet": Architecture(
         constructor="mobilenet_v2",
-        weights="MobileNet_V2_Weights.IMAGENET1K_V1",
+        weights="MobileNet_V2_Weights.IMAGENET1K_V2",
         min_input_size=1,
         heads=("classifier.1",),
         trainable=("classifier.1",),
@@ -79,7 +79,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         input_size=299,
         min_input_size=299,  # of the auxiliary head's 5×5 convolution; without that head, as in evaluation, it is 75
         heads=("fc", "AuxLogits.fc"),
-        trainable=("fc", "AuxLogits.fc"),
+        trainable=("fc", "AuxLogits"),
         gradcam_layer="Mixed_7c",
         options={"init_weights": True},
         # transform_input: these weights come from TensorFlow, and expect inputs scaled to [-1, 1]
@@ -98,7 +98,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         weights="ConvNeXt_Tiny_Weights.IMAGENET1K_V1",
         min_input_size=32,
         heads=("classifier.2",),
-        trainable=("classifier.2",),
+        trainable=("classifier",),  # its LayerNorm too, as in the original trainer
         gradcam_layer="features.7",
     ),
 }

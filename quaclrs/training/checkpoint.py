@@ -15,6 +15,7 @@ import torch
 
 from quaclrs.errors import TrainingError
 from quaclrs.system.atomic_files import atomic_writer
+from quaclrs.training.optimizer import SPANNING_SCHEDULERS
 
 CHECKPOINT_VERSION = 2
 BEST_MODEL_FILE = "best_model.pth"
@@ -86,7 +87,7 @@ def _load_checked(path: Path, identity: dict[str, Any], defaults: Mapping[str, A
             f"{path}: checkpoint version {content.get('version')!r}, this quaclrs reads {CHECKPOINT_VERSION}; train "
             "without --resume"
         )
-    refuse_other_run(path, content["run"], identity, defaults)
+    refuse_other_run(path, content["run"], identity, defaults, reached=content["epoch"])
     return content
 
 
@@ -101,20 +102,37 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def refuse_other_run(
-    where: Path, saved: dict[str, Any], identity: dict[str, Any], defaults: Mapping[str, Any] | None = None
+    where: Path,
+    saved: dict[str, Any],
+    identity: dict[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+    *,
+    reached: int | None = None,
 ) -> None:
     """Raise :class:`TrainingError` naming each entry in which ``saved``, read from ``where``, differs.
 
     ``defaults`` are the values of entries that ``saved`` may lack, because their setting is younger than the run.
+    ``reached`` is the last epoch that ``saved`` finished or began; with it, ``epochs`` may differ where that changes no
+    epoch until then.
     """
     saved = {**(defaults or {}), **saved}
-    differences = [
-        f"{name} was {saved.get(name)!r}, now {identity.get(name)!r}"
-        for name in sorted({*saved, *identity})
-        if saved.get(name) != identity.get(name)
-    ]
+    differences = []
+    for name in sorted({*saved, *identity}):
+        if saved.get(name) == identity.get(name):
+            continue
+        reason = _why_epochs_matter(saved, identity, reached) if name == "epochs" and reached is not None else ""
+        if reason is not None:
+            differences.append(f"{name} was {saved.get(name)!r}, now {identity.get(name)!r}{reason}")
     if differences:
         raise TrainingError(
             f"{where}: belongs to another run ({'; '.join(differences)}); "
             "use the same settings, or another --output_dir"
         )
+
+
+def _why_epochs_matter(saved: dict[str, Any], identity: dict[str, Any], reached: int) -> str | None:
+    """For the message: why a run that ``reached`` an epoch cannot have another number of epochs; None if it can."""
+    for schedule in (saved.get("scheduler"), identity.get("scheduler")):
+        if schedule in SPANNING_SCHEDULERS:
+            return f": the {schedule} schedule spans all epochs"
+    return f", but epoch {reached} was reached" if identity["epochs"] < reached else None

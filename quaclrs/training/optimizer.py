@@ -15,6 +15,9 @@ PLATEAU_FACTOR, PLATEAU_PATIENCE = 0.5, 3
 COSINE_FLOOR = 1e-6
 """Learning rate at the end of the cosine schedule."""
 
+SPANNING_SCHEDULERS = ("cosine",)
+"""Schedules whose every step depends on ``--epochs``; ``--resume`` accepts no other number of epochs with them."""
+
 Scheduler = ReduceLROnPlateau | CosineAnnealingLR
 
 
