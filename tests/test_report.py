@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,27 @@ def test_gradcam_inside_inference_mode_and_of_no_image(tmp_path: Path) -> None:
         inside = images * 1  # an inference tensor, as a loader driven by evaluation makes them
         assert np.array_equal(gradcam.heat_maps(model, "resnet18", inside, torch.tensor([0, 1])), expected)
     assert gradcam.write_gradcams(model, "resnet18", images[:0], [], [], ["a", "b", "c"], tmp_path) == []
+
+
+@pytest.mark.parametrize("limit_bytes", [0, 1000, 9000])
+def test_a_full_disk_at_a_plot_or_a_gradcam_is_one_line(limit_bytes: int, tmp_path: Path) -> None:
+    labels, probabilities, _ = example()
+    metrics = compute_metrics(labels, probabilities, CLASS_NAMES)
+    model = models.build_model("mobilenet", 13)
+    noise = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 3, 64, 64))).float()
+    writers: tuple[Callable[[], object], ...] = (
+        lambda: plots.write_plots(tmp_path, history(3), metrics),
+        lambda: gradcam.write_gradcams(model, "mobilenet", noise, [0], [1], CLASS_NAMES, tmp_path),
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for write in writers:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))  # the kernel refuses as a full disk would
+        try:
+            with pytest.raises(StorageError, match=r"^cannot write [^\n]*png: File too large; free some space[^\n]*$"):
+                write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- the environment of the process ---

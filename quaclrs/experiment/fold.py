@@ -19,7 +19,7 @@ from quaclrs.report.gradcam import pick_samples, write_gradcams
 from quaclrs.report.metrics import compute_metrics, scores_for_results
 from quaclrs.report.plots import write_plots
 from quaclrs.settings import identity_defaults
-from quaclrs.system.atomic_files import TEMPORARY_SUFFIX, make_folder, write_json
+from quaclrs.system.atomic_files import TEMPORARY_SUFFIX, make_folder, storage_error, write_json
 from quaclrs.training import checkpoint
 from quaclrs.training.loop import Evaluation
 from quaclrs.training.models import build_model
@@ -139,7 +139,10 @@ def _rename_earlier_results(folder: Path, log: Log) -> None:
     while previous.exists():
         number += 1
         previous = folder.with_name(f"{folder.name}.previous{number}")
-    folder.rename(previous)
+    try:
+        folder.rename(previous)
+    except OSError as error:
+        raise storage_error(previous, error) from None
     log(f"{folder}: holds an earlier run, which is now {previous} (--resume would have continued it)")
 
 
