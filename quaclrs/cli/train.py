@@ -16,6 +16,7 @@ from quaclrs import __version__
 from quaclrs.cli.arguments import Parser, add_dataset_arguments, columns_of
 from quaclrs.config import TrainConfig
 from quaclrs.errors import UsageError, raised_on_every_rank, run_command
+from quaclrs.system.console import tolerant_output
 from quaclrs.training.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ _GROUPS = ("reading", "model", "training", "run", _SEVERAL)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parse(given)
-    return run_command(lambda: _run(options, given), PROGRAM)
+    with tolerant_output(PROGRAM):
+        options = parse(given)
+        return run_command(lambda: _run(options, given), PROGRAM)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -13,12 +13,9 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from quaclrs.errors import StorageError
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer as Buffer
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -60,7 +57,7 @@ class _NotingErrors(io.FileIO):
         super().__init__(path, "wb")
         self._refused = refused
 
-    def write(self, content: Buffer, /) -> int | None:  # type: ignore[override]  # typeshed: never None
+    def write(self, content: Any, /) -> int:
         try:
             return super().write(content)
         except OSError as error:
