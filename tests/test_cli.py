@@ -247,6 +247,28 @@ def test_data_that_is_not_there(tree: PngTree, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("loader", ["files", "dali"])
+def test_a_folder_of_images_that_is_the_wrong_one(
+    loader: str, own_tree: PngTree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*training_flags(own_tree), "--loader", loader, "--spectrograms_dir"]
+    above, one_fold = own_tree.spectrograms_dir.parent, own_tree.spectrograms_dir / "fold1"
+    missing = f"(of {own_tree.csv_file}'s folds, those of 1-3 are missing); check --spectrograms_dir"
+    assert refused(capsys, *flags, str(above)).endswith(
+        f"error: {above}: has no folder fold1 {missing}; {own_tree.spectrograms_dir} has it\n"
+    )
+    shutil.rmtree(own_tree.spectrograms_dir / "fold3")
+    line = refused(capsys, *flags, str(own_tree.spectrograms_dir))
+    assert "has no folder fold3 " in line
+    assert "those of 3 are missing" in line
+    shutil.rmtree(own_tree.spectrograms_dir / "fold2")
+    (first,) = [file.name for file in one_fold.iterdir()][:1]
+    assert f"{one_fold / first}: is no folder; check --spectrograms_dir" in refused(
+        capsys, *flags, str(one_fold / first)
+    )
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize("loader", ["files", "dali"])
 def test_a_missing_image(loader: str, own_tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
     own_tree.path(4).unlink()
     first = next(row for row in range(len(own_tree.rows)) if own_tree.path(row) == own_tree.path(4))
