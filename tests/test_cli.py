@@ -204,6 +204,22 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
         ),
         ("--loader dail", "--loader dail: choose one of auto, resident, mapped, dali, files"),
         ("--model_name resnet50", "--model_name resnet50: choose one of alexnet, vgg16, resnet18,"),
+        (
+            "--model_name resnet19",
+            ", several with commas, or all; did you mean resnet18?\n",
+        ),
+        ("--model_name vgg16,Resnet_18", "--model_name Resnet_18: choose one of alexnet"),
+        ("--loader map", "files; did you mean mapped?\n"),
+        ("--loader qqq", "dali, files\n"),
+        ("--scheduler cosin", "--scheduler cosin: choose one of plateau, cosine, none; did you mean cosine?\n"),
+        ("--compile cudagraphs", "; did you mean cudagraph?\n"),
+        (
+            "--use_amp --amp_dtype bfloat",
+            "--amp_dtype bfloat: choose one of float16, bfloat16; did you mean bfloat16?\n",
+        ),
+        ("--parallel fold", "--parallel fold: choose folds; did you mean folds?\n"),
+        ("--epoch 3", "unrecognized arguments: --epoch 3; did you mean --epochs; see quaclrs-train --help\n"),
+        ("--label_column Class", "--fold_column; did you mean class?\n"),
         ("--device gpu", "--device gpu: choose auto, cpu, cuda or cuda:N"),
         ("--device meta", "--device meta: choose auto, cpu, cuda or cuda:N"),
         ("--device cuda:99", "--device cuda:99: torch sees"),
@@ -216,6 +232,14 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
 def test_flags_that_cannot_work(flags: str, expected: str, tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in refused(capsys, *training_flags(tree), *("--num_folds 10 " + flags).split())
     assert list(Path.cwd().iterdir()) == []  # nothing was written
+
+
+def test_case_does_not_matter(tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*training_flags(tree), "--fold", "1", "--model_name", "MobileNet", "--loader", "Files"]) == 0
+    metrics = json.loads(Path("results/mobilenet/fold_1/metrics.json").read_text())
+    assert (metrics["model_name"], metrics["loader"]) == ("mobilenet", "files")
+    assert main([*training_flags(tree), "--fold", "1", "--model_name", "mobilenet", "--resume"]) == 0  # the same run
+    assert "finished before" in capsys.readouterr().out
 
 
 def test_cuda_without_a_gpu(tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,5 +160,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], dec
     if field_type is bool:
         options["action"] = "store_true"
     else:
-        options |= {"type": field_type, "choices": field.metadata["choices"], "metavar": field.metadata["metavar"]}
+        choices = field.metadata["choices"]  # refused by TrainConfig, which names the nearest
+        metavar = f"{{{','.join(choices)}}}" if choices else field.metadata["metavar"]
+        options |= {"type": field_type, "metavar": metavar}
     group.add_argument(f"--{field.name}", **options)
