@@ -11,6 +11,7 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import struct
@@ -38,6 +39,7 @@ from quaclrs.cli.train import main
 from quaclrs.config import Columns, PackConfig, TrainConfig
 from quaclrs.data.metadata import Metadata, parse_metadata
 from quaclrs.errors import DataError, QuaclrsError, ShardError, UsageError
+from quaclrs.experiment.cross_validation import run_cross_validation
 from quaclrs.loaders import Choice, MemoryEstimate, build_loader, choose_loader
 from quaclrs.loaders.base import Batch, Loader, LoaderConfig
 from quaclrs.loaders.dali import BORDER_DIFFERENCE, INNER_DIFFERENCE, DaliLoader
@@ -46,6 +48,7 @@ from quaclrs.loaders.files import FilesLoader
 from quaclrs.loaders.resident import ResidentLoader
 from quaclrs.shards.packing.pack import pack
 from quaclrs.shards.reader import ShardSet
+from quaclrs.training.trainer import Hooks
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
@@ -777,3 +780,51 @@ def test_the_csv_is_parsed_once_per_run(tmp_path: Path, monkeypatch: pytest.Monk
         parsed.clear()
         open_dataset(config, want_shards=wants_shards, log=lambda text: None).close()
         assert len(parsed) == 1
+
+
+# --- reader processes that cannot deliver ---
+
+
+def test_no_shared_memory_is_one_line_and_no_hang(data: Data) -> None:
+    """The kernel refuses to make the file in /dev/shm larger than RLIMIT_FSIZE, as in a container with little of it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with loader_of(Case("files", "png", 2), data) as loader:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # for the processes, which start now
+        try:
+            with pytest.raises(
+                QuaclrsError, match=r"^a process that reads images cannot hand over .*/dev/shm"
+            ) as caught:
+                next(iter(loader.load([np.arange(3), np.arange(3)])))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "give --num_workers 0" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_reader_killed_while_a_step_runs_is_one_line(png_tree: PngTree, tmp_path: Path) -> None:
+    """torch raises its error from a signal handler, in whatever the training does at that moment."""
+
+    def step_meter(phase: str, epoch: int, samples: int) -> Any:
+        def on_step(*_: object) -> None:
+            os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+            deadline = time.monotonic() + 20
+            while time.monotonic() < deadline:
+                time.sleep(0.01)
+
+        return on_step
+
+    config = TrainConfig(
+        csv_file=png_tree.csv_file,
+        spectrograms_dir=png_tree.spectrograms_dir,
+        output_dir=tmp_path,
+        model_name="mobilenet",
+        image_size=8,
+        batch_size=2,
+        fold=2,
+        loader="files",
+        num_workers=1,
+        device="cpu",
+    )
+    with pytest.raises(QuaclrsError, match=r"^a process that reads images died .*--num_workers 0, .*/dev/shm"):
+        run_cross_validation(config, lambda text: None, Hooks(step_meter=step_meter))
+    assert multiprocessing.active_children() == []

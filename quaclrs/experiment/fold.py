@@ -15,6 +15,7 @@ from quaclrs.experiment.original_outputs import ORIGINAL_METRICS_FILE, REPORT_FI
 from quaclrs.experiment.results import METRICS_FILE, FoldResult, parse_fold_result, read_document
 from quaclrs.experiment.run import RUN_FILE, Log, Run
 from quaclrs.experiment.run_status import hold_fold, mark_done
+from quaclrs.loaders.files import dead_readers_named
 from quaclrs.report.gradcam import pick_samples, write_gradcams
 from quaclrs.report.metrics import compute_metrics, scores_for_results
 from quaclrs.report.plots import write_plots
@@ -71,8 +72,9 @@ def _train_and_test(run: Run, fold: int) -> FoldResult | None:
         trainer = Trainer(
             state, run.loader, samples, config, run.global_batch, folder, run.identity(fold), run.signals, hooks
         )
-        stopped_early = trainer.fit()
-        test_result = trainer.test()
+        with dead_readers_named():
+            stopped_early = trainer.fit()
+            test_result = trainer.test()
     if not run.world.is_main:
         return None
     return _write_results(run, fold, state, test_result, stopped_early, started)
