@@ -18,6 +18,7 @@ from harness.records import Row, read_record
 from quaclrs.cli.arguments import Parser
 from quaclrs.errors import DataError, run_command
 from quaclrs.system.atomic_files import make_folder
+from quaclrs.system.matplotlib_import import import_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def plot_result(result: Path, image: Path) -> Path:
     """Draw ``result`` to ``image`` and return ``image``. Raises :class:`DataError` for a file that is no result."""
+    import_matplotlib()
     import matplotlib as mpl
 
     mpl.use("Agg")

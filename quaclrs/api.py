@@ -21,7 +21,7 @@ from quaclrs.config import PackConfig, TrainConfig, usable_processors
 from quaclrs.data.folds import SampleSplit, class_weights
 from quaclrs.data.sampling import epoch_order, evaluation_batches, train_batches
 from quaclrs.errors import QuaclrsError
-from quaclrs.loaders import MemoryEstimate, build_loader, choose_loader
+from quaclrs.loaders import MemoryEstimate, build_loader, choose_loader, loader_called
 from quaclrs.loaders.base import Batch, Loader, LoaderConfig
 from quaclrs.loaders.dataset import Dataset, open_dataset
 from quaclrs.shards.packing.pack import PackSummary
@@ -145,7 +145,9 @@ def make_loader(
         prefetch=prefetch,
     )
     encoding = data.shards.encoding.name if data.shards else None
-    choice = choose_loader(loader, encoding, _estimate_resident_memory(data, config, wanted=loader == "resident"))
+    choice = choose_loader(
+        loader, encoding, _estimate_resident_memory(data, config, wanted=loader_called(loader) == "resident")
+    )
     return BatchLoader(build_loader(choice, data, config), config, batch_size)
 
 

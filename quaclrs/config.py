@@ -22,6 +22,7 @@ from quaclrs.settings import (
     Settings,
     at_least,
     check_requirements,
+    choose,
     setting,
 )
 
@@ -128,7 +129,7 @@ class PackConfig:
             from_tree != (self.from_shards is not None) and from_tree == from_anything,
             "give --csv_file and --spectrograms_dir, or --from_shards alone",
         )
-        _require(self.on_error in ON_ERROR, f"--on_error {self.on_error}: choose one of {', '.join(ON_ERROR)}")
+        object.__setattr__(self, "on_error", choose("on_error", self.on_error, ON_ERROR))
         _require(1 <= self.image_size <= 4096, f"--image_size {self.image_size}: choose 1 to 4096 pixels")
         _require(self.shard_size >= 1, f"--shard_size {self.shard_size}: at least 1 byte")
         _require(self.seed >= 0, f"--seed {self.seed}: not negative")

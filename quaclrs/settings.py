@@ -7,8 +7,9 @@ cli/train.py makes the flag, :func:`check_requirements` refuses values, ``Run.id
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +32,34 @@ def at_least(minimum: int, reason: str = "") -> Requirement:
 NOT_NEGATIVE = Requirement(lambda value: value >= 0, "not negative")
 POSITIVE = Requirement(lambda value: 0 < value < math.inf, "must be positive and finite")
 FINITE_NOT_NEGATIVE = Requirement(lambda value: 0 <= value < math.inf, "must be finite and not negative")
+
+
+def nearest_choice(value: str, choices: Iterable[str]) -> str | None:
+    """The one of ``choices`` that ``value`` is most like, ignoring case; None where nothing is like it."""
+    by_folded = {choice.casefold(): choice for choice in choices}
+    close = difflib.get_close_matches(value.strip().casefold(), by_folded, n=1)
+    return by_folded[close[0]] if close else None
+
+
+def did_you_mean(value: str, choices: Iterable[str]) -> str:
+    """The end of an error message about ``value``, which is none of ``choices``; empty where nothing is like it."""
+    nearest = nearest_choice(value, choices)
+    return "" if nearest is None else f"; did you mean {nearest}?"
+
+
+def choose(flag: str, value: str, choices: Iterable[str], *, also: str = "") -> str:
+    """The one of ``choices`` that ``value`` names; upper and lower case do not matter.
+
+    Raises :class:`UsageError` for ``--{flag}``, naming all and the nearest; ``also`` follows their list.
+    """
+    names = list(choices)
+    if value in names:
+        return value
+    nearest = nearest_choice(value, names)
+    if nearest is not None and nearest.casefold() == value.strip().casefold():
+        return nearest
+    listed = f"choose {'one of ' if len(names) > 1 else ''}{', '.join(names)}{also}"
+    raise UsageError(f"--{flag} {value}: {listed}{did_you_mean(value, names)}")
 
 
 def _one_of(choices: tuple[str, ...]) -> Requirement:
@@ -89,7 +118,8 @@ def check_requirements(settings: Settings) -> None:
     for one in dataclasses.fields(settings):
         value, requirement = getattr(settings, one.name), one.metadata["requires"]
         if value is not None and requirement is not None and not requirement.holds(value):
-            raise UsageError(f"--{one.name} {value}: {requirement.text}")
+            similar = did_you_mean(value, one.metadata["choices"]) if one.metadata["choices"] else ""
+            raise UsageError(f"--{one.name} {value}: {requirement.text}{similar}")
 
 
 def identity_entries(settings: Settings) -> tuple[str, ...]:

@@ -204,6 +204,22 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
         ),
         ("--loader dail", "--loader dail: choose one of auto, resident, mapped, dali, files"),
         ("--model_name resnet50", "--model_name resnet50: choose one of alexnet, vgg16, resnet18,"),
+        (
+            "--model_name resnet19",
+            ", several with commas, or all; did you mean resnet18?\n",
+        ),
+        ("--model_name vgg16,Resnet_18", "--model_name Resnet_18: choose one of alexnet"),
+        ("--loader map", "files; did you mean mapped?\n"),
+        ("--loader qqq", "dali, files\n"),
+        ("--scheduler cosin", "--scheduler cosin: choose one of plateau, cosine, none; did you mean cosine?\n"),
+        ("--compile cudagraphs", "; did you mean cudagraph?\n"),
+        (
+            "--use_amp --amp_dtype bfloat",
+            "--amp_dtype bfloat: choose one of float16, bfloat16; did you mean bfloat16?\n",
+        ),
+        ("--parallel fold", "--parallel fold: choose folds; did you mean folds?\n"),
+        ("--epoch 3", "unrecognized arguments: --epoch 3; did you mean --epochs; see quaclrs-train --help\n"),
+        ("--label_column Class", "--fold_column; did you mean class?\n"),
         ("--device gpu", "--device gpu: choose auto, cpu, cuda or cuda:N"),
         ("--device meta", "--device meta: choose auto, cpu, cuda or cuda:N"),
         ("--device cuda:99", "--device cuda:99: torch sees"),
@@ -216,6 +232,14 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
 def test_flags_that_cannot_work(flags: str, expected: str, tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in refused(capsys, *training_flags(tree), *("--num_folds 10 " + flags).split())
     assert list(Path.cwd().iterdir()) == []  # nothing was written
+
+
+def test_case_does_not_matter(tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*training_flags(tree), "--fold", "1", "--model_name", "MobileNet", "--loader", "Files"]) == 0
+    metrics = json.loads(Path("results/mobilenet/fold_1/metrics.json").read_text())
+    assert (metrics["model_name"], metrics["loader"]) == ("mobilenet", "files")
+    assert main([*training_flags(tree), "--fold", "1", "--model_name", "mobilenet", "--resume"]) == 0  # the same run
+    assert "finished before" in capsys.readouterr().out
 
 
 def test_cuda_without_a_gpu(tree: PngTree, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,6 +267,28 @@ def test_data_that_is_not_there(tree: PngTree, capsys: pytest.CaptureFixture[str
         line = refused(capsys, *training_flags(tree), "--loader", loader, "--spectrograms_dir", "nowhere")
         assert "nowhere" in line
         assert "check --spectrograms_dir" in line
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize("loader", ["files", "dali"])
+def test_a_folder_of_images_that_is_the_wrong_one(
+    loader: str, own_tree: PngTree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*training_flags(own_tree), "--loader", loader, "--spectrograms_dir"]
+    above, one_fold = own_tree.spectrograms_dir.parent, own_tree.spectrograms_dir / "fold1"
+    missing = f"(of {own_tree.csv_file}'s folds, those of 1-3 are missing); check --spectrograms_dir"
+    assert refused(capsys, *flags, str(above)).endswith(
+        f"error: {above}: has no folder fold1 {missing}; {own_tree.spectrograms_dir} has it\n"
+    )
+    shutil.rmtree(own_tree.spectrograms_dir / "fold3")
+    line = refused(capsys, *flags, str(own_tree.spectrograms_dir))
+    assert "has no folder fold3 " in line
+    assert "those of 3 are missing" in line
+    shutil.rmtree(own_tree.spectrograms_dir / "fold2")
+    (first,) = [file.name for file in one_fold.iterdir()][:1]
+    assert f"{one_fold / first}: is no folder; check --spectrograms_dir" in refused(
+        capsys, *flags, str(one_fold / first)
+    )
     assert list(Path.cwd().iterdir()) == []
 
 

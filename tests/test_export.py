@@ -40,10 +40,31 @@ def sha256(path: Path) -> str:
 def test_a_folder_without_manifest(tmp_path: Path) -> None:
     with pytest.raises(ShardError) as caught:
         ShardSet(tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path / 'manifest.json'}: no such file (a packing was begun here: run ")
+    assert str(caught.value) == f"{tmp_path}: holds no shards (manifest.json is missing); make shards with quaclrs-pack"
     with pytest.raises(ShardError) as caught:
         ShardSet(tmp_path / "nowhere")
     assert str(caught.value) == f"{tmp_path / 'nowhere' / 'manifest.json'}: no such file; make shards with quaclrs-pack"
+
+
+def test_what_is_no_shard_folder_is_called_what_it_is(png_tree: PngTree, png_shards: Path, tmp_path: Path) -> None:
+    def said(root: Path) -> str:
+        with pytest.raises(ShardError) as caught:
+            ShardSet(root)
+        return str(caught.value)
+
+    for root in (png_tree.csv_file.parent, png_tree.spectrograms_dir, png_tree.path(0).parent):
+        assert said(root) == (
+            f"{root}: holds PNGs, not shards; give --csv_file and --spectrograms_dir, or pack it with quaclrs-pack and "
+            "name the folder that this writes"
+        )
+    file = png_shards / "manifest.json"
+    assert said(file) == f"{file}: is a file; name the folder of shards that holds manifest.json"
+    shutil.copytree(png_shards, tmp_path / "shards")
+    assert said(tmp_path).endswith(f"name the folder in it that does, such as {tmp_path / 'shards'}")
+    (tmp_path / "shards" / "manifest.json").unlink()
+    assert "no such file, beside tars that may be shards; restore it, or pack anew" in said(tmp_path / "shards")
+    (tmp_path / "shards" / ".packing").mkdir()
+    assert "no such file (a packing was begun here: run quaclrs-pack again" in said(tmp_path / "shards")
 
 
 def test_shards_travel_to_worker_processes(png_shards: Path) -> None:

@@ -517,6 +517,8 @@ def _train_with_site(site: str, arguments: list[str], folder: Path) -> None:
     "stops",
     [
         pytest.param([signal.SIGINT], id="INT"),
+        pytest.param([signal.SIGUSR1], id="USR1"),
+        pytest.param([signal.SIGHUP], marks=pytest.mark.exhaustive, id="HUP"),
         pytest.param([signal.SIGTERM, signal.SIGINT, signal.SIGTERM], marks=pytest.mark.exhaustive, id="TERM-INT-TERM"),
     ],
 )

@@ -22,7 +22,7 @@ from torch import nn
 
 from quaclrs.cli import train as cli
 from quaclrs.config import TrainConfig
-from quaclrs.errors import Interrupted
+from quaclrs.errors import Interrupted, StorageError
 from quaclrs.experiment import fold
 from quaclrs.experiment.cross_validation import run_cross_validation
 from quaclrs.loaders.base import Batch
@@ -529,6 +529,18 @@ def gpu_events() -> list[dict[str, Any]]:
         launch("cudaLaunchKernel", 2060, 11),
         work("kernel", "later", 2300, 500, 11),
     ]
+
+
+@pytest.mark.parametrize("written", [None, b"", b'{"traceEvents": [{"na'])
+def test_a_trace_that_a_full_disk_cut_is_one_line(written: bytes | None, tmp_path: Path) -> None:
+    class Tracer:
+        def export_chrome_trace(self, path: str) -> None:
+            if written is not None:
+                Path(path).write_bytes(written)
+
+    with pytest.raises(StorageError, match=r"^cannot write .*trace\.json\.tmp: "):
+        profiler._write_trace(Tracer(), tmp_path)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_gpu_trace_says() -> None:

@@ -125,10 +125,11 @@ def test_what_a_run_leaves_is_called_as_the_code_calls_it() -> None:
 
 
 def test_the_readme_states_dalis_tolerance_as_the_code_does() -> None:
-    from quaclrs.loaders.dali import LARGEST_DIFFERENCE, MEAN_DIFFERENCE
+    from quaclrs.loaders.dali import BORDER_DIFFERENCE, INNER_DIFFERENCE
 
-    stated = f"up to {255 * LARGEST_DIFFERENCE:g} levels (of 255) at an image's border, by less than "
-    assert f"{stated}{255 * MEAN_DIFFERENCE:g} in the mean" in text_of("README.md")
+    text = " ".join(text_of("README.md").split())
+    assert f"by up to {255 * INNER_DIFFERENCE:g} level (of 255), and in the outermost row or column" in text
+    assert f"of pixels on each side by up to {255 * BORDER_DIFFERENCE:g}, as where" in text
 
 
 def test_the_readme_is_short() -> None:

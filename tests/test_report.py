@@ -5,10 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
@@ -371,3 +376,69 @@ def test_gradcam_inside_inference_mode_and_of_no_image(tmp_path: Path) -> None:
         inside = images * 1  # an inference tensor, as a loader driven by evaluation makes them
         assert np.array_equal(gradcam.heat_maps(model, "resnet18", inside, torch.tensor([0, 1])), expected)
     assert gradcam.write_gradcams(model, "resnet18", images[:0], [], [], ["a", "b", "c"], tmp_path) == []
+
+
+@pytest.mark.parametrize("limit_bytes", [0, 1000, 9000])
+def test_a_full_disk_at_a_plot_or_a_gradcam_is_one_line(limit_bytes: int, tmp_path: Path) -> None:
+    labels, probabilities, _ = example()
+    metrics = compute_metrics(labels, probabilities, CLASS_NAMES)
+    model = models.build_model("mobilenet", 13)
+    noise = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 3, 64, 64))).float()
+    writers: tuple[Callable[[], object], ...] = (
+        lambda: plots.write_plots(tmp_path, history(3), metrics),
+        lambda: gradcam.write_gradcams(model, "mobilenet", noise, [0], [1], CLASS_NAMES, tmp_path),
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for write in writers:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))  # the kernel refuses as a full disk would
+        try:
+            with pytest.raises(StorageError, match=r"^cannot write [^\n]*png: File too large; free some space[^\n]*$"):
+                write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the environment of the process ---
+
+IMPORT_ALL = """
+import sys
+from quaclrs.report import gradcam, plots
+from quaclrs.synthesize import palette
+import matplotlib, os
+palette()
+print(matplotlib.get_backend(auto_select=False), os.environ["MPLBACKEND"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("variable", "backend"),
+    [
+        ("module://matplotlib_inline.backend_inline", None),
+        ("no such backend", None),
+        ("svg", "svg"),
+        ("", None),
+    ],
+)
+def test_mplbackend_of_a_notebook_is_ignored_where_it_cannot_be_had(variable: str, backend: str | None) -> None:
+    for code in (IMPORT_ALL, "from quaclrs.synthesize import palette; palette()\n" + IMPORT_ALL):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "MPLBACKEND": variable},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        if not variable.startswith("module:"):  # present where matplotlib_inline is installed
+            assert done.stdout.strip() == f"{backend} {variable}".strip()
+
+
+def test_a_users_matplotlibrc_does_not_reach_into_the_plots(tmp_path: Path) -> None:
+    labels, probabilities, _ = example()
+    metrics = compute_metrics(labels, probabilities, CLASS_NAMES)
+    plain = plots.write_plots(tmp_path / "plain", history(3), metrics)
+    with mpl.rc_context({"text.usetex": True, "axes.facecolor": "red", "font.size": 30}):
+        styled = plots.write_plots(tmp_path / "styled", history(3), metrics)
+        assert mpl.rcParams["font.size"] == 30
+    assert [path.read_bytes() for path in plain] == [path.read_bytes() for path in styled]

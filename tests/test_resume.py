@@ -28,6 +28,7 @@ from resuming import KILLED, TIMEOUT_S, UNDISTURBED, Disturbance, Job, Moment, R
 from quaclrs.config import TrainConfig
 from quaclrs.errors import TrainingError
 from quaclrs.experiment.run import agreed_global_batch
+from quaclrs.system.signals import SignalHandler
 from quaclrs.training import checkpoint
 from quaclrs.training.distributed import World
 
@@ -262,7 +263,7 @@ def test_killed_at_random_moments(
 
 # --- signals ---
 
-SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
 MIDDLE, LAST = Moment("train", 1), Moment("train", 2)
 WHERE = {
     MIDDLE: "fold 1, epoch 1, after step 1",
@@ -280,8 +281,10 @@ def stopped(number: int, where: str) -> str:
 @pytest.mark.parametrize(
     ("moment", "number", "code"),
     [
-        # by default, the two signals take turns
-        pytest.param(moment, *case, marks=() if (i + j) % 2 == 0 else pytest.mark.exhaustive, id=f"{moment}-{case[1]}")
+        # by default, the signals take turns
+        pytest.param(
+            moment, *case, marks=() if (i + j) % len(SIGNALS) == 0 else pytest.mark.exhaustive, id=f"{moment}-{case[1]}"
+        )
         for i, moment in enumerate(WHERE)
         for j, case in enumerate(SIGNALS)
     ],
@@ -437,13 +440,33 @@ def test_the_command_and_ctrl_c(tree: PngTree, tmp_path: Path) -> None:
     assert_same_results(tmp_path / "results", results(tmp_path / "whole"))
 
 
-@pytest.mark.exhaustive
-def test_the_command_with_ranks_and_sigterm(tree: PngTree, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGUSR1,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_the_command_with_ranks_and_a_schedulers_signal(number: signal.Signals, tree: PngTree, tmp_path: Path) -> None:
     """A scheduler signals the launcher only; afterwards one process goes on with the global batch of both ranks."""
     arguments = flags(tree, tmp_path / "results", *COMMAND, "--distributed", "--nproc", 2)
-    stop_after_an_epoch(tmp_path / "results", arguments, signal.SIGTERM, group=False)
+    stop_after_an_epoch(tmp_path / "results", arguments, number, group=False)
     alone = finish(tmp_path / "said", flags(tree, tmp_path / "results", *COMMAND))
     assert {len(step.index) for step in alone.steps if step.phase == "train"} == {6}
+
+
+def test_nohup_is_heeded() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalHandler() as handler:
+            signal.raise_signal(signal.SIGHUP)
+            assert handler.signal is None
+            signal.raise_signal(signal.SIGUSR1)
+            assert handler.signal is signal.SIGUSR1
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # --- on another number of processes ---

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import math
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ from torchvision import transforms
 from quaclrs.cli.train import main
 from quaclrs.config import TrainConfig
 from quaclrs.data.sampling import epoch_order, step_seeds
-from quaclrs.errors import TrainingError
+from quaclrs.errors import StorageError, TrainingError
 from quaclrs.experiment import fold as fold_module
 from quaclrs.experiment.cross_validation import run_cross_validation
 from quaclrs.experiment.results import FoldResult, Summary
@@ -705,6 +706,27 @@ def test_resume_after_a_disk_error(
     monkeypatch.setattr(checkpoint, function, original)
     train(config_for(tree, tmp_path, **options, resume=True))
     assert_same_run(tmp_path, uninterrupted(options))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.99, 1.0])
+def test_a_disk_that_fills_within_a_checkpoint_leaves_the_earlier_one(share: float, tmp_path: Path) -> None:
+    """The kernel lets no file grow beyond RLIMIT_FSIZE, as on a full disk; torch makes a RuntimeError of it."""
+    path = tmp_path / "best_model.pth"
+    checkpoint.save(path, {"layers": [torch.full((300,), float(i)) for i in range(40)], "large": torch.zeros(50_000)})
+    earlier = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * (len(earlier) - 1)), hard))
+    try:
+        with pytest.raises(StorageError) as caught:
+            checkpoint.save(
+                path, {"layers": [torch.full((300,), float(i)) for i in range(40)], "large": torch.ones(50_000)}
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value) == (
+        f"cannot write {path}: File too large; free some space and run the same command again; what is finished is kept"
+    )
+    assert (list(tmp_path.iterdir()), path.read_bytes()) == ([path], earlier)
 
 
 @pytest.mark.usefixtures("no_plots")

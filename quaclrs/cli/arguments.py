@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeAlias
 
 from quaclrs import __version__
 from quaclrs.config import DEFAULT_CSV_FILE, DEFAULT_SPECTROGRAMS_DIR, Columns
+from quaclrs.settings import did_you_mean
 
 FlagGroup: TypeAlias = "argparse.ArgumentParser | argparse._ArgumentGroup"
 """What flags can be added to; argparse has no public name for its groups."""
@@ -38,6 +39,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line, as for every other bad input, instead of the whole usage."""
+        unknown = message.removeprefix("unrecognized arguments: ").split(maxsplit=1)
+        if unknown and unknown[0] != message.split(maxsplit=1)[0]:
+            message += did_you_mean(unknown[0], self._option_string_actions).rstrip("?")
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 

@@ -8,14 +8,16 @@ from pathlib import Path
 
 from quaclrs.cli.arguments import Parser, add_version_argument
 from quaclrs.errors import run_command
+from quaclrs.system.console import exit_code_of_output, tolerant_output
 
 PROGRAM = "quaclrs-inspect"
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = PROGRAM) -> int:
     """Run the command line; returns the exit code. ``program`` is the name that messages begin with."""
-    options = build_parser(program).parse_args(arguments)
-    return run_command(lambda: _inspect(options), program)
+    with tolerant_output(program) as out:
+        options = build_parser(program).parse_args(arguments)
+        return run_command(lambda: _inspect(options), program) or exit_code_of_output(out)
 
 
 def build_parser(program: str = PROGRAM) -> Parser:

@@ -18,14 +18,16 @@ from quaclrs.config import (
     usable_processors,
 )
 from quaclrs.errors import run_command
+from quaclrs.system.console import tolerant_output
 
 PROGRAM = "quaclrs-pack"
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = PROGRAM) -> int:
     """Run the command line; returns the exit code. ``program`` is the name that messages begin with."""
-    options = build_parser(program).parse_args(arguments)
-    return run_command(lambda: _pack(to_config(options)), program)
+    with tolerant_output(program):
+        options = build_parser(program).parse_args(arguments)
+        return run_command(lambda: _pack(to_config(options)), program)
 
 
 def build_parser(program: str = PROGRAM) -> Parser:

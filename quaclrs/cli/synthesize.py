@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from quaclrs.cli.arguments import Parser, add_version_argument
 from quaclrs.config import usable_processors
 from quaclrs.errors import run_command
+from quaclrs.system.console import tolerant_output
 
 if TYPE_CHECKING:
     from quaclrs.synthesize import SynthesisSummary
@@ -19,8 +20,9 @@ PROGRAM = "quaclrs-synthesize"
 
 def main(arguments: Sequence[str] | None = None, *, program: str = PROGRAM) -> int:
     """Run the command line; returns the exit code. ``program`` is the name that messages begin with."""
-    options = build_parser(program).parse_args(arguments)
-    return run_command(lambda: _synthesize(options), program)
+    with tolerant_output(program):
+        options = build_parser(program).parse_args(arguments)
+        return run_command(lambda: _synthesize(options), program)
 
 
 def build_parser(program: str = PROGRAM) -> Parser:

@@ -16,6 +16,7 @@ from quaclrs import __version__
 from quaclrs.cli.arguments import Parser, add_dataset_arguments, columns_of
 from quaclrs.config import TrainConfig
 from quaclrs.errors import UsageError, raised_on_every_rank, run_command
+from quaclrs.system.console import tolerant_output
 from quaclrs.training.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ _GROUPS = ("reading", "model", "training", "run", _SEVERAL)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parse(given)
-    return run_command(lambda: _run(options, given), PROGRAM)
+    with tolerant_output(PROGRAM):
+        options = parse(given)
+        return run_command(lambda: _run(options, given), PROGRAM)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -158,5 +160,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], dec
     if field_type is bool:
         options["action"] = "store_true"
     else:
-        options |= {"type": field_type, "choices": field.metadata["choices"], "metavar": field.metadata["metavar"]}
+        choices = field.metadata["choices"]  # refused by TrainConfig, which names the nearest
+        metavar = f"{{{','.join(choices)}}}" if choices else field.metadata["metavar"]
+        options |= {"type": field_type, "metavar": metavar}
     group.add_argument(f"--{field.name}", **options)

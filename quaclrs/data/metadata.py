@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from quaclrs.config import Columns
 from quaclrs.errors import DataError
+from quaclrs.settings import did_you_mean
 
 _NOT_SAID = ("", "nan", "na", "none", "null")
 """Lower-case texts that say nothing in columns that a row may leave empty (fsID, classID)."""
@@ -174,7 +175,7 @@ def parse_metadata(raw: bytes, csv_file: Path, columns: Columns) -> Metadata:
             found = ", ".join(map(str, table.columns))
             raise DataError(
                 f"{csv_file}: no column {column!r}; it has: {found}; name yours with --file_column, --label_column, "
-                "--fold_column"
+                f"--fold_column{did_you_mean(column, map(str, table.columns))}"
             )
         _refuse_missing_values(table[column], column, csv_file)
     if table.empty:

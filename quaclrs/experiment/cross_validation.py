@@ -12,7 +12,7 @@ from quaclrs.experiment.fold import run_fold
 from quaclrs.experiment.results import FoldResult, Summary
 from quaclrs.experiment.run import Log, Run, agreed_global_batch, select_fold_samples
 from quaclrs.experiment.summary import write_summary
-from quaclrs.loaders import MemoryEstimate, build_loader, choose_loader, needs_shards
+from quaclrs.loaders import MemoryEstimate, build_loader, choose_loader, loader_called, needs_shards
 from quaclrs.loaders.base import Loader, LoaderConfig
 from quaclrs.loaders.dataset import Dataset, open_dataset
 from quaclrs.loaders.resident import ResidentLoader
@@ -186,7 +186,7 @@ class FoldRunner:
         None on the CPU, where the page cache holds the data anyway, unless ``--loader resident`` was given.
         """
         shards, on_gpu = self._dataset.shards, self._device.type == "cuda"
-        if shards is None or not (on_gpu or self._config.loader == "resident"):
+        if shards is None or not (on_gpu or loader_called(self._config.loader) == "resident"):
             return None
         free = free_memory(self._device) or 0
         least = min(self._world.gather(free if on_gpu else free // self._local_processes))

@@ -17,11 +17,12 @@ from quaclrs.experiment.original_outputs import ORIGINAL_METRICS_FILE, REPORT_FI
 from quaclrs.experiment.results import METRICS_FILE, FoldResult, parse_fold_result, read_document
 from quaclrs.experiment.run import RUN_FILE, Log, Run
 from quaclrs.experiment.run_status import hold_fold, lock_file, mark_done
+from quaclrs.loaders.files import dead_readers_named
 from quaclrs.report.gradcam import pick_samples, write_gradcams
 from quaclrs.report.metrics import compute_metrics, scores_for_results
 from quaclrs.report.plots import write_plots
 from quaclrs.settings import identity_defaults
-from quaclrs.system.atomic_files import TEMPORARY_SUFFIX, make_folder, write_json
+from quaclrs.system.atomic_files import TEMPORARY_SUFFIX, make_folder, storage_error, write_json
 from quaclrs.system.file_locks import locked
 from quaclrs.training import checkpoint
 from quaclrs.training.loop import Evaluation
@@ -87,8 +88,9 @@ def _train_and_test(run: Run, fold: int) -> FoldResult | None:
         trainer = Trainer(
             state, run.loader, samples, config, run.global_batch, folder, run.identity(fold), run.signals, hooks
         )
-        stopped_early = trainer.fit()
-        test_result = trainer.test()
+        with dead_readers_named():
+            stopped_early = trainer.fit()
+            test_result = trainer.test()
     if not run.world.is_main:
         return None
     result = _write_results(run, fold, folder, state, test_result, stopped_early, started)
@@ -173,7 +175,10 @@ def _rename_earlier_results(folder: Path, log: Log) -> None:
     while previous.exists():
         number += 1
         previous = folder.with_name(f"{folder.name}.previous{number}")
-    folder.rename(previous)
+    try:
+        folder.rename(previous)
+    except OSError as error:
+        raise storage_error(previous, error) from None
     log(f"{folder}: holds an earlier run, which is now {previous} (--resume would have continued it)")
 
 

@@ -30,7 +30,8 @@ from quaclrs.experiment.run import Log, model_folder
 from quaclrs.experiment.run_status import update_status
 from quaclrs.loaders import needs_shards
 from quaclrs.loaders.dataset import open_dataset
-from quaclrs.system.atomic_files import make_folder
+from quaclrs.system.atomic_files import make_folder, storage_error
+from quaclrs.system.console import tolerant_output
 from quaclrs.system.processes import exit_with_parent, interrupts_held
 from quaclrs.system.signals import SignalHandler
 from quaclrs.training.device import refuse_unsupported, resolve_device
@@ -244,6 +245,11 @@ def _describe_end(exit_code: int) -> str:
 
 
 def _run_worker(connection: Connection, config: TrainConfig) -> None:
+    with tolerant_output("quaclrs-train"):
+        _train_received(connection, config)
+
+
+def _train_received(connection: Connection, config: TrainConfig) -> None:
     """Train the folds received on ``connection`` until None is received."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent passes it on as SIGTERM
     exit_with_parent()
@@ -305,7 +311,11 @@ def _output_to(path: Path) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     before = [os.dup(number) for number in (1, 2)]
-    with path.open("ab") as file:
+    try:
+        file = path.open("ab")
+    except OSError as error:
+        raise storage_error(path, error) from None
+    with file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
         faulthandler.enable(file=2)

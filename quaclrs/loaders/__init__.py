@@ -18,6 +18,7 @@ from quaclrs.loaders.dali import DaliLoader, dali_missing, require_dali
 from quaclrs.loaders.files import FilesLoader, ShardImages, TreeImages
 from quaclrs.loaders.mapped import MappedLoader
 from quaclrs.loaders.resident import FREE_SHARE, ResidentLoader
+from quaclrs.settings import choose
 from quaclrs.shards.encodings import get_encoding
 from quaclrs.shards.encodings.base import Content
 
@@ -88,10 +89,9 @@ def choose_loader(wanted: str, encoding: str | None, resident: MemoryEstimate | 
     for ``dali`` where it is not installed.
     """
     content = Content.PNGS if encoding is None else get_encoding(encoding).content
+    wanted = loader_called(wanted)
     if wanted == "auto":
         return next(choice for entry in LOADERS.values() if (choice := entry.auto(content, resident)))
-    if wanted not in LOADERS:
-        raise UsageError(f"--loader {wanted}: choose one of auto, {', '.join(LOADERS)}")
     LOADERS[wanted].require()
     if not content.is_array:  # else the message names the folder, which only build_loader knows
         where = "the PNG tree" if encoding is None else f"a shard folder of encoding {encoding}"
@@ -99,6 +99,11 @@ def choose_loader(wanted: str, encoding: str | None, resident: MemoryEstimate | 
     if wanted == "resident" and resident is not None:
         return _resident_choice(f"as asked for; the data take {resident}", resident.parts(FREE_SHARE) or 1)
     return Choice(name=wanted, reason="as asked for")
+
+
+def loader_called(name: str) -> str:
+    """The name in LOADERS, or ``auto``, that ``name`` is in any case. Raises :class:`UsageError` for others."""
+    return choose("loader", name, ("auto", *LOADERS))
 
 
 def needs_shards(config: TrainConfig) -> bool:

@@ -16,6 +16,7 @@ from quaclrs.data.metadata import Audit, Metadata, file_key, read_metadata
 from quaclrs.data.sampling import storage_order
 from quaclrs.errors import DataError, ShardError, StorageError
 from quaclrs.shards.packing.pack import pack
+from quaclrs.shards.packing.plan import check_tree
 from quaclrs.shards.packing.summary import data_warnings
 from quaclrs.shards.reader import ShardSet
 
@@ -120,8 +121,7 @@ def _from_shards(shards: ShardSet, metadata: Metadata, audit: Audit, log: Callab
 
 
 def _from_tree(metadata: Metadata, spectrograms_dir: Path, log: Callable[[str], None]) -> Dataset:
-    if not spectrograms_dir.is_dir():
-        raise DataError(f"{spectrograms_dir}: no such folder; check --spectrograms_dir")
+    check_tree(metadata, spectrograms_dir)
     rows = storage_order(metadata.fold, _STORAGE_SEED)
     paths = tuple(metadata.path(int(row), spectrograms_dir) for row in rows)
     keys = [""] * len(metadata)

@@ -6,6 +6,7 @@ Images come from the PNG tree or from shards of any encoding. Both give the same
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from quaclrs.errors import DataError, QuaclrsError
 from quaclrs.imaging.normalise import normalise
@@ -21,6 +22,8 @@ from quaclrs.imaging.png import decode_png, resize_rgb
 from quaclrs.loaders.base import Batch, Labels, LoaderConfig
 from quaclrs.loaders.rendering import check_image_size
 from quaclrs.shards.reader import ShardSet
+
+_WITHOUT_PROCESSES = "--num_workers 0, which needs no /dev/shm (docker run --shm-size=1g makes it larger)"
 
 
 class Images(Protocol):
@@ -111,16 +114,11 @@ class FilesLoader:
         if self._epoch is None:
             raise ValueError("the loader is closed")
         try:
-            images = next(self._epoch)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split()).rstrip(" .")
-            if not reason.startswith("DataLoader worker (pid"):
-                raise
+            with dead_readers_named():
+                images = next(self._epoch)
+        except QuaclrsError:
             self.close()
-            raise QuaclrsError(
-                f"a process that reads images died (out of memory?): {reason}; run the same command again, with fewer "
-                "--num_workers"
-            ) from None
+            raise
         if isinstance(images, QuaclrsError):
             raise images
         return images
@@ -131,6 +129,24 @@ class FilesLoader:
         if self._config.dtype == torch.uint8:
             return self._labels.batch(pixels.permute(0, 3, 1, 2), numbers)
         return self._labels.batch(normalise(pixels, self._config.dtype), numbers)
+
+
+@contextmanager
+def dead_readers_named() -> Iterator[None]:
+    """Turn torch's error about a DataLoader process that died into a :class:`QuaclrsError` of one line.
+
+    torch raises it from a signal handler, so at any moment, such as within a step.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()).rstrip(" .")
+        if not reason.startswith("DataLoader worker (pid"):
+            raise
+        raise QuaclrsError(
+            f"a process that reads images died (out of memory?): {reason}; run the same command again, with fewer "
+            f"--num_workers, or {_WITHOUT_PROCESSES}"
+        ) from None
 
 
 class _BatchSampler(Sampler[NDArray[np.int64]]):
@@ -155,6 +171,17 @@ class _ImageBatches(Dataset["torch.Tensor | QuaclrsError"]):
     def __getitem__(self, numbers: NDArray[np.int64]) -> torch.Tensor | QuaclrsError:
         """(B, S, S, 3) uint8. An error of the data is returned, not raised: DataLoader would turn it into its text."""
         try:
-            return torch.from_numpy(np.stack([self._images.image(int(number)) for number in numbers]))
+            images = torch.from_numpy(np.stack([self._images.image(int(number)) for number in numbers]))
         except QuaclrsError as error:
             return error.with_traceback(None)  # the frames of its traceback would keep a memory map open
+        if get_worker_info() is None:
+            return images
+        try:  # here, because DataLoader would do it in a thread whose errors nobody gets
+            images.share_memory_()
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            return QuaclrsError(
+                f"a process that reads images cannot hand over a batch of {images.nbytes / 1e6:.1f} MB in shared "
+                f"memory ({reason}); lower --prefetch or --num_workers, or give {_WITHOUT_PROCESSES}"
+            )
+        return images

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
@@ -45,14 +45,15 @@ def write_plots(directory: Path, history: History, metrics: Mapping[str, Any]) -
     Values in ``history`` that are NaN are left out; ``metrics`` is the result of
     :func:`quaclrs.report.metrics.compute_metrics`. Raises :class:`StorageError` naming the file that cannot be written.
     """
-    figures = {
-        "loss_curves.png": draw_losses(history),
-        "accuracy_curves.png": draw_accuracies(history),
-        "confusion_matrix.png": draw_confusion_matrix(metrics),
-        "roc_curves.png": draw_roc_curves(metrics),
-    }
-    for file_name, figure in figures.items():
-        _save(figure, directory / file_name)
+    with matplotlib.style.context("default"):  # a user's matplotlibrc, say with text.usetex, is about their own figures
+        figures = {
+            "loss_curves.png": draw_losses(history),
+            "accuracy_curves.png": draw_accuracies(history),
+            "confusion_matrix.png": draw_confusion_matrix(metrics),
+            "roc_curves.png": draw_roc_curves(metrics),
+        }
+        for file_name, figure in figures.items():
+            _save(figure, directory / file_name)
     return [directory / file_name for file_name in figures]
 
 

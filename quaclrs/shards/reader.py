@@ -22,7 +22,7 @@ from quaclrs.imaging.layout import Layout
 from quaclrs.shards import format as fmt
 from quaclrs.shards.encodings import encoding_names, get_encoding
 from quaclrs.shards.encodings.base import ArrayEncoding, ManifestTables, Record
-from quaclrs.shards.work_folder import folds_not_packed
+from quaclrs.shards.work_folder import PACKING_FOLDER, folds_not_packed
 
 
 class ShardSet:
@@ -236,17 +236,35 @@ def read_manifest(root: Path) -> fmt.Manifest:
     """The manifest of the shard folder ``root``. Raises as :class:`ShardSet`."""
     path = root / fmt.MANIFEST_FILE
     if not path.is_file():
-        raise ShardError(f"{path}: no such file{_unfinished_hint(root)}; make shards with quaclrs-pack")
+        raise ShardError(_no_manifest(root))
     return fmt.Manifest.from_json(_read(path), str(path), encoding_names())
 
 
-def _unfinished_hint(root: Path) -> str:
-    """The part of an error message about a folder without manifest."""
+def _no_manifest(root: Path) -> str:
+    """The error message about ``root``, which has no manifest: what it is instead, and the next step."""
+    path = root / fmt.MANIFEST_FILE
+    if root.is_file():
+        return f"{root}: is a file; name the folder of shards that holds {fmt.MANIFEST_FILE}"
     if not root.is_dir():
-        return ""
-    folds = folds_not_packed(root)
-    missing = f"; fold(s) {folds_text(folds)} are missing" if folds else ""
-    return f" (a packing was begun here: run quaclrs-pack again to finish it, if it is not running{missing})"
+        return f"{path}: no such file; make shards with quaclrs-pack"
+    if (root / PACKING_FOLDER).is_dir():
+        folds = folds_not_packed(root)
+        missing = f"; fold(s) {folds_text(folds)} are missing" if folds else ""
+        return (
+            f"{path}: no such file (a packing was begun here: run quaclrs-pack again to finish it, if it is not "
+            f"running{missing}); make shards with quaclrs-pack"
+        )
+    below = next(root.glob(f"*/{fmt.MANIFEST_FILE}"), None)
+    if below is not None:
+        return f"{root}: holds no shards itself; name the folder in it that does, such as {below.parent}"
+    if any(next(root.glob(f"{level}*.[pP][nN][gG]"), None) for level in ("", "*/", "*/*/")):
+        return (
+            f"{root}: holds PNGs, not shards; give --csv_file and --spectrograms_dir, or pack it with quaclrs-pack and "
+            "name the folder that this writes"
+        )
+    if next(root.glob("*/*.tar"), None) is not None:
+        return f"{path}: no such file, beside tars that may be shards; restore it, or pack anew with quaclrs-pack"
+    return f"{root}: holds no shards ({fmt.MANIFEST_FILE} is missing); make shards with quaclrs-pack"
 
 
 def _read(path: Path) -> bytes:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import io
 from functools import cache
 
-import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from quaclrs.system.matplotlib_import import import_matplotlib
 
 WIDTH = 1000
 HEIGHT = 400
@@ -26,7 +27,10 @@ _COMPRESS_LEVEL = 3
 @cache
 def palette() -> NDArray[np.uint8]:
     """(256, 4) uint8 RGBA: magma, rounded as Agg rounds colours. (``Colormap(..., bytes=True)`` truncates instead.)"""
-    colours = matplotlib.colormaps["magma"](np.arange(_COLOURS))  # (256, 4) float64 in [0, 1]
+    import_matplotlib()
+    import matplotlib as mpl
+
+    colours = mpl.colormaps["magma"](np.arange(_COLOURS))  # (256, 4) float64 in [0, 1]
     return np.floor(colours * 255 + 0.5).astype(np.uint8)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -27,12 +28,14 @@ def atomic_writer(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a file that gets the name ``path`` only if the block ends without an exception. Creates its folder.
 
     ``durable`` waits until the file would survive a power cut. Without it, many small files are written much faster.
-    Raises :class:`StorageError` naming the path if the disk is full, read-only or refuses for another reason.
+    Raises :class:`StorageError` naming the path if the disk is full, read-only or refuses for another reason, whatever
+    the block makes of that.
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    refused: list[OSError] = []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with io.BufferedWriter(_NotingErrors(temporary, refused)) as file:
             yield file
             if durable:
                 file.flush()
@@ -42,10 +45,27 @@ def atomic_writer(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
             sync_folder(path.parent)
     except OSError as error:
         _remove(temporary)
-        raise storage_error(path, error) from None
-    except BaseException:
+        raise storage_error(path, refused[0] if refused else error) from None
+    except BaseException as error:
         _remove(temporary)
+        if refused and isinstance(error, Exception):  # torch.save raises a RuntimeError about positions in the file
+            raise storage_error(path, refused[0]) from None
         raise
+
+
+class _NotingErrors(io.FileIO):
+    """A file opened for writing that appends the errors of its writes to ``refused``, and raises them."""
+
+    def __init__(self, path: Path, refused: list[OSError]) -> None:
+        super().__init__(path, "wb")
+        self._refused = refused
+
+    def write(self, content: Any, /) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            self._refused.append(error.with_traceback(None))
+            raise
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:

@@ -1,4 +1,6 @@
-"""Requests to save or stop a training before its end: SIGTERM, SIGINT and the clock of ``--checkpoint_minutes``.
+"""Requests to save or stop a training before its end: signals, and the clock of ``--checkpoint_minutes``.
+
+The signals are SIGTERM, SIGINT, SIGHUP and SIGUSR1.
 
 A signal handler only records the signal. After each step the training loop calls
 :meth:`SignalHandler.requested_action`, so that it always stops between two steps.
@@ -15,6 +17,9 @@ from typing import Any
 
 from quaclrs.errors import Interrupted
 
+_ENDING = (signal.SIGTERM, signal.SIGINT)
+_OF_SCHEDULERS = (signal.SIGHUP, signal.SIGUSR1)
+"""Sent before the time of a job is over, and when a terminal closes. ``nohup`` lets a process ignore SIGHUP."""
 _SAME_S = 2.0
 """Seconds within which a second signal counts as the same one.
 
@@ -31,7 +36,7 @@ class StopRequest(IntEnum):
 
 
 class SignalHandler:
-    """Within the block, SIGTERM and SIGINT do not end the process; :meth:`requested_action` reports them.
+    """Within the block, the four signals do not end the process; :meth:`requested_action` reports them.
 
     A second signal, two seconds or more after the first, has its usual effect. With ``checkpoint_minutes``, the handler
     also requests a checkpoint each time that many minutes have passed.
@@ -47,7 +52,8 @@ class SignalHandler:
 
     def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            heeded = [number for number in _OF_SCHEDULERS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in (*_ENDING, *heeded)}
         return self
 
     def __exit__(

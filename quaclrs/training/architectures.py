@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quaclrs.errors import UsageError
+from quaclrs.settings import choose
 
 if TYPE_CHECKING:
     from torch import nn
@@ -106,10 +107,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def architecture(name: str) -> Architecture:
     """Return the table's row for ``name``. Raises :class:`UsageError`, listing the names, for an unknown one."""
-    try:
-        return ARCHITECTURES[name]
-    except KeyError:
-        raise UsageError(f"--model_name {name}: choose one of {', '.join(ARCHITECTURES)}") from None
+    return ARCHITECTURES[choose("model_name", name, ARCHITECTURES)]
 
 
 def input_size(name: str) -> int:
@@ -131,10 +129,8 @@ def parse_model_names(text: str) -> list[str]:
 
     Raises :class:`UsageError` for an unknown one.
     """
-    names = list(ARCHITECTURES) if text == "all" else [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if name not in ARCHITECTURES]
-    if unknown:
-        raise UsageError(
-            f"--model_name {unknown[0] or text}: choose one of {', '.join(ARCHITECTURES)}, several with commas, or all"
-        )
-    return list(dict.fromkeys(names))
+    if text.strip().casefold() == "all":
+        return list(ARCHITECTURES)
+    given = [name.strip() or text for name in text.split(",")]
+    also = ", several with commas, or all"
+    return list(dict.fromkeys(choose("model_name", name, ARCHITECTURES, also=also) for name in given))

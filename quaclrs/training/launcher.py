@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 import torch
 
@@ -67,6 +68,13 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
         local_addr="127.0.0.1",
         max_restarts=0,
     )
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SignalException("as torch does for other signals", sigval=signal.Signals(number))
+
+    signal.signal(signal.SIGUSR1, stop)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup, which torch would overrule
+        os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     try:
         elastic_launch(config, sys.executable)("-m", "quaclrs.cli", *arguments)
     except ChildFailedError as error:

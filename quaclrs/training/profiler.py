@@ -7,6 +7,7 @@ host, so its own times would blame the host too often. The computed values stay 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gzip
 import json
 import os
@@ -21,7 +22,7 @@ from torch.profiler import ProfilerAction, ProfilerActivity
 
 from quaclrs.config import TrainConfig
 from quaclrs.loaders.base import Batch
-from quaclrs.system.atomic_files import TEMPORARY_SUFFIX, atomic_writer, make_folder, write_bytes
+from quaclrs.system.atomic_files import TEMPORARY_SUFFIX, atomic_writer, make_folder, storage_error, write_bytes
 from quaclrs.training.bottleneck import Setting, Steps, find_bottleneck, page, read_trace
 from quaclrs.training.loop import OnStep
 from quaclrs.training.running_metrics import RunningMetrics
@@ -293,6 +294,11 @@ def _write_trace(tracer: torch.profiler.profile, folder: Path) -> list[dict[str,
     try:
         tracer.export_chrome_trace(str(plain))
         content = plain.read_bytes()
+        events: list[dict[str, Any]] = json.loads(content)["traceEvents"]
+    except OSError as error:
+        raise storage_error(plain, error) from None
+    except ValueError:  # the profiler does not say that the disk was full
+        raise storage_error(plain, OSError(errno.ENOSPC, "the file was cut short")) from None
     finally:
         plain.unlink(missing_ok=True)
     with (
@@ -300,5 +306,4 @@ def _write_trace(tracer: torch.profiler.profile, folder: Path) -> list[dict[str,
         gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed,
     ):
         packed.write(content)
-    events: list[dict[str, Any]] = json.loads(content)["traceEvents"]
     return events

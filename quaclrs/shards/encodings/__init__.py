@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from quaclrs.errors import UsageError
+from quaclrs.settings import choose
 from quaclrs.shards.encodings.base import Encoding
 from quaclrs.shards.encodings.indexed import IndexedEncoding
 from quaclrs.shards.encodings.png import PngEncoding
@@ -29,9 +29,7 @@ def register_encoding(encoding: AnyEncoding) -> AnyEncoding:
 
 def get_encoding(name: str) -> Encoding:
     """The encoding called ``name``. Raises :class:`UsageError` naming the known ones for any other name."""
-    if name not in _REGISTRY:
-        raise UsageError(f"--encoding {name}: choose one of {', '.join(_REGISTRY)}")
-    return _REGISTRY[name]
+    return _REGISTRY[choose("encoding", name, _REGISTRY)]
 
 
 def encoding_names() -> tuple[str, ...]:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from quaclrs.config import Columns, PackConfig
+import numpy as np
+
+from quaclrs.config import Columns, PackConfig, folds_text
 from quaclrs.data.metadata import Metadata, file_key, read_metadata
 from quaclrs.data.sampling import storage_order
 from quaclrs.errors import DataError, ShardError
@@ -62,9 +64,32 @@ def open_source(config: PackConfig, metadata: Metadata | None = None) -> Source:
     return Source(metadata=metadata, csv_name=metadata.csv_file.name, columns=config.columns, find=find)
 
 
+def check_tree(metadata: Metadata, spectrograms_dir: Path, *, partly: bool = False) -> None:
+    """Raise :class:`DataError` naming ``spectrograms_dir`` if it does not exist or lacks the folder of a fold.
+
+    A fold whose first row lies in ``spectrograms_dir`` itself needs no folder. ``partly``: one fold's folder is enough.
+    """
+    if not spectrograms_dir.is_dir():
+        what = "is no folder" if spectrograms_dir.exists() else "no such folder"
+        raise DataError(f"{spectrograms_dir}: {what}; check --spectrograms_dir")
+    first_rows = [int(np.argmax(metadata.fold == fold)) for fold in metadata.fold_numbers]
+    folders = [metadata.path(row, spectrograms_dir).parent for row in first_rows]
+    lacking = [fold for fold, folder in zip(metadata.fold_numbers, folders, strict=True) if not folder.is_dir()]
+    if not lacking or (partly and len(lacking) < len(folders)):
+        return
+    fold = lacking[0]
+    inner = next((found.parent for found in sorted(spectrograms_dir.glob(f"*/fold{fold}")) if found.is_dir()), None)
+    step = f"check --spectrograms_dir; {inner} has it" if inner else "check --spectrograms_dir"
+    raise DataError(
+        f"{spectrograms_dir}: has no folder fold{fold} (of {metadata.csv_file}'s folds, those of {folds_text(lacking)} "
+        f"are missing); {step}"
+    )
+
+
 def _tree_finder(metadata: Metadata, config: PackConfig) -> ImageFinder:
     spectrograms_dir = config.spectrograms_dir
     assert spectrograms_dir is not None
+    check_tree(metadata, spectrograms_dir, partly=config.on_error == "skip")
 
     def find(row: int) -> ImageLocation:
         path = metadata.path(row, spectrograms_dir)
