@@ -64,7 +64,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+TRAINED_BY_DEFAULT = ("nobody reads", "full disk")
+"""A training in an interpreter of its own takes seconds; packings, below, meet every case by default."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in TRAINED_BY_DEFAULT else pytest.mark.exhaustive) for case in CASES]
+)
 def test_a_training_goes_on(case: str, tree: PngTree, tmp_path: Path) -> None:
     shell, environment, expected = CASES[case]
     done = run(train_command(tree), tmp_path, shell, **environment)
@@ -75,6 +81,7 @@ def test_a_training_goes_on(case: str, tree: PngTree, tmp_path: Path) -> None:
         assert b"\\xb1" in done.stdout
 
 
+@pytest.mark.exhaustive
 def test_parallel_folds_and_ranks_go_on(tree: PngTree, tmp_path: Path) -> None:
     for flags in ("--parallel folds --nproc 2", "--distributed --nproc 2 --fold 1"):
         done = run(train_command(tree, *flags.split(), "--output_dir", flags[2:5]), tmp_path, CASES["nobody reads"][0])
